@@ -1,0 +1,585 @@
+//! How everything reaches memory: guest memory by copy, table frames by atomic entry.
+
+use core::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
+
+use arrayvec::ArrayVec;
+use zerocopy::{FromBytes, IntoBytes};
+
+use crate::{Gpa, Hpa};
+
+/// An access to guest memory that could not be made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("guest-physical {gpa} + {len:#x} bytes: {kind}")]
+pub struct MemoryFault {
+    /// Where the access began.
+    pub gpa: Gpa,
+    /// How many bytes it wanted.
+    pub len: u64,
+    /// Why it failed.
+    pub kind: FaultKind,
+}
+
+/// Why an access to guest memory failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum FaultKind {
+    /// Not all of it is memory.
+    #[error("not guest memory")]
+    NotMemory,
+    /// The memory may not be written.
+    #[error("read-only")]
+    ReadOnly,
+    /// An atomic access was not naturally aligned.
+    #[error("misaligned for an atomic access")]
+    Misaligned,
+}
+
+/// The memory of a guest, by guest-physical address.
+///
+/// The guest's processors and devices use it at the same time, so nothing here hands out a
+/// reference: bytes are copied in and out, and a copy that was checked stays what it was. An access
+/// that touches anything but memory fails as a whole. Copies are not atomic; the `load`, `store` and
+/// `compare_exchange` methods are, need natural alignment, and order as their names say: loads
+/// acquire, stores release.
+pub trait GuestMemory {
+    /// Copies `buf.len()` bytes at `gpa` out of guest memory.
+    fn read(&self, gpa: Gpa, buf: &mut [u8]) -> Result<(), MemoryFault>;
+
+    /// Copies `data` into guest memory at `gpa`.
+    fn write(&self, gpa: Gpa, data: &[u8]) -> Result<(), MemoryFault>;
+
+    /// Loads 16 bits with acquire ordering.
+    fn load_u16(&self, gpa: Gpa) -> Result<u16, MemoryFault>;
+
+    /// Stores 16 bits with release ordering.
+    fn store_u16(&self, gpa: Gpa, value: u16) -> Result<(), MemoryFault>;
+
+    /// Loads 32 bits with acquire ordering.
+    fn load_u32(&self, gpa: Gpa) -> Result<u32, MemoryFault>;
+
+    /// Stores 32 bits with release ordering.
+    fn store_u32(&self, gpa: Gpa, value: u32) -> Result<(), MemoryFault>;
+
+    /// Loads 64 bits with acquire ordering.
+    fn load_u64(&self, gpa: Gpa) -> Result<u64, MemoryFault>;
+
+    /// Stores 64 bits with release ordering.
+    fn store_u64(&self, gpa: Gpa, value: u64) -> Result<(), MemoryFault>;
+
+    /// Replaces 32 bits if they still are `current`; the inner `Err` holds what was there instead.
+    fn compare_exchange_u32(
+        &self,
+        gpa: Gpa,
+        current: u32,
+        new: u32,
+    ) -> Result<Result<u32, u32>, MemoryFault>;
+
+    /// Replaces 64 bits if they still are `current`; the inner `Err` holds what was there instead.
+    fn compare_exchange_u64(
+        &self,
+        gpa: Gpa,
+        current: u64,
+        new: u64,
+    ) -> Result<Result<u64, u64>, MemoryFault>;
+
+    /// Whether all of `len` bytes at `gpa` are memory that can be read.
+    fn contains(&self, gpa: Gpa, len: u64) -> bool;
+
+    /// Copies a value out of guest memory.
+    #[inline]
+    fn read_value<T: FromBytes + IntoBytes>(&self, gpa: Gpa) -> Result<T, MemoryFault>
+    where
+        Self: Sized,
+    {
+        let mut value = T::new_zeroed();
+        self.read(gpa, value.as_mut_bytes())?;
+        Ok(value)
+    }
+
+    /// Copies a value into guest memory.
+    #[inline]
+    fn write_value<T: IntoBytes + zerocopy::Immutable>(
+        &self,
+        gpa: Gpa,
+        value: &T,
+    ) -> Result<(), MemoryFault>
+    where
+        Self: Sized,
+    {
+        self.write(gpa, value.as_bytes())
+    }
+}
+
+impl<M: GuestMemory + ?Sized> GuestMemory for &M {
+    #[inline]
+    fn read(&self, gpa: Gpa, buf: &mut [u8]) -> Result<(), MemoryFault> {
+        (**self).read(gpa, buf)
+    }
+    #[inline]
+    fn write(&self, gpa: Gpa, data: &[u8]) -> Result<(), MemoryFault> {
+        (**self).write(gpa, data)
+    }
+    #[inline]
+    fn load_u16(&self, gpa: Gpa) -> Result<u16, MemoryFault> {
+        (**self).load_u16(gpa)
+    }
+    #[inline]
+    fn store_u16(&self, gpa: Gpa, value: u16) -> Result<(), MemoryFault> {
+        (**self).store_u16(gpa, value)
+    }
+    #[inline]
+    fn load_u32(&self, gpa: Gpa) -> Result<u32, MemoryFault> {
+        (**self).load_u32(gpa)
+    }
+    #[inline]
+    fn store_u32(&self, gpa: Gpa, value: u32) -> Result<(), MemoryFault> {
+        (**self).store_u32(gpa, value)
+    }
+    #[inline]
+    fn load_u64(&self, gpa: Gpa) -> Result<u64, MemoryFault> {
+        (**self).load_u64(gpa)
+    }
+    #[inline]
+    fn store_u64(&self, gpa: Gpa, value: u64) -> Result<(), MemoryFault> {
+        (**self).store_u64(gpa, value)
+    }
+    #[inline]
+    fn compare_exchange_u32(
+        &self,
+        gpa: Gpa,
+        current: u32,
+        new: u32,
+    ) -> Result<Result<u32, u32>, MemoryFault> {
+        (**self).compare_exchange_u32(gpa, current, new)
+    }
+    #[inline]
+    fn compare_exchange_u64(
+        &self,
+        gpa: Gpa,
+        current: u64,
+        new: u64,
+    ) -> Result<Result<u64, u64>, MemoryFault> {
+        (**self).compare_exchange_u64(gpa, current, new)
+    }
+    #[inline]
+    fn contains(&self, gpa: Gpa, len: u64) -> bool {
+        (**self).contains(gpa, len)
+    }
+}
+
+/// Hands out frames for tables: 4 KiB, aligned, zeroed.
+///
+/// # Safety
+///
+/// A frame that `alloc` returned belongs to the caller alone until the caller gives it to `free`;
+/// it is memory that the matching [`FrameMem`] can reach; and all of it reads as zero.
+#[allow(
+    unsafe_code,
+    reason = "the promise of exclusive memory that an implementation makes"
+)]
+pub unsafe trait FrameAlloc {
+    /// A zeroed frame, or `None` when there is none left.
+    fn alloc(&self) -> Option<Hpa>;
+
+    /// Takes back a frame that `alloc` returned, once nothing refers to it any more, neither a
+    /// table nor a cached translation.
+    fn free(&self, frame: Hpa);
+}
+
+/// Atomic access to 64-bit table entries by host-physical address.
+///
+/// The address is always 8-byte aligned and inside a frame that the matching [`FrameAlloc`] handed
+/// out; anything else is a defect of the caller, for which an implementation may panic but must
+/// not touch other memory.
+pub trait FrameMem {
+    /// Loads the entry at `entry` with acquire ordering.
+    fn load(&self, entry: Hpa) -> u64;
+
+    /// Stores the entry at `entry` with release ordering.
+    fn store(&self, entry: Hpa, value: u64);
+
+    /// Replaces the entry if it still is `current`; `Err` holds what was there instead.
+    fn compare_exchange(&self, entry: Hpa, current: u64, new: u64) -> Result<u64, u64>;
+}
+
+/// One range of guest memory that is contiguous in the program that holds it.
+#[derive(Clone, Copy, Debug)]
+struct Region {
+    gpa: u64,
+    len: u64,
+    pointer: *mut u8,
+    writable: bool,
+}
+
+/// Guest memory made of a few ranges that this program has mapped, looked up in order.
+///
+/// ```
+/// use testudo_arch::memory::{GuestMemory, GuestRam};
+/// use testudo_arch::Gpa;
+///
+/// let mut bytes = vec![0u64; 1024];
+/// let mut ram = GuestRam::new();
+/// // SAFETY: `bytes` outlives `ram`, and nothing else refers to it.
+/// unsafe { ram.add(Gpa(0x1000), bytes.as_mut_ptr().cast(), 8192, true) }.unwrap();
+/// ram.store_u32(Gpa(0x1004), 7).unwrap();
+/// assert_eq!(ram.load_u64(Gpa(0x1000)), Ok(7 << 32));
+/// assert!(ram.load_u64(Gpa(0x3000)).is_err());
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct GuestRam {
+    regions: ArrayVec<Region, { GuestRam::MAX_REGIONS }>,
+}
+
+/// A range that cannot be added to a [`GuestRam`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum AddRegionError {
+    /// All places are taken.
+    #[error("more than {} ranges of guest memory", GuestRam::MAX_REGIONS)]
+    TooMany,
+    /// The range overlaps another one, wraps around, or is empty.
+    #[error("the range at {0} overlaps another, wraps around or is empty")]
+    Overlap(Gpa),
+    /// The range's addresses here and in the guest differ in the low twelve bits.
+    #[error("the range at {0} is not aligned alike on both sides")]
+    Misaligned(Gpa),
+}
+
+#[allow(
+    unsafe_code,
+    reason = "the one place where guest memory is dereferenced"
+)]
+mod ram {
+    use super::*;
+
+    // SAFETY: a region is plain shared memory for its whole life (see `GuestRam::add`), accessed
+    // here by raw copies and atomics only.
+    unsafe impl Send for GuestRam {}
+    // SAFETY: as above.
+    unsafe impl Sync for GuestRam {}
+
+    impl GuestRam {
+        /// The largest number of ranges.
+        pub const MAX_REGIONS: usize = 8;
+
+        /// Guest memory without any range.
+        pub const fn new() -> Self {
+            Self {
+                regions: ArrayVec::new_const(),
+            }
+        }
+
+        /// Adds `len` bytes at `pointer` as guest memory at `gpa`.
+        ///
+        /// # Errors
+        ///
+        /// The range overlaps another, is empty, wraps, or is not aligned to 8 bytes alike on
+        /// both sides; or there are [`Self::MAX_REGIONS`] already.
+        ///
+        /// # Safety
+        ///
+        /// The memory stays valid for reads (and writes, if `writable`) of `len` bytes as long as
+        /// this value or a clone of it lives, and the program holds no reference into it: guests
+        /// and devices change it at any time.
+        pub unsafe fn add(
+            &mut self,
+            gpa: Gpa,
+            pointer: *mut u8,
+            len: u64,
+            writable: bool,
+        ) -> Result<(), AddRegionError> {
+            let end = gpa.checked_add(len).ok_or(AddRegionError::Overlap(gpa))?.0;
+            let overlaps = |r: &Region| gpa.0 < r.gpa + r.len && r.gpa < end;
+            if len == 0 || self.regions.iter().any(overlaps) {
+                return Err(AddRegionError::Overlap(gpa));
+            }
+            if (pointer as u64 ^ gpa.0) & 7 != 0 {
+                return Err(AddRegionError::Misaligned(gpa));
+            }
+            let region = Region {
+                gpa: gpa.0,
+                len,
+                pointer,
+                writable,
+            };
+            self.regions
+                .try_push(region)
+                .map_err(|_| AddRegionError::TooMany)
+        }
+
+        /// The ranges as (first address, length in bytes, writable), in the order of addition.
+        pub fn ranges(&self) -> impl Iterator<Item = (Gpa, u64, bool)> + '_ {
+            self.regions.iter().map(|r| (Gpa(r.gpa), r.len, r.writable))
+        }
+
+        /// Where this program has mapped `len` bytes at `gpa`, for handing to hardware (page
+        /// tables, DMA). `None` unless all of it is one range.
+        pub fn host_pointer(&self, gpa: Gpa, len: u64) -> Option<*mut u8> {
+            self.locate(gpa, len, false).ok()
+        }
+
+        #[inline]
+        fn locate(&self, gpa: Gpa, len: u64, write: bool) -> Result<*mut u8, MemoryFault> {
+            for region in &self.regions {
+                // Below the region this wraps to a number that no region is as long as.
+                let offset = gpa.0.wrapping_sub(region.gpa);
+                if offset < region.len && len <= region.len - offset {
+                    if write && !region.writable {
+                        return Err(MemoryFault {
+                            gpa,
+                            len,
+                            kind: FaultKind::ReadOnly,
+                        });
+                    }
+                    return Ok(region.pointer.wrapping_add(offset as usize));
+                }
+            }
+            Err(MemoryFault {
+                gpa,
+                len,
+                kind: FaultKind::NotMemory,
+            })
+        }
+
+        /// Where `len` bytes from `gpa` begin here, and how many of them lie in one range.
+        fn locate_part(
+            &self,
+            gpa: Gpa,
+            len: u64,
+            write: bool,
+        ) -> Result<(*mut u8, u64), MemoryFault> {
+            for region in &self.regions {
+                let offset = gpa.0.wrapping_sub(region.gpa);
+                if offset < region.len {
+                    if write && !region.writable {
+                        return Err(MemoryFault {
+                            gpa,
+                            len,
+                            kind: FaultKind::ReadOnly,
+                        });
+                    }
+                    let part = len.min(region.len - offset);
+                    return Ok((region.pointer.wrapping_add(offset as usize), part));
+                }
+            }
+            Err(MemoryFault {
+                gpa,
+                len,
+                kind: FaultKind::NotMemory,
+            })
+        }
+
+        /// An access that crosses ranges: every part is checked before the first byte moves.
+        #[cold]
+        fn for_each_part(
+            &self,
+            gpa: Gpa,
+            len: u64,
+            write: bool,
+            mut copy: impl FnMut(*mut u8, usize, usize),
+        ) -> Result<(), MemoryFault> {
+            let mut parts = ArrayVec::<_, { GuestRam::MAX_REGIONS }>::new();
+            let mut done = 0;
+            while done < len {
+                let at = gpa.checked_add(done);
+                let at = at.ok_or(MemoryFault {
+                    gpa,
+                    len,
+                    kind: FaultKind::NotMemory,
+                })?;
+                let part = self.locate_part(at, len - done, write)?;
+                done += part.1;
+                parts.push((part.0, done - part.1, part.1));
+            }
+            for (pointer, start, len) in parts {
+                copy(pointer, start as usize, len as usize);
+            }
+            Ok(())
+        }
+
+        #[inline]
+        fn atomic<T>(&self, gpa: Gpa, write: bool) -> Result<*mut T, MemoryFault> {
+            let len = size_of::<T>() as u64;
+            if gpa.0 & (len - 1) != 0 {
+                return Err(MemoryFault {
+                    gpa,
+                    len,
+                    kind: FaultKind::Misaligned,
+                });
+            }
+            Ok(self.locate(gpa, len, write)?.cast())
+        }
+    }
+
+    macro_rules! atomic_access {
+        ($load:ident, $store:ident, $int:ty, $atomic:ty) => {
+            #[inline]
+            fn $load(&self, gpa: Gpa) -> Result<$int, MemoryFault> {
+                let pointer = self.atomic::<$int>(gpa, false)?;
+                // SAFETY: `atomic` found the whole value inside a live range, and it is aligned
+                // there because ranges are aligned alike on both sides.
+                Ok(unsafe { <$atomic>::from_ptr(pointer) }.load(Ordering::Acquire))
+            }
+
+            #[inline]
+            fn $store(&self, gpa: Gpa, value: $int) -> Result<(), MemoryFault> {
+                let pointer = self.atomic::<$int>(gpa, true)?;
+                // SAFETY: as for the load, and the range is writable.
+                unsafe { <$atomic>::from_ptr(pointer) }.store(value, Ordering::Release);
+                Ok(())
+            }
+        };
+    }
+
+    macro_rules! atomic_exchange {
+        ($name:ident, $int:ty, $atomic:ty) => {
+            #[inline]
+            fn $name(
+                &self,
+                gpa: Gpa,
+                current: $int,
+                new: $int,
+            ) -> Result<Result<$int, $int>, MemoryFault> {
+                let pointer = self.atomic::<$int>(gpa, true)?;
+                // SAFETY: as for a store.
+                let place = unsafe { <$atomic>::from_ptr(pointer) };
+                Ok(place.compare_exchange(current, new, Ordering::AcqRel, Ordering::Acquire))
+            }
+        };
+    }
+
+    impl GuestMemory for GuestRam {
+        #[inline]
+        fn read(&self, gpa: Gpa, buf: &mut [u8]) -> Result<(), MemoryFault> {
+            if buf.is_empty() {
+                return Ok(());
+            }
+            if let Ok(from) = self.locate(gpa, buf.len() as u64, false) {
+                // SAFETY: `locate` found that many bytes inside a live range, and `buf`, a unique
+                // reference, cannot overlap memory that nothing has a reference into.
+                unsafe { core::ptr::copy_nonoverlapping(from, buf.as_mut_ptr(), buf.len()) };
+                return Ok(());
+            }
+            self.for_each_part(gpa, buf.len() as u64, false, |from, start, len| {
+                let to = &mut buf[start..start + len];
+                // SAFETY: as above, for this part.
+                unsafe { core::ptr::copy_nonoverlapping(from, to.as_mut_ptr(), len) };
+            })
+        }
+
+        #[inline]
+        fn write(&self, gpa: Gpa, data: &[u8]) -> Result<(), MemoryFault> {
+            if data.is_empty() {
+                return Ok(());
+            }
+            if let Ok(to) = self.locate(gpa, data.len() as u64, true) {
+                // SAFETY: as for `read`, and the range is writable.
+                unsafe { core::ptr::copy_nonoverlapping(data.as_ptr(), to, data.len()) };
+                return Ok(());
+            }
+            self.for_each_part(gpa, data.len() as u64, true, |to, start, len| {
+                let from = &data[start..start + len];
+                // SAFETY: as above, for this part.
+                unsafe { core::ptr::copy_nonoverlapping(from.as_ptr(), to, len) };
+            })
+        }
+
+        atomic_access!(load_u16, store_u16, u16, AtomicU16);
+        atomic_access!(load_u32, store_u32, u32, AtomicU32);
+        atomic_access!(load_u64, store_u64, u64, AtomicU64);
+        atomic_exchange!(compare_exchange_u32, u32, AtomicU32);
+        atomic_exchange!(compare_exchange_u64, u64, AtomicU64);
+
+        fn contains(&self, gpa: Gpa, len: u64) -> bool {
+            len == 0 || self.for_each_part(gpa, len, false, |_, _, _| {}).is_ok()
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(unsafe_code)]
+mod tests {
+    use super::*;
+    use std::vec;
+
+    fn two_regions(first: &mut [u64], second: &mut [u64]) -> GuestRam {
+        let mut ram = GuestRam::new();
+        // SAFETY: the tests keep both slices alive and use them through `ram` only.
+        unsafe {
+            ram.add(
+                Gpa(0x1000),
+                first.as_mut_ptr().cast(),
+                first.len() as u64 * 8,
+                true,
+            )
+            .unwrap();
+            let gpa = Gpa(0x1000 + first.len() as u64 * 8);
+            ram.add(
+                gpa,
+                second.as_mut_ptr().cast(),
+                second.len() as u64 * 8,
+                true,
+            )
+            .unwrap();
+        }
+        ram
+    }
+
+    #[test]
+    fn copies_cross_from_one_region_to_the_next() {
+        let (mut a, mut b) = (vec![0; 4], vec![0; 4]);
+        let ram = two_regions(&mut a, &mut b);
+        let data: [u8; 64] = core::array::from_fn(|i| i as u8);
+        ram.write(Gpa(0x1000), &data).unwrap();
+        let mut back = [0; 40];
+        ram.read(Gpa(0x1010), &mut back).unwrap();
+        assert_eq!(back, data[16..56]);
+    }
+
+    #[test]
+    fn a_partial_access_changes_nothing() {
+        let (mut a, mut b) = (vec![0; 4], vec![0; 4]);
+        let ram = two_regions(&mut a, &mut b);
+        let fault = ram.write(Gpa(0x1030), &[0xFF; 17]).unwrap_err();
+        assert_eq!(fault.kind, FaultKind::NotMemory);
+        assert_eq!(ram.load_u64(Gpa(0x1030)), Ok(0));
+        assert_eq!(
+            ram.read(Gpa(u64::MAX), &mut [0; 2]).unwrap_err().kind,
+            FaultKind::NotMemory
+        );
+        assert!(ram.contains(Gpa(0x1000), 64) && !ram.contains(Gpa(0x1000), 65));
+    }
+
+    #[test]
+    fn atomics_want_alignment() {
+        let (mut a, mut b) = (vec![0; 4], vec![0; 4]);
+        let ram = two_regions(&mut a, &mut b);
+        assert_eq!(
+            ram.load_u32(Gpa(0x1002)).unwrap_err().kind,
+            FaultKind::Misaligned
+        );
+        assert_eq!(ram.compare_exchange_u32(Gpa(0x1004), 0, 5), Ok(Ok(0)));
+        assert_eq!(ram.compare_exchange_u32(Gpa(0x1004), 0, 6), Ok(Err(5)));
+        assert_eq!(ram.load_u64(Gpa(0x1000)), Ok(5 << 32));
+    }
+
+    #[test]
+    fn read_only_ranges_refuse_writes() {
+        let mut bytes = vec![1u64; 2];
+        let mut ram = GuestRam::new();
+        // SAFETY: `bytes` outlives `ram`.
+        unsafe { ram.add(Gpa(0), bytes.as_mut_ptr().cast(), 16, false) }.unwrap();
+        assert_eq!(
+            ram.store_u16(Gpa(0), 1).unwrap_err().kind,
+            FaultKind::ReadOnly
+        );
+        assert_eq!(
+            ram.write(Gpa(0), &[1]).unwrap_err().kind,
+            FaultKind::ReadOnly
+        );
+        assert_eq!(ram.load_u16(Gpa(0)), Ok(1));
+        // SAFETY: refused before anything is stored.
+        let again = unsafe { ram.add(Gpa(8), bytes.as_mut_ptr().cast(), 16, false) };
+        assert_eq!(again, Err(AddRegionError::Overlap(Gpa(8))));
+    }
+}
