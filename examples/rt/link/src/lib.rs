@@ -1,0 +1,28 @@
+//! How a bare-metal program is linked; for its build script.
+//!
+//! A program on `testudo-rt` is an ordinary binary of the host target, linked without libc, start files
+//! or position independence, at the address its linker script gives. Its `build.rs` is one line:
+//!
+//! ```no_run
+//! fn main() {
+//!     testudo_rt_link::bare_metal();
+//! }
+//! ```
+
+/// Prints the link arguments of a bare-metal program for Cargo.
+pub fn bare_metal() {
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/program.ld");
+    println!("cargo::rerun-if-changed={script}");
+    for argument in [
+        "-nostdlib",
+        "-nostartfiles",
+        "-static",
+        "-no-pie",
+        "-Wl,--build-id=none",
+        "-Wl,-z,max-page-size=4096",
+        "-Wl,-z,noexecstack",
+    ] {
+        println!("cargo::rustc-link-arg-bins={argument}");
+    }
+    println!("cargo::rustc-link-arg-bins=-Wl,-T,{script}");
+}

@@ -1,0 +1,92 @@
+//! The bare-metal runtime that Testudo's example programs share.
+//!
+//! A program on it is an ordinary Rust binary of the host target, built by the stable toolchain:
+//!
+//! ```ignore
+//! #![no_std]
+//! #![no_main]
+//!
+//! use testudo_rt::{Boot, println};
+//!
+//! testudo_rt::entry!(main);
+//!
+//! fn main(boot: &'static Boot) -> u8 {
+//!     println!("hello from {} bytes of memory", testudo_rt::memory::available());
+//!     0
+//! }
+//! ```
+//!
+//! with a `build.rs` that calls `testudo_rt_link::bare_metal()`. The result is one ELF file that
+//! `qemu -kernel` starts by its PVH note and GRUB by its Multiboot 2 header. Before `main`, the runtime
+//! has the processor in long mode with SSE, all memory identity-mapped, exceptions reported in words, a
+//! heap, and the clocks calibrated. Interrupts are off, and nothing here turns them on by itself.
+//!
+//! The status that `main` returns leaves the machine through [`exit`].
+#![cfg_attr(not(test), no_std)]
+#![allow(unsafe_code)]
+
+extern crate alloc;
+#[cfg(test)]
+extern crate std;
+
+mod boot;
+pub mod exit;
+pub mod lock;
+pub mod memory;
+pub mod port;
+pub mod serial;
+#[cfg(not(test))]
+mod symbols;
+
+pub use boot::{Boot, Loader, MemoryKind, MemoryRange, Module};
+pub use exit::exit;
+
+#[cfg(not(test))]
+core::arch::global_asm!(include_str!("entry.s"), options(att_syntax));
+
+/// Names the function that the runtime calls once the machine is ready.
+///
+/// It takes the boot information and returns the program's exit status.
+#[macro_export]
+macro_rules! entry {
+    ($main:path) => {
+        #[unsafe(no_mangle)]
+        extern "Rust" fn rt_main(boot: &'static $crate::Boot) -> u8 {
+            let main: fn(&'static $crate::Boot) -> u8 = $main;
+            main(boot)
+        }
+    };
+}
+
+#[cfg(not(test))]
+mod start {
+    use alloc::boxed::Box;
+    use core::panic::PanicInfo;
+
+    use crate::boot::{Boot, Raw};
+    use crate::{exit, memory, serial};
+
+    unsafe extern "Rust" {
+        safe fn rt_main(boot: &'static Boot) -> u8;
+    }
+
+    /// The entry code calls this, with the stack of `entry.s` and the first 4 GiB mapped.
+    #[unsafe(no_mangle)]
+    extern "C" fn rt_start(entry: u32, information: u32) -> ! {
+        serial::init();
+        // SAFETY: these are the entry code's own values.
+        let Some(raw) = (unsafe { Raw::read(entry, information) }) else {
+            crate::println!("the loader passed neither PVH nor Multiboot 2 boot information");
+            exit(exit::PANICKED);
+        };
+        memory::init(&raw);
+        let boot = Box::leak(Box::new(Boot::from_raw(&raw)));
+        exit(rt_main(boot))
+    }
+
+    #[panic_handler]
+    fn panic(info: &PanicInfo<'_>) -> ! {
+        serial::print_last_words(format_args!("\n{info}\n"));
+        exit(exit::PANICKED)
+    }
+}
