@@ -1,2 +1,18 @@
-//! The virtual PC: vCPU backends, the exit loop, interrupt controllers, timers, buses and boot protocols.
+//! The virtual PC: everything around the virtual processors.
+//!
+//! A [`Vcpu`] backend owns the processor mode (SVM, VMX, KVM); this crate owns what is the same
+//! on all of them: the exit loop, CPUID and MSR policy, interrupt controllers, timers, buses,
+//! devices, instruction emulation, ACPI tables and boot protocols. It allocates when a machine is
+//! built, not while it runs, and touches the outside only through the traits [`Host`] and
+//! [`testudo_arch::GuestMemory`].
 #![no_std]
+
+extern crate alloc;
+#[cfg(test)]
+extern crate std;
+
+pub mod host;
+pub mod vcpu;
+
+pub use host::Host;
+pub use vcpu::{Vcpu, VcpuError, VmExit};

@@ -1,0 +1,198 @@
+//! The vCPU: the one trait that every backend implements, and the exits it reports.
+
+use core::sync::atomic::AtomicU32;
+
+use testudo_arch::regs::SystemRegisters;
+use testudo_arch::{Event, Gpa, Gprs, Gva, Msr};
+
+/// Why a vCPU stopped, in one vocabulary for all backends.
+///
+/// A backend reports only what the machine must decide; what it settled itself (KVM's CPUID, for
+/// instance) never appears. No value a guest can cause is left out: the rest is [`VmExit::Unknown`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum VmExit {
+    /// Something on the host's side wants attention: a kick, a host interrupt, or requests that
+    /// were pending before entry. The guest noticed nothing.
+    Interrupted,
+    /// The guest can take the interrupt for which a window was requested.
+    InterruptWindow,
+    /// CPUID.
+    Cpuid,
+    /// HLT. RIP is still at the instruction.
+    Halt,
+    /// MWAIT, MONITOR or PAUSE, which the guest may treat as hints.
+    Idle,
+    /// RDMSR of the register.
+    ReadMsr(Msr),
+    /// WRMSR of the value to the register.
+    WriteMsr(Msr, u64),
+    /// XSETBV: EDX:EAX for the extended control register in ECX.
+    SetXcr {
+        /// ECX.
+        index: u32,
+        /// EDX:EAX.
+        value: u64,
+    },
+    /// IN or OUT with the accumulator.
+    Port(PortAccess),
+    /// INS or OUTS, to be emulated at the current RIP.
+    StringPort(PortAccess),
+    /// An access to a guest-physical address that is not mapped, or not for this use. The
+    /// instruction at RIP is to be emulated, or the mapping made.
+    Memory(MemoryAccess),
+    /// An access that the backend has already taken apart (KVM).
+    Mmio {
+        /// The address.
+        gpa: Gpa,
+        /// What is written, or where the answer goes with [`Vcpu::complete_read`].
+        data: u64,
+        /// 1, 2, 4 or 8 bytes.
+        size: u8,
+        /// Whether the guest writes.
+        write: bool,
+    },
+    /// VMCALL or VMMCALL.
+    Hypercall,
+    /// WBINVD, INVD or the like.
+    CacheFlush,
+    /// An instruction of the virtualization extension, or another that this guest must not have:
+    /// #UD unless a nested layer handles it.
+    Forbidden,
+    /// An exception that the backend intercepts.
+    Exception {
+        /// The vector.
+        vector: u8,
+        /// The error code, if there is one.
+        error_code: Option<u32>,
+    },
+    /// A move to or from a control register that is intercepted.
+    ControlRegister,
+    /// The guest's processor shut down: a triple fault.
+    Shutdown,
+    /// The processor refused the guest's state.
+    InvalidState,
+    /// An exit that this version does not know, with the backend's raw code and information.
+    Unknown {
+        /// The raw exit code.
+        code: u64,
+        /// What the processor said about it.
+        info: [u64; 2],
+    },
+}
+
+/// A port access.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PortAccess {
+    /// The port.
+    pub port: u16,
+    /// 1, 2 or 4 bytes.
+    pub size: u8,
+    /// Whether the guest writes (OUT).
+    pub write: bool,
+}
+
+/// An access that second-stage translation stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryAccess {
+    /// The guest-physical address.
+    pub gpa: Gpa,
+    /// The linear address, where the processor tells.
+    pub gva: Option<Gva>,
+    /// Whether it was a write.
+    pub write: bool,
+    /// Whether it was an instruction fetch.
+    pub fetch: bool,
+    /// Whether it was made by the page walk, for a table entry.
+    pub table: bool,
+}
+
+/// A failure of the backend itself: nothing a guest does causes one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum VcpuError {
+    /// The processor refused to enter the guest, with its error number.
+    #[error("the processor refused to enter the guest (error {0})")]
+    Entry(u32),
+    /// The host's interface failed with this error number.
+    #[error("the host's virtualization interface failed (error {0})")]
+    Host(i32),
+}
+
+/// A virtual processor.
+///
+/// A vCPU belongs to one thread or processor. `run` enters the guest; everything else reads or
+/// changes the state that the next entry takes up.
+pub trait Vcpu {
+    /// Enters the guest until an exit that the machine must decide.
+    ///
+    /// When `requests` is not zero, or becomes so together with a kick, the result is
+    /// [`VmExit::Interrupted`]; no request is ever missed between the test and the entry.
+    fn run(&mut self, requests: &AtomicU32) -> Result<VmExit, VcpuError>;
+
+    /// The general registers.
+    fn gprs(&self) -> &Gprs;
+
+    /// The general registers, to be changed.
+    fn gprs_mut(&mut self) -> &mut Gprs;
+
+    /// The instruction pointer.
+    fn rip(&self) -> u64;
+
+    /// Moves the instruction pointer, and ends an interrupt shadow as a completed instruction does.
+    fn set_rip(&mut self, rip: u64);
+
+    /// The whole of the system registers.
+    fn system(&self) -> SystemRegisters;
+
+    /// Sets the whole of the system registers.
+    fn set_system(&mut self, system: &SystemRegisters);
+
+    /// Ends the exiting instruction (CPUID, RDMSR, HLT, …): RIP past it, interrupt shadow over.
+    ///
+    /// The length comes from the processor where it says, and from the instruction's bytes where
+    /// not.
+    fn advance(&mut self);
+
+    /// Answers a [`VmExit::Mmio`] read of a backend that takes accesses apart itself.
+    fn complete_read(&mut self, data: u64);
+
+    /// Whether an external interrupt would be delivered at the next entry: RFLAGS.IF set, no
+    /// shadow, and no event waiting already.
+    fn can_take_interrupt(&self) -> bool;
+
+    /// Whether an NMI would be delivered at the next entry.
+    fn can_take_nmi(&self) -> bool;
+
+    /// Has the event delivered at the next entry. An event that an exit interrupted is delivered
+    /// again by the backend itself and comes first.
+    fn inject(&mut self, event: Event);
+
+    /// Asks for [`VmExit::InterruptWindow`] as soon as the guest can take an interrupt, or stops
+    /// asking.
+    fn set_interrupt_window(&mut self, wanted: bool);
+
+    /// Tells the vCPU the task priority that the guest's local APIC holds (CR8), and vice versa
+    /// via [`SystemRegisters::cr8`].
+    fn set_task_priority(&mut self, cr8: u8);
+
+    /// Reads an MSR that is part of the processor's own state (EFER, STAR, FS base, …); `None`
+    /// for all others, which are the machine's to decide.
+    fn read_msr(&mut self, msr: Msr) -> Option<u64>;
+
+    /// Writes such an MSR: `None` for all others, `Some(false)` when the value is invalid and the
+    /// guest gets #GP.
+    fn write_msr(&mut self, msr: Msr, value: u64) -> Option<bool>;
+
+    /// Sets an extended control register; `false` when the value is invalid.
+    fn set_xcr(&mut self, index: u32, value: u64) -> bool;
+
+    /// XCR0.
+    fn xcr0(&self) -> u64;
+
+    /// What the guest's TSC reads when the host's reads `host_tsc`.
+    fn guest_tsc(&self, host_tsc: u64) -> u64;
+
+    /// Makes the guest's TSC read `guest_tsc` when the host's reads `host_tsc`.
+    fn set_guest_tsc(&mut self, host_tsc: u64, guest_tsc: u64);
+}
