@@ -49,7 +49,7 @@ pub struct Cpuid {
 
 impl Cpuid {
     /// The largest number of entries.
-    pub const MAX_ENTRIES: usize = 128;
+    pub const MAX_ENTRIES: usize = 256;
 
     /// A table without entries.
     pub const fn new() -> Self {

@@ -12,6 +12,7 @@ extern crate alloc;
 extern crate std;
 
 pub mod host;
+pub mod policy;
 pub mod vcpu;
 
 pub use host::Host;

@@ -1,0 +1,1 @@
+//! Model-specific registers that the machine decides.
