@@ -219,7 +219,7 @@ mod tests {
     #[test]
     fn a_full_table_says_so() {
         let mut table = Cpuid::new();
-        let added = (0..200)
+        let added = (0..300)
             .filter(|&leaf| table.set(entry(leaf, 0, false, 1)))
             .count();
         assert_eq!(added, Cpuid::MAX_ENTRIES);
