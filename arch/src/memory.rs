@@ -200,6 +200,55 @@ pub trait FrameMem {
 
     /// Replaces the entry if it still is `current`; `Err` holds what was there instead.
     fn compare_exchange(&self, entry: Hpa, current: u64, new: u64) -> Result<u64, u64>;
+
+    /// Stores `count` consecutive entries from `first` on: `value`, `value + step`, and so on,
+    /// modulo 2^64. They lie in one frame, and nobody else stores to them meanwhile.
+    ///
+    /// An implementation over plain memory overrides this with a loop that the compiler turns into
+    /// vector stores; another observer may then see the entries appear in any order.
+    #[inline]
+    fn fill(&self, first: Hpa, count: usize, value: u64, step: u64) {
+        let mut value = value;
+        for index in 0..count as u64 {
+            self.store(first.wrapping_add(8 * index), value);
+            value = value.wrapping_add(step);
+        }
+    }
+}
+
+#[allow(
+    unsafe_code,
+    reason = "a reference keeps the promise of what it refers to"
+)]
+// SAFETY: every call goes to the allocator behind the reference, which keeps the promise.
+unsafe impl<A: FrameAlloc + ?Sized> FrameAlloc for &A {
+    #[inline]
+    fn alloc(&self) -> Option<Hpa> {
+        (**self).alloc()
+    }
+    #[inline]
+    fn free(&self, frame: Hpa) {
+        (**self).free(frame);
+    }
+}
+
+impl<M: FrameMem + ?Sized> FrameMem for &M {
+    #[inline]
+    fn load(&self, entry: Hpa) -> u64 {
+        (**self).load(entry)
+    }
+    #[inline]
+    fn store(&self, entry: Hpa, value: u64) {
+        (**self).store(entry, value);
+    }
+    #[inline]
+    fn compare_exchange(&self, entry: Hpa, current: u64, new: u64) -> Result<u64, u64> {
+        (**self).compare_exchange(entry, current, new)
+    }
+    #[inline]
+    fn fill(&self, first: Hpa, count: usize, value: u64, step: u64) {
+        (**self).fill(first, count, value, step);
+    }
 }
 
 /// One range of guest memory that is contiguous in the program that holds it.
