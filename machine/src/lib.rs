@@ -12,7 +12,9 @@ extern crate alloc;
 extern crate std;
 
 pub mod host;
+pub mod layout;
 pub mod policy;
+pub mod stats;
 pub mod vcpu;
 
 pub use host::Host;

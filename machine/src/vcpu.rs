@@ -168,13 +168,21 @@ pub trait Vcpu {
     /// again by the backend itself and comes first.
     fn inject(&mut self, event: Event);
 
-    /// Asks for [`VmExit::InterruptWindow`] as soon as the guest can take an interrupt, or stops
-    /// asking.
-    fn set_interrupt_window(&mut self, wanted: bool);
+    /// Asks for [`VmExit::InterruptWindow`] as soon as the guest can take this interrupt, its task
+    /// priority permitting, or stops asking.
+    fn set_interrupt_window(&mut self, vector: Option<u8>);
 
-    /// Tells the vCPU the task priority that the guest's local APIC holds (CR8), and vice versa
-    /// via [`SystemRegisters::cr8`].
+    /// CR8 as the guest left it: the task priority, 0 to 15.
+    fn task_priority(&self) -> u8;
+
+    /// Sets CR8, when the guest wrote its local APIC's task priority instead.
     fn set_task_priority(&mut self, cr8: u8);
+
+    /// Runs `work` with the processor as the host's own code wants it, interrupts possible: for
+    /// waiting, and for work that may take long.
+    fn outside<R>(&mut self, work: impl FnOnce() -> R) -> R {
+        work()
+    }
 
     /// Reads an MSR that is part of the processor's own state (EFER, STAR, FS base, …); `None`
     /// for all others, which are the machine's to decide.

@@ -1,0 +1,140 @@
+//! What a vCPU's exits cost, by reason.
+
+use core::fmt;
+
+use crate::vcpu::VmExit;
+
+/// The reasons that are counted apart.
+const NAMES: [&str; 20] = [
+    "interrupted",
+    "interrupt window",
+    "CPUID",
+    "HLT",
+    "idle hint",
+    "RDMSR",
+    "WRMSR",
+    "XSETBV",
+    "port",
+    "string port",
+    "memory",
+    "MMIO",
+    "hypercall",
+    "cache flush",
+    "forbidden",
+    "exception",
+    "control register",
+    "shutdown",
+    "invalid state",
+    "unknown",
+];
+
+/// The place of an exit in the table.
+const fn index(exit: &VmExit) -> usize {
+    match exit {
+        VmExit::Interrupted => 0,
+        VmExit::InterruptWindow => 1,
+        VmExit::Cpuid => 2,
+        VmExit::Halt => 3,
+        VmExit::Idle => 4,
+        VmExit::ReadMsr(_) => 5,
+        VmExit::WriteMsr(..) => 6,
+        VmExit::SetXcr { .. } => 7,
+        VmExit::Port(_) => 8,
+        VmExit::StringPort(_) => 9,
+        VmExit::Memory(_) => 10,
+        VmExit::Mmio { .. } => 11,
+        VmExit::Hypercall => 12,
+        VmExit::CacheFlush => 13,
+        VmExit::Forbidden => 14,
+        VmExit::Exception { .. } => 15,
+        VmExit::ControlRegister => 16,
+        VmExit::Shutdown => 17,
+        VmExit::InvalidState => 18,
+        VmExit::Unknown { .. } => 19,
+    }
+}
+
+/// Counts and ticks of the time-stamp counter by reason of exit. Waiting for something to happen
+/// is not counted as cost.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ExitStats {
+    rows: [(u64, u64); NAMES.len()],
+}
+
+impl ExitStats {
+    /// Adds one exit that took `ticks` to handle.
+    #[inline]
+    pub fn record(&mut self, exit: &VmExit, ticks: u64) {
+        let row = &mut self.rows[index(exit)];
+        row.0 = row.0.wrapping_add(1);
+        row.1 = row.1.wrapping_add(ticks);
+    }
+
+    /// Adds another vCPU's figures.
+    pub fn add(&mut self, other: &Self) {
+        for (row, more) in self.rows.iter_mut().zip(other.rows) {
+            *row = (row.0.wrapping_add(more.0), row.1.wrapping_add(more.1));
+        }
+    }
+
+    /// How many exits there were in all.
+    pub fn total(&self) -> u64 {
+        self.rows.iter().fold(0, |sum, row| sum.wrapping_add(row.0))
+    }
+
+    /// The rows that are not empty: name, count, ticks.
+    pub fn rows(&self) -> impl Iterator<Item = (&'static str, u64, u64)> + '_ {
+        NAMES
+            .iter()
+            .zip(self.rows)
+            .filter(|(_, row)| row.0 > 0)
+            .map(|(&n, r)| (n, r.0, r.1))
+    }
+}
+
+impl fmt::Display for ExitStats {
+    /// A table: reason, count, share in percent, mean ticks.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let total = self.total().max(1);
+        writeln!(
+            f,
+            "{:<18}{:>12}{:>8}{:>14}",
+            "exit", "count", "share", "mean ticks"
+        )?;
+        for (name, count, ticks) in self.rows() {
+            let permille = count.saturating_mul(1000) / total;
+            let (whole, tenth) = (permille / 10, permille % 10);
+            writeln!(
+                f,
+                "{name:<18}{count:>12}{whole:>5}.{tenth} %{:>13}",
+                ticks / count
+            )?;
+        }
+        write!(f, "{:<18}{:>12}", "all", self.total())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_adds_up() {
+        let mut stats = ExitStats::default();
+        stats.record(&VmExit::Cpuid, 10);
+        stats.record(&VmExit::Cpuid, 20);
+        stats.record(
+            &VmExit::Unknown {
+                code: 1,
+                info: [0; 2],
+            },
+            5,
+        );
+        let mut all = stats;
+        all.add(&stats);
+        let rows: std::vec::Vec<_> = all.rows().collect();
+        assert_eq!(rows, [("CPUID", 4, 60), ("unknown", 2, 10)]);
+        let text = std::format!("{all}");
+        assert!(text.contains("66.6 %") && text.contains("15"), "{text}");
+    }
+}
