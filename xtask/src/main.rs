@@ -1,2 +1,35 @@
-//! Placeholder until its first slice.
-fn main() {}
+//! The project's commands: `cargo xtask COMMAND`.
+
+mod bare;
+mod command;
+mod cpio;
+mod debian;
+mod emulator;
+mod initrd;
+mod run;
+mod workplace;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+/// Commands of the Testudo project
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+enum Cli {
+    /// Boot a guest kernel on a bare-metal hypervisor made of the project's crates
+    Boot(command::boot::Boot),
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse() {
+        Cli::Boot(boot) => boot.run(),
+    };
+    match result {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

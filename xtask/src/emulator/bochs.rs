@@ -1,0 +1,200 @@
+//! Bochs, whose processor models have complete SVM and VMX.
+//!
+//! It boots through its BIOS, so the program and its modules go on an ISO image with GRUB.
+
+use std::fs;
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use super::{Cpu, Machine, status_in};
+use crate::bare::Payload;
+use crate::debian::{self, Tool};
+use crate::{run, workplace};
+
+const TOOLS: [Tool; 5] = [
+    Tool {
+        program: "bochs",
+        package: "bochs",
+    },
+    Tool {
+        program: "grub-mkrescue",
+        package: "grub-common",
+    },
+    Tool {
+        program: "xorriso",
+        package: "xorriso",
+    },
+    Tool {
+        program: "mformat",
+        package: "mtools",
+    },
+    Tool {
+        program: "/usr/lib/grub/i386-pc/multiboot2.mod",
+        package: "grub-pc-bin",
+    },
+];
+
+/// The files of the packages `bochsbios` and `vgabios`.
+const BIOS: Tool = Tool {
+    program: "/usr/share/bochs/BIOS-bochs-latest",
+    package: "bochsbios",
+};
+const VGA: Tool = Tool {
+    program: "/usr/share/bochs/VGABIOS-lgpl-latest",
+    package: "vgabios",
+};
+
+pub(super) fn run(machine: &Machine, program: &Path, payload: &Payload) -> Result<u8> {
+    debian::require(&TOOLS)?;
+    debian::require(&[BIOS, VGA])?;
+    if machine.input {
+        eprintln!("xtask: Bochs has no console input here");
+    }
+    let folder = workplace::RunFolder::new()?;
+
+    let tree = folder.file("iso");
+    fs::create_dir_all(tree.join("boot/grub"))?;
+    fs::copy(program, tree.join("boot/program"))?;
+    fs::write(tree.join("boot/modules"), payload.container(true))?;
+    fs::write(
+        tree.join("boot/grub/grub.cfg"),
+        "multiboot2 /boot/program\nmodule2 /boot/modules modules\nboot\n",
+    )?;
+    let iso = folder.file("boot.iso");
+    run::output(
+        Command::new("grub-mkrescue")
+            .args([
+                "--directory=/usr/lib/grub/i386-pc",
+                "--install-modules=multiboot2 normal iso9660 biosdisk",
+            ])
+            .arg("-o")
+            .args([&iso, &tree]),
+    )?;
+
+    let serial = match &machine.capture {
+        Some(file) => file.clone(),
+        None => folder.file("serial"),
+    };
+    fs::write(&serial, "")?;
+    let configuration = folder.file("bochsrc");
+    fs::write(
+        &configuration,
+        bochsrc(machine, &iso, &serial, &folder.file("log")),
+    )?;
+    let commands = folder.file("commands");
+    fs::write(&commands, "c\n")?;
+    let console = folder.file("console");
+
+    let mut bochs = Command::new("bochs");
+    bochs
+        .arg("-q")
+        .arg("-f")
+        .arg(&configuration)
+        .arg("-rc")
+        .arg(&commands);
+    bochs
+        .stdin(Stdio::null())
+        .stdout(fs::File::create(&console)?)
+        .stderr(Stdio::null());
+    let mut child = run::spawn(&mut bochs)?;
+
+    let mut tail = Tail {
+        file: fs::File::open(&serial)?,
+        shown: 0,
+        show: machine.capture.is_none(),
+    };
+    let deadline = machine.deadline();
+    let ended = loop {
+        // Waiting in short steps lets the console's output appear as it comes.
+        let step = Instant::now() + Duration::from_millis(50);
+        if let Some(status) = child.try_wait()? {
+            tail.forward()?;
+            break status;
+        }
+        if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+            child.kill()?;
+            child.wait()?;
+            tail.forward()?;
+            return Ok(machine.timed_out());
+        }
+        tail.forward()?;
+        std::thread::sleep(step.saturating_duration_since(Instant::now()));
+    };
+    let output = fs::read(&console).unwrap_or_default();
+    match status_in(&String::from_utf8_lossy(&output)) {
+        Some(status) => Ok(status),
+        None => {
+            let log = fs::read_to_string(folder.file("log")).unwrap_or_default();
+            let reason = log
+                .lines()
+                .rev()
+                .find(|line| line.contains("PANIC") || line.contains(">>PANIC<<"));
+            bail!(
+                "the emulator ended without a status from the program: {ended}{}",
+                reason.map(|line| format!(" ({line})")).unwrap_or_default()
+            )
+        }
+    }
+}
+
+/// Shows what is appended to a file.
+struct Tail {
+    file: fs::File,
+    shown: u64,
+    show: bool,
+}
+
+impl Tail {
+    fn forward(&mut self) -> Result<()> {
+        if !self.show {
+            return Ok(());
+        }
+        self.file.seek(SeekFrom::Start(self.shown))?;
+        let mut fresh = Vec::new();
+        self.file.read_to_end(&mut fresh)?;
+        self.shown += fresh.len() as u64;
+        let mut stdout = std::io::stdout().lock();
+        stdout
+            .write_all(&fresh)
+            .and_then(|()| stdout.flush())
+            .context("cannot write the console's output")
+    }
+}
+
+fn bochsrc(machine: &Machine, iso: &Path, serial: &Path, log: &Path) -> String {
+    let model = match machine.cpu {
+        Cpu::Svm => "ryzen",
+        Cpu::Vmx => "corei7_skylake_x",
+    };
+    let mut text = format!(
+        "cpu: model={model}, count={}, ips=100000000, reset_on_triple_fault=0\n\
+         memory: guest={memory}, host={memory}\n\
+         romimage: file={bios}\n\
+         vgaromimage: file={vga}\n\
+         ata0-master: type=cdrom, path=\"{}\", status=inserted\n\
+         boot: cdrom\n\
+         display_library: rfb, options=\"timeout=0\"\n\
+         sound: driver=dummy\n\
+         clock: sync=none\n\
+         com1: enabled=1, mode=file, dev=\"{}\"\n\
+         port_e9_hack: enabled=1\n\
+         log: \"{}\"\n\
+         panic: action=fatal\n",
+        machine.processors,
+        iso.display(),
+        serial.display(),
+        log.display(),
+        memory = machine.memory,
+        bios = BIOS.program,
+        vga = VGA.program,
+    );
+    for line in &machine.extra {
+        text.push_str(line);
+        text.push('\n');
+    }
+    text
+}

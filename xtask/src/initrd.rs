@@ -1,0 +1,201 @@
+//! The default initial RAM disk: busybox, the modules that a run wants, and a first process that gives a
+//! shell or runs commands.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+
+use crate::cpio::Archive;
+use crate::debian::{self, Kernel};
+
+/// What goes into the disk.
+#[derive(Default)]
+pub(crate) struct Initrd {
+    /// Shell commands to run instead of giving a shell.
+    pub(crate) run: Option<String>,
+    /// Kernel modules that the first process loads, in order; what they need comes along.
+    pub(crate) load: Vec<String>,
+    /// Kernel modules that are only there for `modprobe`.
+    pub(crate) carry: Vec<String>,
+    /// Further files: path in the disk, permissions, contents.
+    pub(crate) files: Vec<(String, u32, Vec<u8>)>,
+}
+
+impl Initrd {
+    /// The archive, for this kernel.
+    pub(crate) fn build(&self, kernel: &Kernel) -> Result<Vec<u8>> {
+        let mut archive = Archive::new();
+        for folder in [
+            "bin",
+            "dev",
+            "etc",
+            "proc",
+            "root",
+            "sys",
+            "tmp",
+            "lib",
+            "lib/modules",
+        ] {
+            archive.folder(folder);
+        }
+        archive.device("dev/console", 5, 1);
+        archive.device("dev/null", 1, 3);
+        archive.file("bin/busybox", 0o755, &fs::read(debian::busybox()?)?);
+        archive.link("bin/sh", "busybox");
+        archive.file("init", 0o755, include_bytes!("init.sh"));
+        archive.file("etc/modules", 0o644, self.load.join("\n").as_bytes());
+        if let Some(commands) = &self.run {
+            archive.file("run.sh", 0o644, commands.as_bytes());
+        }
+        self.add_modules(kernel, &mut archive)?;
+        for (path, permissions, data) in &self.files {
+            archive.file(path, *permissions, data);
+        }
+        Ok(archive.finish())
+    }
+
+    /// Adds the modules and the `modules.dep` that busybox's `modprobe` reads.
+    fn add_modules(&self, kernel: &Kernel, archive: &mut Archive) -> Result<()> {
+        let folder = format!("lib/modules/{}", kernel.release);
+        archive.folder(&folder);
+        let mut dependencies = String::new();
+        if !(self.load.is_empty() && self.carry.is_empty()) {
+            let mut modules = Modules {
+                available: BTreeMap::new(),
+                chosen: Vec::new(),
+            };
+            modules.scan(&kernel.modules)?;
+            for name in self.load.iter().chain(&self.carry) {
+                modules.choose(name)?;
+            }
+            for module in &modules.chosen {
+                archive.file(&format!("{folder}/{}.ko", module.name), 0o644, &module.data);
+                let needs = module.needs.iter().map(|name| format!(" {name}.ko"));
+                dependencies.push_str(&format!(
+                    "{}.ko:{}\n",
+                    module.name,
+                    needs.collect::<String>()
+                ));
+            }
+        }
+        archive.file(
+            &format!("{folder}/modules.dep"),
+            0o644,
+            dependencies.as_bytes(),
+        );
+        Ok(())
+    }
+}
+
+struct Module {
+    name: String,
+    data: Vec<u8>,
+    needs: Vec<String>,
+}
+
+/// The kernel's modules by name, and those chosen so far.
+struct Modules {
+    available: BTreeMap<String, PathBuf>,
+    chosen: Vec<Module>,
+}
+
+impl Modules {
+    fn scan(&mut self, folder: &Path) -> Result<()> {
+        let entries =
+            fs::read_dir(folder).with_context(|| format!("no modules in {}", folder.display()))?;
+        for entry in entries {
+            let entry = entry?;
+            let path = entry.path();
+            if entry.file_type()?.is_dir() {
+                self.scan(&path)?;
+            } else if let Some((name, "ko" | "ko.xz" | "ko.zst")) = path
+                .file_name()
+                .and_then(|name| name.to_str()?.split_once('.'))
+            {
+                self.available.insert(name.replace('-', "_"), path.clone());
+            }
+        }
+        Ok(())
+    }
+
+    /// Chooses a module after all that it needs, and returns those names, nearest last.
+    fn choose(&mut self, name: &str) -> Result<Vec<String>> {
+        let name = name.replace('-', "_");
+        if let Some(module) = self.chosen.iter().find(|module| module.name == name) {
+            return Ok(module.needs.clone());
+        }
+        let Some(path) = self.available.get(&name) else {
+            bail!("the kernel has no module {name}");
+        };
+        let data = read_module(path)?;
+        let mut needs = Vec::new();
+        for direct in direct_needs(&data) {
+            // `modules.dep` names what is needed directly first and what that needs after it.
+            let further = self.choose(&direct)?;
+            for need in std::iter::once(direct.replace('-', "_")).chain(further) {
+                if !needs.contains(&need) {
+                    needs.push(need);
+                }
+            }
+        }
+        self.chosen.push(Module {
+            name,
+            data,
+            needs: needs.clone(),
+        });
+        Ok(needs)
+    }
+}
+
+/// A module's bytes, unpacked where the distribution packs it.
+fn read_module(path: &Path) -> Result<Vec<u8>> {
+    let program = match path.extension().and_then(|extension| extension.to_str()) {
+        Some("xz") => "xz",
+        Some("zst") => "zstd",
+        _ => return fs::read(path).with_context(|| format!("cannot read {}", path.display())),
+    };
+    debian::require(&[debian::Tool {
+        program,
+        package: if program == "xz" { "xz-utils" } else { program },
+    }])?;
+    let output = std::process::Command::new(program)
+        .args(["-dc", "--"])
+        .arg(path)
+        .output()?;
+    if !output.status.success() {
+        bail!("{program} cannot unpack {}", path.display());
+    }
+    Ok(output.stdout)
+}
+
+/// The names after `depends=` in the module's information section.
+fn direct_needs(module: &[u8]) -> Vec<String> {
+    const KEY: &[u8] = b"\0depends=";
+    let Some(start) = module.windows(KEY.len()).position(|window| window == KEY) else {
+        return Vec::new();
+    };
+    let value = module[start + KEY.len()..]
+        .split(|&byte| byte == 0)
+        .next()
+        .unwrap_or(&[]);
+    String::from_utf8_lossy(value)
+        .split(',')
+        .filter(|name| !name.is_empty())
+        .map(str::to_owned)
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn needs_are_read_from_the_information_section() {
+        let module = b"\x7fELF\0license=GPL\0depends=virtio,virtio_ring\0retpoline=Y\0";
+        assert_eq!(direct_needs(module), ["virtio", "virtio_ring"]);
+        assert!(direct_needs(b"x\0depends=\0y").is_empty());
+        assert!(direct_needs(b"nothing").is_empty());
+    }
+}
