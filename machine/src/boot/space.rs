@@ -1,0 +1,164 @@
+//! Who gets which part of guest memory while a kernel is loaded.
+
+use core::ops::Range;
+
+use alloc::vec::Vec;
+use testudo_arch::{Gpa, GuestMemory};
+
+use super::{Below, LoadError};
+use crate::layout::{EBDA, Layout, MemoryRange, MemoryType};
+
+/// The first page is the real-mode interrupt table and the BIOS data area.
+const FIRST_FREE: u64 = 0x1000;
+
+/// Usable memory, and what of it is taken.
+pub(super) struct Space<'m, M: ?Sized> {
+    memory: &'m M,
+    layout: &'m Layout,
+    taken: Vec<Range<u64>>,
+}
+
+impl<'m, M: GuestMemory + ?Sized> Space<'m, M> {
+    pub(super) fn new(memory: &'m M, layout: &'m Layout) -> Self {
+        Self {
+            memory,
+            layout,
+            taken: Vec::new(),
+        }
+    }
+
+    pub(super) fn memory(&self) -> &'m M {
+        self.memory
+    }
+
+    pub(super) fn layout(&self) -> &'m Layout {
+        self.layout
+    }
+
+    fn usable(&self) -> impl DoubleEndedIterator<Item = Range<u64>> + use<M> {
+        let map = self.layout.memory_map();
+        map.into_iter()
+            .filter(|range: &MemoryRange| range.kind == MemoryType::Usable)
+            .map(|range| range.start.0.max(FIRST_FREE)..range.end())
+    }
+
+    /// Some taken range that `range` overlaps.
+    fn conflict(&self, range: &Range<u64>) -> Option<&Range<u64>> {
+        let overlaps = |taken: &&Range<u64>| taken.start < range.end && range.start < taken.end;
+        self.taken.iter().find(overlaps)
+    }
+
+    fn take(&mut self, range: Range<u64>) -> Gpa {
+        let start = Gpa(range.start);
+        if !range.is_empty() {
+            self.taken.push(range);
+        }
+        start
+    }
+
+    /// Takes exactly this range, for something that cannot be moved.
+    pub(super) fn place_at(
+        &mut self,
+        what: &'static str,
+        start: Gpa,
+        len: u64,
+    ) -> Result<(), LoadError> {
+        let end = start.checked_add(len);
+        let end = end.ok_or(LoadError::NotMemory { what, start, len })?.0;
+        if !self
+            .usable()
+            .any(|usable| usable.start <= start.0 && end <= usable.end)
+        {
+            return Err(LoadError::NotMemory { what, start, len });
+        }
+        if self.conflict(&(start.0..end)).is_some() {
+            return Err(LoadError::Overlap { what, start, len });
+        }
+        self.take(start.0..end);
+        Ok(())
+    }
+
+    /// The lowest free place in `within`, aligned to a power of two.
+    pub(super) fn find_low(&self, len: u64, align: u64, within: Range<u64>) -> Option<Gpa> {
+        for usable in self.usable() {
+            let limit = usable.end.min(within.end);
+            let mut start = usable.start.max(within.start);
+            // Every round passes one taken range for good, or ends.
+            for _ in 0..=self.taken.len() {
+                start = match start.checked_next_multiple_of(align) {
+                    Some(start) if start.checked_add(len).is_some_and(|end| end <= limit) => start,
+                    _ => break,
+                };
+                match self.conflict(&(start..start + len)) {
+                    Some(taken) => start = taken.end,
+                    None => return Some(Gpa(start)),
+                }
+            }
+        }
+        None
+    }
+
+    /// Takes the lowest free place at or above `from` and below `limit`.
+    pub(super) fn place_from(
+        &mut self,
+        what: &'static str,
+        len: u64,
+        align: u64,
+        within: Range<u64>,
+    ) -> Result<Gpa, LoadError> {
+        let below = Below(within.end);
+        let start = self
+            .find_low(len, align, within)
+            .ok_or(LoadError::TooLittleMemory { what, len, below })?;
+        Ok(self.take(start.0..start.0 + len))
+    }
+
+    /// Takes a place in conventional memory, for the small structures of a protocol.
+    pub(super) fn place_conventional(
+        &mut self,
+        what: &'static str,
+        len: u64,
+        align: u64,
+    ) -> Result<Gpa, LoadError> {
+        self.place_from(what, len, align, 0..EBDA.0)
+    }
+
+    /// Takes the highest free place below `limit`, and below 640 KiB only if there is none above.
+    pub(super) fn place_high(
+        &mut self,
+        what: &'static str,
+        len: u64,
+        align: u64,
+        limit: u64,
+    ) -> Result<Gpa, LoadError> {
+        for usable in self.usable().rev() {
+            let mut end = usable.end.min(limit);
+            for _ in 0..=self.taken.len() {
+                let start = match end.checked_sub(len) {
+                    Some(start) if start - start % align >= usable.start => start - start % align,
+                    _ => break,
+                };
+                match self.conflict(&(start..start + len)) {
+                    Some(taken) => end = taken.start,
+                    None => return Ok(self.take(start..start + len)),
+                }
+            }
+        }
+        let below = Below(limit);
+        Err(LoadError::TooLittleMemory { what, len, below })
+    }
+
+    /// Copies a part of a kernel and clears what lies behind it up to `len`.
+    pub(super) fn write_padded(&self, start: Gpa, data: &[u8], len: u64) -> Result<(), LoadError> {
+        const ZEROS: [u8; 4096] = [0; 4096];
+        self.memory.write(start, data)?;
+        let mut done = data.len() as u64;
+        while done < len {
+            let part = (len - done).min(ZEROS.len() as u64);
+            let gpa = start.wrapping_add(done);
+            self.memory.write(gpa, &ZEROS[..part as usize])?;
+            done += part;
+        }
+        Ok(())
+    }
+}
