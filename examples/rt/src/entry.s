@@ -148,3 +148,66 @@ rt_boot_stack_guard: .skip 4096
 .skip 128 * 1024
 .global rt_boot_stack_top
 rt_boot_stack_top:
+
+# The entry points of the 256 vectors, 16 bytes each: the vector's number, below an error code that is 0
+# where the processor pushes none.
+.section .text.rt_vectors, "ax"
+.code64
+.balign 16
+.global rt_vectors
+rt_vectors:
+.set vector, 0
+.rept 256
+    .balign 16
+    .if (vector == 8) || (vector >= 10 && vector <= 14) || (vector == 17) || (vector == 21) || (vector == 29) || (vector == 30)
+    .else
+    push $0
+    .endif
+    push $vector
+    jmp interrupt
+    .set vector, vector + 1
+.endr
+
+interrupt:
+    push %rax
+    push %rbx
+    push %rcx
+    push %rdx
+    push %rsi
+    push %rdi
+    push %rbp
+    push %r8
+    push %r9
+    push %r10
+    push %r11
+    push %r12
+    push %r13
+    push %r14
+    push %r15
+    cld
+    mov %rsp, %rdi
+    # Rust code uses the SSE registers; the interrupted code's go to an aligned place below the frame.
+    mov %rsp, %rbp
+    sub $512, %rsp
+    and $-16, %rsp
+    fxsave64 (%rsp)
+    call rt_interrupt
+    fxrstor64 (%rsp)
+    mov %rbp, %rsp
+    pop %r15
+    pop %r14
+    pop %r13
+    pop %r12
+    pop %r11
+    pop %r10
+    pop %r9
+    pop %r8
+    pop %rbp
+    pop %rdi
+    pop %rsi
+    pop %rdx
+    pop %rcx
+    pop %rbx
+    pop %rax
+    add $16, %rsp
+    iretq

@@ -29,14 +29,22 @@ extern crate alloc;
 #[cfg(test)]
 extern crate std;
 
+pub mod acpi;
+pub mod apic;
 mod boot;
+pub mod cpu;
 pub mod exit;
+pub mod ioapic;
+pub mod irq;
 pub mod lock;
 pub mod memory;
+pub mod msr;
 pub mod port;
 pub mod serial;
 #[cfg(not(test))]
 mod symbols;
+pub mod time;
+pub mod timer;
 
 pub use boot::{Boot, Loader, MemoryKind, MemoryRange, Module};
 pub use exit::exit;
@@ -63,8 +71,9 @@ mod start {
     use alloc::boxed::Box;
     use core::panic::PanicInfo;
 
+    use crate::acpi::{Madt, Tables};
     use crate::boot::{Boot, Raw};
-    use crate::{exit, memory, serial};
+    use crate::{apic, cpu, exit, ioapic, memory, serial, time};
 
     unsafe extern "Rust" {
         safe fn rt_main(boot: &'static Boot) -> u8;
@@ -79,8 +88,19 @@ mod start {
             crate::println!("the loader passed neither PVH nor Multiboot 2 boot information");
             exit(exit::PANICKED);
         };
+        // SAFETY: this is the boot processor, nothing has used GS, and interrupts are off.
+        unsafe { cpu::enter(0) };
         memory::init(&raw);
-        let boot = Box::leak(Box::new(Boot::from_raw(&raw)));
+        let boot = &*Box::leak(Box::new(Boot::from_raw(&raw)));
+        let madt = Tables::of(boot)
+            .table(b"APIC")
+            .map(Madt::parse)
+            .unwrap_or_default();
+        apic::init();
+        ioapic::init(&madt);
+        cpu::enumerate(madt.processors.iter().copied());
+        time::calibrate();
+        memory::guard_boot_stack();
         exit(rt_main(boot))
     }
 

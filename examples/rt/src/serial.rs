@@ -3,9 +3,11 @@
 use core::fmt;
 
 use crate::lock::Lock;
-use crate::port;
+use crate::{apic, ioapic, port};
 
 const BASE: u16 = 0x3f8;
+/// COM1's ISA interrupt.
+const IRQ: u8 = 4;
 
 const DATA: u16 = BASE;
 const INTERRUPT_ENABLE: u16 = BASE + 1;
@@ -92,6 +94,17 @@ pub fn write_bytes(bytes: &[u8]) {
 pub fn read_byte() -> Option<u8> {
     let status = read(LINE_STATUS);
     (status != NO_UART && status & DATA_READY != 0).then(|| read(DATA))
+}
+
+/// Has received bytes raise `vector` on the calling processor.
+///
+/// Returns false where there is no I/O APIC to route the interrupt.
+pub fn enable_rx_irq(vector: u8) -> bool {
+    if !ioapic::route_isa(IRQ, vector, apic::id()) {
+        return false;
+    }
+    write(INTERRUPT_ENABLE, 1);
+    true
 }
 
 /// Waits until everything written has left the transmitter.

@@ -1,7 +1,7 @@
 //! Physical memory: the frame allocator over the firmware's map, the identity map, and the heap.
 
 mod heap;
-pub(crate) mod paging;
+pub mod paging;
 mod ranges;
 
 use crate::boot::{MemoryKind, Raw};
@@ -19,6 +19,7 @@ static FREE: Lock<FreeRanges> = Lock::new(FreeRanges::new());
 unsafe extern "C" {
     static rt_image_start: u8;
     static rt_image_end: u8;
+    static rt_boot_stack_guard: u8;
 }
 
 /// Takes stock of the memory: what is usable and holds neither the program nor what it was given.
@@ -68,13 +69,26 @@ fn stock(raw: &Raw, from: u64, to: u64) {
     }
 }
 
-/// Takes contiguous zeroed memory of at least `bytes`, aligned to `align` (a power of two).
+/// Makes an overflow of the first stack a fault.
+#[cfg(not(test))]
+pub(crate) fn guard_boot_stack() {
+    // SAFETY: the entry code keeps the page empty.
+    unsafe { paging::guard(&raw const rt_boot_stack_guard as u64) };
+}
+
+/// Takes contiguous memory of at least `bytes`, aligned to `align` (a power of two), with whatever it
+/// holds.
 ///
 /// Returns its physical address, at which the identity map also has it. It is never given back by itself;
 /// see [`release`].
 pub fn reserve(bytes: u64, align: u64) -> Option<u64> {
     let bytes = bytes.checked_next_multiple_of(FRAME)?;
-    let start = FREE.lock().take(bytes, align.max(FRAME))?;
+    FREE.lock().take(bytes, align.max(FRAME))
+}
+
+/// As [`reserve`], with the memory zeroed.
+pub fn reserve_zeroed(bytes: u64, align: u64) -> Option<u64> {
+    let start = reserve(bytes, align)?;
     // SAFETY: the range is mapped writable, and the allocator has just given up all claim to it.
     unsafe { core::ptr::write_bytes(start as *mut u8, 0, bytes as usize) };
     Some(start)
@@ -91,7 +105,7 @@ pub unsafe fn release(start: u64, bytes: u64) {
 
 /// Takes one zeroed frame.
 pub fn alloc_frame() -> Option<u64> {
-    reserve(FRAME, FRAME)
+    reserve_zeroed(FRAME, FRAME)
 }
 
 /// Bytes that are neither handed out nor part of the heap.

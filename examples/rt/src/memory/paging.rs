@@ -4,6 +4,7 @@ use x86_64::instructions::tlb;
 use x86_64::registers::control::Cr3;
 
 use crate::boot::Raw;
+use crate::cpu::features::has_1g_pages;
 use crate::lock::Lock;
 
 const PRESENT: u64 = 1 << 0;
@@ -152,11 +153,6 @@ unsafe fn split(entry: *mut u64, size: u64, flags: u64) -> *mut u64 {
         entry.write_volatile(table as u64 | WRITABLE | PRESENT);
         table
     }
-}
-
-fn has_1g_pages() -> bool {
-    use core::arch::x86_64::__cpuid;
-    __cpuid(0x8000_0000).eax >= 0x8000_0001 && __cpuid(0x8000_0001).edx & 1 << 26 != 0
 }
 
 /// The page tables' root, for the other processors and for a world switch.

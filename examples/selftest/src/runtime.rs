@@ -1,0 +1,463 @@
+//! Cases on the runtime itself.
+#![allow(unsafe_code)]
+
+use alloc::boxed::Box;
+use alloc::vec::Vec;
+use core::arch::asm;
+use core::hint::black_box;
+use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use testudo_rt::irq::{self, TrapFrame};
+use testudo_rt::{Boot, MemoryKind, acpi, apic, cpu, memory, msr, time, timer};
+
+use crate::case::{Case, Outcome, check, check_eq};
+
+pub(crate) const CASES: &[Case] = &[
+    Case {
+        name: "rt::memory_map",
+        run: memory_map,
+    },
+    Case {
+        name: "rt::reserve",
+        run: reserve,
+    },
+    Case {
+        name: "rt::heap",
+        run: heap,
+    },
+    Case {
+        name: "rt::memory_functions",
+        run: memory_functions,
+    },
+    Case {
+        name: "rt::floating_point",
+        run: floating_point,
+    },
+    Case {
+        name: "rt::exception_is_caught",
+        run: exception_is_caught,
+    },
+    Case {
+        name: "rt::page_fault_names_its_address",
+        run: page_fault_names_its_address,
+    },
+    Case {
+        name: "rt::refused_msr_is_reported",
+        run: refused_msr_is_reported,
+    },
+    Case {
+        name: "rt::acpi_tables",
+        run: acpi_tables,
+    },
+    Case {
+        name: "rt::clocks_agree",
+        run: clocks_agree,
+    },
+    Case {
+        name: "rt::timer_one_shot",
+        run: timer_one_shot,
+    },
+    Case {
+        name: "rt::timer_deadline",
+        run: timer_deadline,
+    },
+    Case {
+        name: "rt::timer_disarmed_stays_silent",
+        run: timer_disarmed_stays_silent,
+    },
+    Case {
+        name: "rt::interrupt_preserves_registers",
+        run: interrupt_preserves_registers,
+    },
+    Case {
+        name: "rt::processors_start",
+        run: processors_start,
+    },
+    Case {
+        name: "rt::interrupt_between_processors",
+        run: interrupt_between_processors,
+    },
+];
+
+const TIMER: u8 = 0x40;
+const IPI: u8 = 0x41;
+const IPI_REPLY: u8 = 0x42;
+
+fn memory_map(boot: &'static Boot) -> Outcome {
+    let here = memory_map as *const () as u64;
+    let holds =
+        |range: &&testudo_rt::MemoryRange| here >= range.start && here - range.start < range.len;
+    let Some(own) = boot.memory_map().iter().find(holds) else {
+        return Outcome::Failed("the map does not mention the program".into());
+    };
+    check_eq!(own.kind, MemoryKind::Usable);
+    check!(
+        memory::available() > 8 << 20,
+        "only {} bytes are free",
+        memory::available()
+    );
+    Outcome::Passed
+}
+
+fn reserve(_: &'static Boot) -> Outcome {
+    const SIZE: u64 = 4 << 20;
+    let before = memory::available();
+    let Some(start) = memory::reserve_zeroed(SIZE, 2 << 20) else {
+        return Outcome::Failed("4 MiB are not to be had".into());
+    };
+    check_eq!(start % (2 << 20), 0);
+    check_eq!(before - memory::available(), SIZE);
+    // SAFETY: the range was just handed out, and is mapped.
+    let bytes = unsafe { core::slice::from_raw_parts_mut(start as *mut u64, SIZE as usize / 8) };
+    check!(
+        bytes.iter().all(|&word| word == 0),
+        "reserved memory is not zero"
+    );
+    bytes.fill(u64::MAX);
+    // SAFETY: `bytes` is not used any longer.
+    unsafe { memory::release(start, SIZE) };
+    check_eq!(memory::available(), before);
+    check_eq!(memory::reserve(u64::MAX, 4096), None);
+    check_eq!(memory::reserve(memory::largest(4096) + 4096, 4096), None);
+    Outcome::Passed
+}
+
+fn heap(_: &'static Boot) -> Outcome {
+    let mut blocks: Vec<Box<[u8]>> = Vec::new();
+    for round in 0..200_usize {
+        blocks.push(alloc::vec![round as u8; round * 97 + 1].into_boxed_slice());
+        if round % 3 == 0 {
+            blocks.swap_remove(round / 3 % blocks.len());
+        }
+    }
+    let intact = |block: &Box<[u8]>| {
+        block
+            .iter()
+            .all(|&byte| usize::from(byte) == (block.len() - 1) / 97)
+    };
+    check!(blocks.iter().all(intact), "a block changed");
+    // Larger than what the heap takes at a time.
+    let large = alloc::vec![7_u8; 9 << 20];
+    check!(
+        large.iter().all(|&byte| byte == 7),
+        "the large block changed"
+    );
+    Outcome::Passed
+}
+
+fn memory_functions(_: &'static Boot) -> Outcome {
+    for length in 0..70 {
+        let mut bytes: Vec<u8> = (0..160).map(|byte| byte as u8).collect();
+        let expected: Vec<u8> = bytes[3..3 + length].into();
+        bytes.copy_within(3..3 + length, 9);
+        check!(
+            bytes[9..9 + length] == expected[..],
+            "a copy upwards of {length} bytes"
+        );
+        check!(
+            bytes[9 + length] == (9 + length) as u8,
+            "a copy of {length} bytes wrote beyond"
+        );
+        let mut bytes: Vec<u8> = (0..160).map(|byte| byte as u8).collect();
+        let expected: Vec<u8> = bytes[9..9 + length].into();
+        bytes.copy_within(9..9 + length, 3);
+        check!(
+            bytes[3..3 + length] == expected[..],
+            "a copy downwards of {length} bytes"
+        );
+        check!(
+            bytes[2] == 2 && (length < 6 || bytes[3 + length] == (3 + length) as u8),
+            "wrote beyond"
+        );
+        let mut other = expected.clone();
+        check!(
+            black_box(&other) == black_box(&expected),
+            "equal bytes compare unequal"
+        );
+        if let Some(last) = other.last_mut() {
+            *last = last.wrapping_add(1);
+            check!(
+                black_box(&other) > black_box(&expected),
+                "the order of bytes at length {length}"
+            );
+            other[0] = 0;
+            check!(
+                length == 1 || black_box(&other) < black_box(&expected),
+                "the first byte decides"
+            );
+        }
+        other.fill(0x5a);
+        check!(
+            other.iter().all(|&byte| byte == 0x5a),
+            "filling {length} bytes"
+        );
+    }
+    Outcome::Passed
+}
+
+fn floating_point(_: &'static Boot) -> Outcome {
+    let third = black_box(1.0_f64) / black_box(3.0);
+    check_eq!(alloc::format!("{third:.6}"), "0.333333");
+    let sum: f32 = (0..1000).map(|n| black_box(n as f32)).sum();
+    check!(sum == 499_500.0, "the sum is {sum}");
+    Outcome::Passed
+}
+
+static CAUGHT: AtomicU64 = AtomicU64::new(0);
+
+fn exception_is_caught(_: &'static Boot) -> Outcome {
+    fn skip_ud2(frame: &mut TrapFrame) {
+        CAUGHT.store(frame.rip, Ordering::SeqCst);
+        frame.rip += 2;
+        frame.rax = 0x1234;
+    }
+    irq::set_handler(6, skip_ud2);
+    let (at, rax): (u64, u64);
+    // SAFETY: the handler steps over the instruction and changes RAX, as declared.
+    unsafe { asm!("lea {at}, [rip + 2f]", "2: ud2", at = out(reg) at, out("rax") rax) };
+    irq::clear_handler(6);
+    check_eq!(CAUGHT.load(Ordering::SeqCst), at);
+    check_eq!(rax, 0x1234);
+    Outcome::Passed
+}
+
+fn page_fault_names_its_address(_: &'static Boot) -> Outcome {
+    /// Canonical, and beyond all that is mapped.
+    const NOWHERE: u64 = 0xffff_8000_0000_0000;
+    fn note(frame: &mut TrapFrame) {
+        let address: u64;
+        // SAFETY: reading CR2 in its handler.
+        unsafe { asm!("mov {}, cr2", out(reg) address) };
+        CAUGHT.store(address | frame.error_code, Ordering::SeqCst);
+        frame.rip = frame.rbx;
+    }
+    irq::set_handler(14, note);
+    // SAFETY: the write faults, and the handler continues behind it. RBX is saved by hand, as the
+    // compiler may not give it away.
+    unsafe {
+        asm!(
+            "xchg rbx, {saved}",
+            "lea rbx, [rip + 2f]",
+            "mov byte ptr [{nowhere}], 1",
+            "2: xchg rbx, {saved}",
+            saved = inout(reg) 0_u64 => _,
+            nowhere = in(reg) NOWHERE,
+        );
+    }
+    irq::clear_handler(14);
+    // The page is not present, and the access was a write.
+    check_eq!(CAUGHT.load(Ordering::SeqCst), NOWHERE | 2);
+    Outcome::Passed
+}
+
+fn refused_msr_is_reported(_: &'static Boot) -> Outcome {
+    /// VM_HSAVE_PA takes page-aligned addresses only (AMD APM vol. 2, 15.30.4); Intel's have none.
+    const VM_HSAVE_PA: u32 = 0xc001_0117;
+    // SAFETY: every processor refuses, so nothing changes.
+    check!(
+        !unsafe { msr::try_write(VM_HSAVE_PA, 1) },
+        "an unaligned VM_HSAVE_PA is accepted"
+    );
+    check!(
+        msr::try_read(0x1b).is_some_and(|base| base & 1 << 8 != 0),
+        "this is not the boot processor"
+    );
+    Outcome::Passed
+}
+
+fn acpi_tables(boot: &'static Boot) -> Outcome {
+    let tables = acpi::Tables::of(boot);
+    for signature in [b"APIC", b"FACP"] {
+        check!(
+            tables.table(signature).is_some(),
+            "there is no {}",
+            signature.escape_ascii()
+        );
+    }
+    check!(tables.table(b"NONE").is_none());
+    Outcome::Passed
+}
+
+fn clocks_agree(_: &'static Boot) -> Outcome {
+    let (tsc, apic) = (time::tsc_hz(), time::apic_hz());
+    check!(
+        (10_000_000..10_000_000_000).contains(&tsc),
+        "the TSC runs at {tsc} Hz"
+    );
+    check!(
+        (1_000_000..10_000_000_000).contains(&apic),
+        "the APIC timer runs at {apic} Hz"
+    );
+    let start = time::now_ns();
+    time::delay_ns(3_000_000);
+    let took = time::now_ns() - start;
+    check!(
+        (3_000_000..300_000_000).contains(&took),
+        "a delay of 3 ms took {took} ns"
+    );
+    check_eq!(time::ns_to_tsc(1_000_000_000), tsc);
+    Outcome::Passed
+}
+
+static TICKS: AtomicUsize = AtomicUsize::new(0);
+static TICK_TSC: AtomicU64 = AtomicU64::new(0);
+
+fn tick(_: &mut TrapFrame) {
+    TICK_TSC.store(time::tsc(), Ordering::SeqCst);
+    TICKS.fetch_add(1, Ordering::SeqCst);
+}
+
+/// Arms the timer three times and says how it came: never early, and not after half a second.
+fn timer_arrives() -> Outcome {
+    const DELAY_NS: u64 = 5_000_000;
+    irq::set_handler(TIMER, tick);
+    for round in 1..=3 {
+        TICKS.store(0, Ordering::SeqCst);
+        let start = time::tsc();
+        timer::arm(start + time::ns_to_tsc(DELAY_NS));
+        while TICKS.load(Ordering::SeqCst) == 0 {
+            irq::wait();
+        }
+        let took = time::tsc_to_ns(TICK_TSC.load(Ordering::SeqCst) - start);
+        // The two clocks were measured against each other to about a thousandth.
+        check!(
+            took > DELAY_NS - DELAY_NS / 100,
+            "round {round}: early, after {took} ns"
+        );
+        check!(took < 500_000_000, "round {round}: late, after {took} ns");
+        check_eq!(TICKS.load(Ordering::SeqCst), 1);
+    }
+    Outcome::Passed
+}
+
+fn timer_one_shot(_: &'static Boot) -> Outcome {
+    timer::start_one_shot(TIMER);
+    timer_arrives()
+}
+
+fn timer_deadline(_: &'static Boot) -> Outcome {
+    if !cpu::features::has_tsc_deadline() {
+        return Outcome::Skipped("the processor has no TSC-deadline mode");
+    }
+    timer::start(TIMER);
+    check!(timer::uses_deadline());
+    timer_arrives()
+}
+
+fn timer_disarmed_stays_silent(_: &'static Boot) -> Outcome {
+    timer::start(TIMER);
+    irq::set_handler(TIMER, tick);
+    TICKS.store(0, Ordering::SeqCst);
+    timer::arm(time::tsc() + time::ns_to_tsc(20_000_000));
+    timer::disarm();
+    irq::enable();
+    time::delay_ns(30_000_000);
+    irq::disable();
+    check_eq!(TICKS.load(Ordering::SeqCst), 0);
+    Outcome::Passed
+}
+
+fn interrupt_preserves_registers(_: &'static Boot) -> Outcome {
+    fn clobber(_: &mut TrapFrame) {
+        // SAFETY: the registers are declared as overwritten.
+        unsafe {
+            asm!("pcmpeqd xmm0, xmm0", "pcmpeqd xmm15, xmm15", "mov r10, -1", out("xmm0") _, out("xmm15") _, out("r10") _);
+        }
+    }
+    irq::set_handler(0x50, clobber);
+    let (xmm0, xmm15, r10, red_zone): (u64, u64, u64, u64);
+    // SAFETY: the handler returns, and the word below the stack pointer is put there for the test alone.
+    unsafe {
+        asm!(
+            "mov {scratch}, 0x1122334455667788",
+            "movq xmm0, {scratch}",
+            "movq xmm15, {scratch}",
+            "mov r10, {scratch}",
+            "sub rsp, 256",
+            "mov [rsp - 8], {scratch}",
+            "int 0x50",
+            "mov {red_zone}, [rsp - 8]",
+            "add rsp, 256",
+            "movq {xmm0}, xmm0",
+            "movq {xmm15}, xmm15",
+            scratch = out(reg) _,
+            red_zone = out(reg) red_zone,
+            xmm0 = out(reg) xmm0,
+            xmm15 = out(reg) xmm15,
+            out("r10") r10,
+            out("xmm0") _,
+            out("xmm15") _,
+        );
+    }
+    irq::clear_handler(0x50);
+    for value in [xmm0, xmm15, r10, red_zone] {
+        check_eq!(value, 0x1122_3344_5566_7788);
+    }
+    Outcome::Passed
+}
+
+static SEEN: [AtomicUsize; cpu::MAX] = [const { AtomicUsize::new(usize::MAX) }; cpu::MAX];
+static STOP: AtomicUsize = AtomicUsize::new(0);
+
+/// What the other processors do: say who they are, and handle interrupts.
+fn serve(id: usize) {
+    SEEN[id].store(cpu::current_id(), Ordering::SeqCst);
+    while STOP.load(Ordering::SeqCst) == 0 {
+        irq::wait();
+    }
+}
+
+fn processors_start(_: &'static Boot) -> Outcome {
+    irq::set_handler(IPI, answer);
+    irq::set_handler(IPI_REPLY, tick);
+    if let Err(missing) = cpu::start_all(serve) {
+        return Outcome::Failed(alloc::format!("{missing}"));
+    }
+    let deadline = time::now_ns() + 2_000_000_000;
+    for id in 1..cpu::count() {
+        while SEEN[id].load(Ordering::SeqCst) != id {
+            check!(time::now_ns() < deadline, "processor {id} does not say so");
+            core::hint::spin_loop();
+        }
+    }
+    check_eq!(cpu::current_id(), 0);
+    check_eq!(apic::id(), cpu::apic_id(0));
+    Outcome::Passed
+}
+
+static ASKED: AtomicUsize = AtomicUsize::new(0);
+
+fn answer(_: &mut TrapFrame) {
+    ASKED.store(cpu::current_id(), Ordering::SeqCst);
+    apic::send_ipi(0, IPI_REPLY);
+}
+
+fn interrupt_between_processors(_: &'static Boot) -> Outcome {
+    if cpu::count() < 2 {
+        return Outcome::Skipped("there is one processor");
+    }
+    for id in 1..cpu::count() {
+        for _ in 0..10 {
+            TICKS.store(0, Ordering::SeqCst);
+            apic::send_ipi(id, IPI);
+            while TICKS.load(Ordering::SeqCst) == 0 {
+                irq::wait();
+            }
+            check_eq!(ASKED.load(Ordering::SeqCst), id);
+        }
+    }
+    STOP.store(1, Ordering::SeqCst);
+    for id in 1..cpu::count() {
+        apic::send_ipi(id, IPI);
+    }
+    let deadline = time::now_ns() + 2_000_000_000;
+    while cpu::finished() < cpu::count() - 1 {
+        check!(
+            time::now_ns() < deadline,
+            "{} of the others have finished",
+            cpu::finished()
+        );
+        core::hint::spin_loop();
+    }
+    Outcome::Passed
+}
