@@ -19,11 +19,14 @@ use clap::Parser;
 enum Cli {
     /// Boot a guest kernel on a bare-metal hypervisor made of the project's crates
     Boot(command::boot::Boot),
+    /// Run the bare-metal test kernel on an emulator
+    Selftest(command::selftest::Selftest),
 }
 
 fn main() -> ExitCode {
     let result = match Cli::parse() {
         Cli::Boot(boot) => boot.run(),
+        Cli::Selftest(selftest) => selftest.run(),
     };
     match result {
         Ok(status) => ExitCode::from(status),

@@ -24,11 +24,11 @@ pub(crate) enum Kind {
 }
 
 /// The processor that the program is to find.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Cpu {
-    /// One with SVM.
+    /// One with SVM
     Svm,
-    /// One with VMX.
+    /// One with VMX
     Vmx,
 }
 

@@ -1,0 +1,52 @@
+//! `cargo xtask selftest`: the test kernel on an emulator.
+
+use std::time::Duration;
+
+use anyhow::Result;
+
+use crate::bare::{self, Payload};
+use crate::emulator::{Cpu, Kind, Machine};
+use crate::run;
+
+/// Run the bare-metal test kernel on an emulator
+#[derive(clap::Args)]
+pub(crate) struct Selftest {
+    /// The emulator
+    #[arg(long, value_enum, default_value = "qemu")]
+    emulator: Kind,
+    /// The processor's virtualization [default: svm]
+    #[arg(long, value_enum, default_value = "svm")]
+    cpu: Cpu,
+    /// The machine's processors
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    processors: u32,
+    /// The machine's memory in MiB
+    #[arg(long, value_name = "MIB", default_value_t = 512)]
+    memory: u64,
+    /// End the run after this time, with status 124
+    #[arg(long, value_name = "SECS", default_value_t = 600)]
+    timeout: u64,
+    /// Show what is executed
+    #[arg(short, long)]
+    verbose: bool,
+    /// Run only the cases whose names contain one of these
+    filter: Vec<String>,
+}
+
+impl Selftest {
+    pub(crate) fn run(&self) -> Result<u8> {
+        run::set_verbose(self.verbose);
+        let machine = Machine {
+            cpu: self.cpu,
+            processors: self.processors,
+            memory: self.memory,
+            timeout: Some(Duration::from_secs(self.timeout)),
+            ..Machine::new(self.emulator)
+        };
+        let payload = Payload {
+            command_line: self.filter.join(" "),
+            modules: Vec::new(),
+        };
+        machine.run(&bare::build("selftest")?, &payload)
+    }
+}
