@@ -90,7 +90,7 @@ pub const RTC_GSI: u8 = 8;
 pub const DEBUG_EXIT: u16 = 0xF4;
 
 /// The global system interrupts of the PCI lines INTA to INTD of device 0; device `n` is rotated by
-/// `n` (level-triggered, active high).
+/// `n`. Level-triggered; guests program them as active low, a polarity that nothing depends on.
 pub const PCI_GSIS: [u8; 4] = [16, 17, 18, 19];
 /// The interrupts left for virtio-mmio devices and others that ask for one.
 pub const FREE_GSIS: [u8; 9] = [5, 10, 11, 20, 21, 22, 23, 6, 7];
