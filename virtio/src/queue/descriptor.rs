@@ -1,0 +1,172 @@
+//! Descriptors: the sixteen bytes that both formats begin alike (VIRTIO 1.3, 2.7.5 and 2.8.5).
+
+use testudo_arch::{Gpa, GuestMemory};
+
+use super::{QueueError, Segment, Walk};
+
+/// The chain continues in another descriptor.
+pub(super) const NEXT: u16 = 1;
+/// The device writes the buffer; otherwise it reads it.
+pub(super) const WRITE: u16 = 2;
+/// The buffer is a table of descriptors.
+pub(super) const INDIRECT: u16 = 4;
+
+/// One descriptor as copied from guest memory. `tail` is the last 32 bits, in which the formats
+/// differ: flags and next index (split), or buffer number and flags (packed).
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Descriptor {
+    pub(super) gpa: Gpa,
+    pub(super) len: u32,
+    tail: u32,
+}
+
+impl Descriptor {
+    /// From the two halves as the ring holds them.
+    #[inline]
+    pub(super) const fn from_words(address: u64, rest: u64) -> Self {
+        Self {
+            gpa: Gpa(address),
+            len: rest as u32,
+            tail: (rest >> 32) as u32,
+        }
+    }
+
+    /// Copies a descriptor out of a table.
+    #[inline]
+    pub(super) fn read<M: GuestMemory>(
+        memory: &M,
+        table: Gpa,
+        index: u16,
+    ) -> Result<Self, QueueError> {
+        let mut bytes = [0; 16];
+        memory.read(table.wrapping_add(16 * u64::from(index)), &mut bytes)?;
+        let bits = u128::from_le_bytes(bytes);
+        Ok(Self::from_words(bits as u64, (bits >> 64) as u64))
+    }
+
+    /// The flags where the split format has them.
+    #[inline]
+    pub(super) const fn split_flags(self) -> u16 {
+        self.tail as u16
+    }
+
+    /// The index of the next descriptor (split).
+    #[inline]
+    pub(super) const fn next(self) -> u16 {
+        (self.tail >> 16) as u16
+    }
+
+    /// The flags where the packed format has them.
+    #[inline]
+    pub(super) const fn packed_flags(self) -> u16 {
+        (self.tail >> 16) as u16
+    }
+
+    /// The buffer number (packed).
+    #[inline]
+    pub(super) const fn id(self) -> u16 {
+        self.tail as u16
+    }
+}
+
+/// What was taken from a ring: its number, the ring places it occupies, and how many of the
+/// collected segments are readable, then writable.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Taken {
+    pub(super) id: u16,
+    pub(super) descriptors: u16,
+    pub(super) readable: u16,
+    pub(super) writable: u16,
+}
+
+/// Collects the segments of one chain and enforces the bounds.
+pub(super) struct Collector<'w> {
+    walk: &'w mut Walk,
+    seen: u16,
+    readable: u16,
+    writable: u16,
+    bytes: u64,
+}
+
+impl<'w> Collector<'w> {
+    #[inline]
+    pub(super) fn new(walk: &'w mut Walk) -> Self {
+        Self {
+            walk,
+            seen: 0,
+            readable: 0,
+            writable: 0,
+            bytes: 0,
+        }
+    }
+
+    #[inline]
+    pub(super) fn finish(self, id: u16, descriptors: u16) -> Taken {
+        Taken {
+            id,
+            descriptors,
+            readable: self.readable,
+            writable: self.writable,
+        }
+    }
+
+    /// Adds one buffer. Empty ones count as descriptors, which bounds every loop, but make no
+    /// segment.
+    #[inline]
+    pub(super) fn push(&mut self, descriptor: Descriptor, flags: u16) -> Result<(), QueueError> {
+        let limit = self.walk.segments.len();
+        if usize::from(self.seen) >= limit {
+            return Err(QueueError::TooManySegments(limit as u16));
+        }
+        self.seen += 1;
+        let Descriptor { gpa, len, .. } = descriptor;
+        if gpa.checked_add(len.into()).is_none() {
+            return Err(QueueError::Wraps { gpa, len });
+        }
+        self.bytes += u64::from(len);
+        if self.bytes > u64::from(self.walk.max_bytes) {
+            return Err(QueueError::TooManyBytes(self.walk.max_bytes));
+        }
+        if flags & WRITE == 0 && self.writable > 0 {
+            return Err(QueueError::ReadableAfterWritable);
+        }
+        if len == 0 {
+            return Ok(());
+        }
+        let place = usize::from(self.readable + self.writable);
+        if flags & WRITE == 0 {
+            self.readable += 1;
+        } else {
+            self.writable += 1;
+        }
+        if let Some(segment) = self.walk.segments.get_mut(place) {
+            *segment = Segment { gpa, len };
+        }
+        Ok(())
+    }
+
+    /// The number of descriptors in the indirect table that `descriptor` refers to, if the driver
+    /// may use one here and it lies within the bounds.
+    #[inline]
+    pub(super) fn indirect_table(
+        &self,
+        descriptor: Descriptor,
+        flags: u16,
+    ) -> Result<u16, QueueError> {
+        let Descriptor { gpa, len, .. } = descriptor;
+        if !self.walk.indirect {
+            return Err(QueueError::IndirectNotNegotiated);
+        }
+        if flags & NEXT != 0 {
+            return Err(QueueError::IndirectWithNext);
+        }
+        let count = u16::try_from(len / 16).unwrap_or(u16::MAX);
+        if len == 0 || len % 16 != 0 || u32::from(count) * 16 != len {
+            return Err(QueueError::IndirectLength(len));
+        }
+        if gpa.checked_add(len.into()).is_none() {
+            return Err(QueueError::Wraps { gpa, len });
+        }
+        Ok(count)
+    }
+}

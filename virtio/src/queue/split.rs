@@ -1,0 +1,217 @@
+//! The split ring (VIRTIO 1.3, 2.7).
+
+use core::sync::atomic::{Ordering, fence};
+
+use testudo_arch::{Gpa, GuestMemory};
+
+use super::descriptor::{Collector, Descriptor, INDIRECT, NEXT, Taken};
+use super::{QueueConfig, QueueError, Walk};
+
+/// Offset of the index in both the available and the used ring; the flags are at 0.
+const INDEX: u64 = 2;
+/// Offset of the first element in both.
+const ELEMENTS: u64 = 4;
+/// Available flags: the driver wants no interrupt.
+const NO_INTERRUPT: u16 = 1;
+/// Used flags: the device wants no notification.
+const NO_NOTIFY: u16 = 1;
+
+#[derive(Debug)]
+pub(super) struct Split {
+    size: u16,
+    table: Gpa,
+    available: Gpa,
+    used: Gpa,
+    event_idx: bool,
+    /// The chain to take next, and the end of those known to be available.
+    next_available: u16,
+    seen_available: u16,
+    /// The next place in the used ring, what the driver has been shown, and what it was at the
+    /// last decision about an interrupt.
+    next_used: u16,
+    published: u16,
+    muted: bool,
+}
+
+impl Split {
+    pub(super) fn new(config: &QueueConfig, event_idx: bool) -> Self {
+        Self {
+            size: config.size,
+            table: config.descriptors,
+            available: config.driver,
+            used: config.device,
+            event_idx,
+            next_available: 0,
+            seen_available: 0,
+            next_used: 0,
+            published: 0,
+            muted: false,
+        }
+    }
+
+    #[inline]
+    pub(super) fn size(&self) -> u16 {
+        self.size
+    }
+
+    /// The element that a free-running index stands for.
+    #[inline]
+    fn slot(&self, index: u16) -> u64 {
+        u64::from(index & (self.size - 1))
+    }
+
+    /// Whether there is a chain to take; looks at the driver's index only when all that was known
+    /// has been taken.
+    #[inline]
+    pub(super) fn more<M: GuestMemory>(&mut self, memory: &M) -> Result<bool, QueueError> {
+        if self.next_available != self.seen_available {
+            return Ok(true);
+        }
+        let index = memory.load_u16(self.available.wrapping_add(INDEX))?;
+        if index.wrapping_sub(self.next_available) > self.size {
+            return Err(QueueError::AvailableIndex {
+                index,
+                next: self.next_available,
+                size: self.size,
+            });
+        }
+        self.seen_available = index;
+        Ok(index != self.next_available)
+    }
+
+    #[inline]
+    pub(super) fn pop<M: GuestMemory>(
+        &mut self,
+        memory: &M,
+        walk: &mut Walk,
+    ) -> Result<Option<Taken>, QueueError> {
+        if !self.more(memory)? {
+            return Ok(None);
+        }
+        let element = ELEMENTS + 2 * self.slot(self.next_available);
+        let head = memory.load_u16(self.available.wrapping_add(element))?;
+        self.next_available = self.next_available.wrapping_add(1);
+        let taken = collect(memory, self.table, self.size, head, walk)?;
+        Ok(Some(taken))
+    }
+
+    #[inline]
+    pub(super) fn complete<M: GuestMemory>(
+        &mut self,
+        memory: &M,
+        head: u16,
+        written: u32,
+    ) -> Result<(), QueueError> {
+        let element = self
+            .used
+            .wrapping_add(ELEMENTS + 8 * self.slot(self.next_used));
+        let [id, len] = [u32::from(head).to_le_bytes(), written.to_le_bytes()];
+        let [a, b, c, d] = id;
+        let [e, f, g, h] = len;
+        memory.write(element, &[a, b, c, d, e, f, g, h])?;
+        self.next_used = self.next_used.wrapping_add(1);
+        Ok(())
+    }
+
+    #[inline]
+    pub(super) fn publish<M: GuestMemory>(&mut self, memory: &M) -> Result<bool, QueueError> {
+        let (old, new) = (self.published, self.next_used);
+        if old == new {
+            return Ok(false);
+        }
+        memory.store_u16(self.used.wrapping_add(INDEX), new)?;
+        self.published = new;
+        // The driver stores its event index (or flags) and then looks at the used index again:
+        // one of the two must see the other's store (2.7.7.2).
+        fence(Ordering::SeqCst);
+        if self.event_idx {
+            let at = ELEMENTS + 2 * u64::from(self.size);
+            let event = memory.load_u16(self.available.wrapping_add(at))?;
+            let passed = new.wrapping_sub(event).wrapping_sub(1);
+            Ok(passed < new.wrapping_sub(old))
+        } else {
+            Ok(memory.load_u16(self.available)? & NO_INTERRUPT == 0)
+        }
+    }
+
+    #[inline]
+    pub(super) fn mute<M: GuestMemory>(&mut self, memory: &M) -> Result<(), QueueError> {
+        // With an event index, not moving it is the request (2.7.10).
+        if !self.event_idx && !self.muted {
+            memory.store_u16(self.used, NO_NOTIFY)?;
+            self.muted = true;
+        }
+        Ok(())
+    }
+
+    #[inline]
+    pub(super) fn listen<M: GuestMemory>(&mut self, memory: &M) -> Result<bool, QueueError> {
+        if self.event_idx {
+            let at = ELEMENTS + 8 * u64::from(self.size);
+            memory.store_u16(self.used.wrapping_add(at), self.next_available)?;
+        } else if self.muted {
+            memory.store_u16(self.used, 0)?;
+            self.muted = false;
+        }
+        // As in `publish`, with the roles exchanged.
+        fence(Ordering::SeqCst);
+        self.more(memory)
+    }
+}
+
+/// Follows the chain that begins at `head`.
+#[inline]
+fn collect<M: GuestMemory>(
+    memory: &M,
+    table: Gpa,
+    size: u16,
+    head: u16,
+    walk: &mut Walk,
+) -> Result<Taken, QueueError> {
+    let mut collector = Collector::new(walk);
+    let mut index = head;
+    loop {
+        if index >= size {
+            return Err(QueueError::DescriptorIndex { index, size });
+        }
+        let descriptor = Descriptor::read(memory, table, index)?;
+        let flags = descriptor.split_flags();
+        if flags & INDIRECT != 0 {
+            let count = collector.indirect_table(descriptor, flags)?;
+            collect_indirect(memory, descriptor.gpa, count, &mut collector)?;
+            break;
+        }
+        collector.push(descriptor, flags)?;
+        if flags & NEXT == 0 {
+            break;
+        }
+        index = descriptor.next();
+    }
+    Ok(collector.finish(head, 1))
+}
+
+/// Follows the chain in an indirect table of `count` descriptors, from its first one.
+#[inline]
+fn collect_indirect<M: GuestMemory>(
+    memory: &M,
+    table: Gpa,
+    count: u16,
+    collector: &mut Collector<'_>,
+) -> Result<(), QueueError> {
+    let mut index = 0;
+    loop {
+        if index >= count {
+            return Err(QueueError::DescriptorIndex { index, size: count });
+        }
+        let descriptor = Descriptor::read(memory, table, index)?;
+        let flags = descriptor.split_flags();
+        if flags & INDIRECT != 0 {
+            return Err(QueueError::NestedIndirect);
+        }
+        collector.push(descriptor, flags)?;
+        if flags & NEXT == 0 {
+            return Ok(());
+        }
+        index = descriptor.next();
+    }
+}

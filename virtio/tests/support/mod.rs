@@ -1,0 +1,310 @@
+//! A guest without a processor: memory, interrupt controllers that write down what they are told,
+//! and what the crate `virtio-drivers` needs to drive our devices over their real registers.
+#![allow(
+    dead_code,
+    unreachable_pub,
+    reason = "each test file uses its own part"
+)]
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashMap};
+use std::ptr::NonNull;
+use std::rc::Rc;
+use std::sync::{Arc, Mutex};
+
+use testudo_arch::bus::BusDevice;
+use testudo_arch::irq::{InterruptSink, Msi};
+use testudo_arch::memory::GuestRam;
+use testudo_arch::{Gpa, GuestMemory};
+use testudo_virtio::transport::{Mmio, Options};
+use testudo_virtio::{Device, Features};
+use virtio_drivers::transport::{DeviceStatus, DeviceType, InterruptStatus, Transport};
+use virtio_drivers::{BufferDirection, Hal, PhysAddr};
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+/// Where guest memory begins: far from anything that a host pointer could be mistaken for.
+pub const RAM_BASE: u64 = 0x10_0000;
+pub const RAM_SIZE: u64 = 32 << 20;
+
+/// Guest memory of the running test.
+pub struct Ram {
+    pub guest: GuestRam,
+    host: *mut u8,
+    next: u64,
+    free: HashMap<u64, Vec<u64>>,
+}
+
+impl Ram {
+    #[allow(unsafe_code)]
+    fn new() -> Self {
+        let bytes: &'static mut [u64] = vec![0u64; (RAM_SIZE / 8) as usize].leak();
+        let host = bytes.as_mut_ptr().cast();
+        let mut guest = GuestRam::new();
+        // SAFETY: the memory is leaked, and only raw accesses are made to it from here on.
+        unsafe { guest.add(Gpa(RAM_BASE), host, RAM_SIZE, true) }.unwrap();
+        Self {
+            guest,
+            host,
+            next: RAM_BASE,
+            free: HashMap::new(),
+        }
+    }
+
+    /// Zeroed guest memory of `len` bytes (rounded up to pages).
+    pub fn alloc(&mut self, len: u64) -> u64 {
+        let len = len.next_multiple_of(4096);
+        let gpa = match self.free.get_mut(&len).and_then(Vec::pop) {
+            Some(gpa) => gpa,
+            None => {
+                let gpa = self.next;
+                self.next += len;
+                assert!(self.next <= RAM_BASE + RAM_SIZE, "out of guest memory");
+                gpa
+            }
+        };
+        self.guest.write(Gpa(gpa), &vec![0; len as usize]).unwrap();
+        gpa
+    }
+
+    pub fn free(&mut self, gpa: u64, len: u64) {
+        let len = len.next_multiple_of(4096);
+        // What is used after it was given back shows.
+        self.guest
+            .write(Gpa(gpa), &vec![0xDD; len as usize])
+            .unwrap();
+        self.free.entry(len).or_default().push(gpa);
+    }
+}
+
+thread_local! {
+    pub static RAM: RefCell<Ram> = RefCell::new(Ram::new());
+}
+
+/// The memory of the running test, for a device.
+pub fn memory() -> GuestRam {
+    RAM.with_borrow(|ram| ram.guest.clone())
+}
+
+pub fn alloc(len: u64) -> Gpa {
+    Gpa(RAM.with_borrow_mut(|ram| ram.alloc(len)))
+}
+
+/// Copies every buffer into guest memory and back, so that a device that touches the wrong bytes,
+/// or the right ones too late, shows.
+pub struct GuestHal;
+
+#[allow(unsafe_code)]
+// SAFETY: memory comes from the leaked guest memory, page-aligned and zeroed, and is handed out
+// once until it is freed.
+unsafe impl Hal for GuestHal {
+    fn dma_alloc(pages: usize, _: BufferDirection) -> (PhysAddr, NonNull<u8>) {
+        RAM.with_borrow_mut(|ram| {
+            let gpa = ram.alloc(pages as u64 * 4096);
+            let host = ram.host.wrapping_add((gpa - RAM_BASE) as usize);
+            (gpa, NonNull::new(host).unwrap())
+        })
+    }
+
+    unsafe fn dma_dealloc(gpa: PhysAddr, _: NonNull<u8>, pages: usize) -> i32 {
+        RAM.with_borrow_mut(|ram| ram.free(gpa, pages as u64 * 4096));
+        0
+    }
+
+    unsafe fn mmio_phys_to_virt(_: PhysAddr, _: usize) -> NonNull<u8> {
+        unreachable!("registers are reached through the bus")
+    }
+
+    unsafe fn share(buffer: NonNull<[u8]>, direction: BufferDirection) -> PhysAddr {
+        RAM.with_borrow_mut(|ram| {
+            let gpa = ram.alloc(buffer.len() as u64);
+            if direction != BufferDirection::DeviceToDriver {
+                // SAFETY: the driver promises a valid buffer that nobody else uses now.
+                ram.guest
+                    .write(Gpa(gpa), unsafe { buffer.as_ref() })
+                    .unwrap();
+            }
+            gpa
+        })
+    }
+
+    unsafe fn unshare(gpa: PhysAddr, mut buffer: NonNull<[u8]>, direction: BufferDirection) {
+        RAM.with_borrow_mut(|ram| {
+            if direction != BufferDirection::DriverToDevice {
+                // SAFETY: as for `share`.
+                ram.guest
+                    .read(Gpa(gpa), unsafe { buffer.as_mut() })
+                    .unwrap();
+            }
+            ram.free(gpa, buffer.len() as u64);
+        });
+    }
+}
+
+/// Interrupt controllers that remember.
+#[derive(Debug, Default)]
+pub struct Interrupts {
+    pub levels: Mutex<BTreeMap<u32, bool>>,
+    pub raised: Mutex<BTreeMap<u32, usize>>,
+    pub messages: Mutex<Vec<Msi>>,
+}
+
+impl InterruptSink for Interrupts {
+    fn set_level(&self, gsi: u32, high: bool) {
+        self.levels.lock().unwrap().insert(gsi, high);
+        if high {
+            *self.raised.lock().unwrap().entry(gsi).or_default() += 1;
+        }
+    }
+
+    fn send_msi(&self, msi: Msi) {
+        self.messages.lock().unwrap().push(msi);
+    }
+}
+
+impl Interrupts {
+    pub fn level(&self, gsi: u32) -> bool {
+        self.levels.lock().unwrap().get(&gsi) == Some(&true)
+    }
+
+    pub fn count(&self, gsi: u32) -> usize {
+        self.raised.lock().unwrap().get(&gsi).copied().unwrap_or(0)
+    }
+}
+
+pub const GSI: u32 = 5;
+
+/// A device behind MMIO registers as `virtio-drivers` sees it.
+#[derive(Clone)]
+pub struct MmioGuest {
+    pub device: Rc<RefCell<Mmio<GuestRam>>>,
+    pub interrupts: Arc<Interrupts>,
+}
+
+impl MmioGuest {
+    pub fn new(device: Box<dyn Device<GuestRam>>) -> Self {
+        let interrupts = Arc::new(Interrupts::default());
+        let options = Options {
+            // The driver library knows the split format only, and panics on unknown offers of
+            // order; it negotiates what it knows.
+            rings: Features::RINGS,
+            ..Options::default()
+        };
+        let mmio = Mmio::new(device, memory(), options, interrupts.clone(), GSI);
+        Self {
+            device: Rc::new(RefCell::new(mmio)),
+            interrupts,
+        }
+    }
+
+    pub fn read(&self, offset: u64) -> u32 {
+        let mut bytes = [0; 4];
+        self.device.borrow_mut().read(offset, &mut bytes);
+        u32::from_le_bytes(bytes)
+    }
+
+    pub fn write(&self, offset: u64, value: u32) {
+        self.device.borrow_mut().write(offset, &value.to_le_bytes());
+    }
+}
+
+impl Transport for MmioGuest {
+    fn device_type(&self) -> DeviceType {
+        assert_eq!((self.read(0), self.read(4)), (0x7472_6976, 2));
+        DeviceType::try_from(self.read(8)).unwrap()
+    }
+
+    fn read_device_features(&mut self) -> u64 {
+        self.write(0x14, 0);
+        let low = self.read(0x10);
+        self.write(0x14, 1);
+        u64::from(low) | (u64::from(self.read(0x10)) << 32)
+    }
+
+    fn write_driver_features(&mut self, features: u64) {
+        self.write(0x24, 0);
+        self.write(0x20, features as u32);
+        self.write(0x24, 1);
+        self.write(0x20, (features >> 32) as u32);
+    }
+
+    fn max_queue_size(&mut self, queue: u16) -> u32 {
+        self.write(0x30, queue.into());
+        self.read(0x34)
+    }
+
+    fn notify(&mut self, queue: u16) {
+        self.write(0x50, queue.into());
+    }
+
+    fn get_status(&self) -> DeviceStatus {
+        DeviceStatus::from_bits_truncate(self.read(0x70))
+    }
+
+    fn set_status(&mut self, status: DeviceStatus) {
+        self.write(0x70, status.bits());
+    }
+
+    fn set_guest_page_size(&mut self, _: u32) {}
+
+    fn requires_legacy_layout(&self) -> bool {
+        false
+    }
+
+    fn queue_set(&mut self, queue: u16, size: u32, table: u64, driver: u64, device: u64) {
+        self.write(0x30, queue.into());
+        self.write(0x38, size);
+        for (register, address) in [(0x80, table), (0x90, driver), (0xA0, device)] {
+            self.write(register, address as u32);
+            self.write(register + 4, (address >> 32) as u32);
+        }
+        self.write(0x44, 1);
+    }
+
+    fn queue_unset(&mut self, queue: u16) {
+        self.write(0x30, queue.into());
+        self.write(0x44, 0);
+        assert_eq!(self.read(0x44), 0);
+    }
+
+    fn queue_used(&mut self, queue: u16) -> bool {
+        self.write(0x30, queue.into());
+        self.read(0x44) == 1
+    }
+
+    fn ack_interrupt(&mut self) -> InterruptStatus {
+        let status = self.read(0x60);
+        self.write(0x64, status);
+        InterruptStatus::from_bits_truncate(status)
+    }
+
+    fn read_config_generation(&self) -> u32 {
+        self.read(0xFC)
+    }
+
+    fn read_config_space<T: FromBytes + IntoBytes>(
+        &self,
+        offset: usize,
+    ) -> virtio_drivers::Result<T> {
+        let mut value = T::new_zeroed();
+        let mut device = self.device.borrow_mut();
+        device.read(0x100 + offset as u64, value.as_mut_bytes());
+        Ok(value)
+    }
+
+    fn write_config_space<T: IntoBytes + Immutable>(
+        &mut self,
+        offset: usize,
+        value: T,
+    ) -> virtio_drivers::Result<()> {
+        let mut device = self.device.borrow_mut();
+        device.write(0x100 + offset as u64, value.as_bytes());
+        Ok(())
+    }
+}
+
+impl MmioGuest {
+    /// Lets the device look at its backend.
+    pub fn poll(&self, now: u64) -> testudo_virtio::Next {
+        self.device.borrow_mut().poll(now)
+    }
+}
