@@ -1,0 +1,366 @@
+//! Changing what is mapped: rights, flags, and the size of pages.
+
+use testudo_arch::{FrameAlloc, FrameMem, Hpa, PageSize};
+
+use super::map::Spare;
+use super::{EditError, PageTable, place};
+use crate::Flush;
+use crate::format::{Format, Leaf, Rights, level_of, shift_of};
+
+impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
+    /// Gives everything that is mapped in the range these rights; what is absent stays so.
+    ///
+    /// A larger page that lies partly in the range is split first.
+    ///
+    /// # Errors
+    ///
+    /// The range is bad, the format cannot express the rights ([`EditError::Flags`]), or there is
+    /// no frame to split a large page: the table is as before.
+    pub fn protect(
+        &self,
+        start: F::Input,
+        len: u64,
+        rights: Rights,
+    ) -> Result<Flush<'_, M>, EditError> {
+        if self.format.flags(rights).is_none() {
+            return Err(EditError::Flags(u64::from(rights.bits())));
+        }
+        let change = |flags| self.format.with_rights(flags, rights).unwrap_or(flags);
+        self.change(start, len, change)
+    }
+
+    /// Sets the flags of everything that is mapped in the range to what `change` makes of them;
+    /// what is absent stays so. Accessed and dirty bits that hardware sets meanwhile are not lost.
+    ///
+    /// # Errors
+    ///
+    /// The range is bad, `change` makes flags that hardware reserves of some page's, or there is no
+    /// frame to split a large page: the table is as before.
+    pub fn update(
+        &self,
+        start: F::Input,
+        len: u64,
+        change: impl Fn(F::Flags) -> F::Flags,
+    ) -> Result<Flush<'_, M>, EditError> {
+        for (_, leaf) in self.leaves(start, len)? {
+            let flags = change(leaf.flags);
+            if !self.format.is_valid(flags) {
+                let entry = self.format.leaf_entry(Hpa(0), 1, flags);
+                return Err(EditError::Flags(entry));
+            }
+        }
+        // A page may have changed since.
+        let valid = |old| Some(change(old)).filter(|new| self.format.is_valid(*new));
+        self.change(start, len, |old| valid(old).unwrap_or(old))
+    }
+
+    fn change(
+        &self,
+        start: F::Input,
+        len: u64,
+        change: impl Fn(F::Flags) -> F::Flags,
+    ) -> Result<Flush<'_, M>, EditError> {
+        let offset = self.range(start, len)?;
+        let mut flush = self.token(());
+        let _editor = self.lock.exclusive();
+        self.cut(&mut flush, [offset, offset + len])?;
+        let levels = self.format.levels();
+        self.rewrite(self.root, levels, offset, len, &change, &mut flush);
+        Ok(flush)
+    }
+
+    fn rewrite(
+        &self,
+        table: Hpa,
+        level: u8,
+        mut offset: u64,
+        mut len: u64,
+        change: &impl Fn(F::Flags) -> F::Flags,
+        flush: &mut Flush<'_, M>,
+    ) {
+        let span = 1u64 << shift_of(level);
+        let (mut first, mut last) = (u64::MAX, 0);
+        while len > 0 {
+            let at = place(table, level, offset);
+            let piece = len.min(span - (offset & (span - 1)));
+            let entry = self.frames.load(at);
+            if !self.format.is_present(entry) {
+                // Nothing to change.
+            } else if self.format.is_leaf(entry, level) {
+                if self.rewrite_leaf(at, entry, level, change) {
+                    first = first.min(offset);
+                    last = offset | (span - 1);
+                }
+            } else {
+                let (child, below) = self.format.child(entry, level);
+                self.rewrite(child, below, offset, piece, change, flush);
+            }
+            offset += piece;
+            len -= piece;
+        }
+        if first <= last {
+            flush.cover(first, last, true);
+        }
+    }
+
+    /// Whether the entry has changed.
+    #[inline]
+    fn rewrite_leaf(
+        &self,
+        at: Hpa,
+        mut entry: u64,
+        level: u8,
+        change: &impl Fn(F::Flags) -> F::Flags,
+    ) -> bool {
+        let settled = self.format.accessed_bit() | self.format.dirty_bit();
+        loop {
+            let leaf = self.format.leaf(entry, level);
+            let new = self
+                .format
+                .leaf_entry(leaf.frame, level, change(leaf.flags));
+            if new == entry {
+                return false;
+            }
+            // With A and D set hardware has nothing left to write, and other editors are out.
+            if entry & settled == settled {
+                self.frames.store(at, new);
+                return true;
+            }
+            match self.frames.compare_exchange(at, entry, new) {
+                Ok(_) => return true,
+                Err(now) => entry = now,
+            }
+        }
+    }
+
+    /// Sets the flags of the page that holds `address` to what `change` makes of them, in parallel
+    /// with other edits of pages. The old leaf comes out, or `None` if nothing is mapped or `change`
+    /// makes flags that hardware reserves.
+    #[allow(clippy::type_complexity, reason = "a token around an optional page")]
+    pub fn change_page(
+        &self,
+        address: F::Input,
+        change: impl Fn(Leaf<F::Flags>) -> Leaf<F::Flags>,
+    ) -> Flush<'_, M, Option<Leaf<F::Flags>>> {
+        let mut flush = self.token(None);
+        let Some(offset) = self.format.offset(address) else {
+            return flush;
+        };
+        let _editor = self.lock.shared();
+        loop {
+            let found = self.find(offset);
+            if !self.format.is_present(found.entry) {
+                return flush;
+            }
+            let old = self.format.leaf(found.entry, found.level);
+            let new = change(old);
+            if new.shift != old.shift
+                || !self.format.is_valid(new.flags)
+                || new.frame.0 & !self.format.address_mask() != 0
+                || new.frame.0 & (old.bytes() - 1) != 0
+            {
+                return flush;
+            }
+            let entry = self.format.leaf_entry(new.frame, found.level, new.flags);
+            let swapped = self.frames.compare_exchange(found.at, found.entry, entry);
+            if swapped.is_ok() {
+                if entry != found.entry {
+                    let first = offset & !(old.bytes() - 1);
+                    flush.cover(first, first | (old.bytes() - 1), true);
+                }
+                *flush.value_mut() = Some(old);
+                return flush;
+            }
+        }
+    }
+
+    /// Splits every page of the range that is larger than `size`. Nothing that software can see
+    /// changes, but processors must not hold both sizes of an executable page for long (machine
+    /// check on page-size change, CVE-2018-12207), hence the token.
+    ///
+    /// # Errors
+    ///
+    /// The range is bad, or there are not enough frames: the table is as before.
+    pub fn split(
+        &self,
+        start: F::Input,
+        len: u64,
+        size: PageSize,
+    ) -> Result<Flush<'_, M>, EditError> {
+        let offset = self.range(start, len)?;
+        let mut flush = self.token(());
+        let _editor = self.lock.exclusive();
+        let levels = self.format.levels();
+        let target = level_of(size);
+        let needed = self.count_splits(self.root, levels, offset, len, target);
+        let mut spare = Spare::new(&self.frames, needed)?;
+        self.split_below(
+            self.root, levels, offset, len, target, &mut spare, &mut flush,
+        );
+        Ok(flush)
+    }
+
+    /// The tables that splitting the range needs.
+    fn count_splits(&self, table: Hpa, level: u8, mut offset: u64, mut len: u64, to: u8) -> usize {
+        let span = 1u64 << shift_of(level);
+        let mut needed = 0;
+        while len > 0 && level > to {
+            let entry = self.frames.load(place(table, level, offset));
+            let piece = len.min(span - (offset & (span - 1)));
+            if self.format.is_present(entry) {
+                if self.format.is_leaf(entry, level) {
+                    // One table at each level between, for each page on the way that is touched.
+                    needed += (to + 1..=level)
+                        .map(|l| {
+                            let first = offset >> shift_of(l);
+                            let last = (offset + (piece - 1)) >> shift_of(l);
+                            (last - first + 1) as usize
+                        })
+                        .sum::<usize>();
+                } else {
+                    let (child, below) = self.format.child(entry, level);
+                    needed += self.count_splits(child, below, offset, piece, to);
+                }
+            }
+            offset += piece;
+            len -= piece;
+        }
+        needed
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "a recursion's whole state")]
+    fn split_below(
+        &self,
+        table: Hpa,
+        level: u8,
+        mut offset: u64,
+        mut len: u64,
+        to: u8,
+        spare: &mut Spare<'_, M>,
+        flush: &mut Flush<'_, M>,
+    ) {
+        let span = 1u64 << shift_of(level);
+        while len > 0 && level > to {
+            let at = place(table, level, offset);
+            let entry = self.frames.load(at);
+            let piece = len.min(span - (offset & (span - 1)));
+            if self.format.is_present(entry) {
+                let (child, below) = if self.format.is_leaf(entry, level) {
+                    let child = spare.take();
+                    self.break_up(at, entry, level, child);
+                    let first = offset & !(span - 1);
+                    flush.cover(first, first | (span - 1), false);
+                    (child, level - 1)
+                } else {
+                    self.format.child(entry, level)
+                };
+                self.split_below(child, below, offset, piece, to, spare, flush);
+            }
+            offset += piece;
+            len -= piece;
+        }
+    }
+
+    /// Replaces the leaf at `at` by `table`, a zeroed frame, filled with leaves that say the same.
+    pub(super) fn break_up(&self, at: Hpa, mut entry: u64, level: u8, table: Hpa) {
+        loop {
+            let leaf = self.format.leaf(entry, level);
+            let first = self.reencode(&leaf, level - 1, 0);
+            let step = 1 << shift_of(level - 1);
+            self.frames.fill(table, 512, first, step);
+            let link = self.format.table_entry(table, level);
+            // Hardware may have set A or D since the load.
+            match self.frames.compare_exchange(at, entry, link) {
+                Ok(_) => return,
+                Err(now) => entry = now,
+            }
+        }
+    }
+
+    /// Puts a larger page wherever a whole table of the range maps consecutive pages with equal
+    /// flags, accessed and dirty apart, up to pages of `size`. The number of tables that were
+    /// replaced comes out.
+    ///
+    /// Where hardware sets dirty bits, a larger page that is writable counts as dirty: hardware may
+    /// have set one of its parts' bits at the last moment.
+    ///
+    /// # Errors
+    ///
+    /// The range is bad.
+    pub fn merge(
+        &self,
+        start: F::Input,
+        len: u64,
+        size: PageSize,
+    ) -> Result<Flush<'_, M, usize>, EditError> {
+        let offset = self.range(start, len)?;
+        let mut flush = self.token(0);
+        let _editor = self.lock.exclusive();
+        let levels = self.format.levels();
+        self.merge_below(self.root, levels, offset, len, level_of(size), &mut flush);
+        Ok(flush)
+    }
+
+    fn merge_below(
+        &self,
+        table: Hpa,
+        level: u8,
+        mut offset: u64,
+        mut len: u64,
+        largest: u8,
+        flush: &mut Flush<'_, M, usize>,
+    ) {
+        let span = 1u64 << shift_of(level);
+        while len > 0 && level > 1 {
+            let at = place(table, level, offset);
+            let entry = self.frames.load(at);
+            let piece = len.min(span - (offset & (span - 1)));
+            if self.format.is_present(entry) && !self.format.is_leaf(entry, level) {
+                let (child, below) = self.format.child(entry, level);
+                self.merge_below(child, below, offset, piece, largest, flush);
+                if piece == span
+                    && level <= largest
+                    && below == level - 1
+                    && let Some(large) = self.uniform(child, below)
+                {
+                    self.frames.store(at, large);
+                    flush.cover(offset, offset | (span - 1), false);
+                    flush.retire_replaced(child);
+                    *flush.value_mut() += 1;
+                }
+            }
+            offset += piece;
+            len -= piece;
+        }
+    }
+
+    /// The entry of the level above that maps what all of this table maps, if there is one.
+    fn uniform(&self, table: Hpa, level: u8) -> Option<u64> {
+        let ignored = self.format.accessed_bit() | self.format.dirty_bit() | F::SOFTWARE;
+        let first = self.frames.load(table);
+        let span = 1u64 << shift_of(level);
+        if !self.format.is_present(first) || !self.format.is_leaf(first, level) {
+            return None;
+        }
+        let leaf = self.format.leaf(first, level);
+        if leaf.frame.0 & ((span << 9) - 1) != 0 || level >= self.format.largest_level(leaf.flags) {
+            return None;
+        }
+        let mut union = 0;
+        for index in 0..512 {
+            let entry = self.frames.load(Hpa(table.0 | index << 3));
+            let expected = first.wrapping_add(index << shift_of(level));
+            if (entry ^ expected) & !ignored != 0 {
+                return None;
+            }
+            union |= entry;
+        }
+        let mut large = self.reencode(&leaf, level + 1, 0);
+        let [accessed, dirty] = [self.format.accessed_bit(), self.format.dirty_bit()];
+        large |= union & (accessed | dirty);
+        if large & self.format.write_bit() != 0 {
+            large |= accessed | dirty;
+        }
+        Some(large)
+    }
+}

@@ -1,0 +1,336 @@
+//! Mapping: whole ranges with the largest pages that fit, or one page by compare-exchange.
+
+use arrayvec::ArrayVec;
+use testudo_arch::{FrameAlloc, FrameMem, Hpa, PageSize};
+
+use super::{EditError, PageTable, place};
+use crate::format::{Format, Leaf, level_of, shift_of};
+
+/// A mapping that cannot be made. The table is as before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum MapError {
+    /// The range or the flags.
+    #[error(transparent)]
+    Edit(#[from] EditError),
+    /// The output range exceeds the physical addresses of the format.
+    #[error("{0:#x} is beyond the physical addresses")]
+    TooWide(u64),
+    /// Something is mapped already at this offset of the table's range.
+    #[error("{0:#x} is mapped already")]
+    Occupied(u64),
+}
+
+/// A piece of a range that is to be mapped.
+#[derive(Clone, Copy)]
+struct Job<Flags> {
+    offset: u64,
+    len: u64,
+    frame: u64,
+    flags: Flags,
+    largest: u8,
+}
+
+impl<Flags> Job<Flags> {
+    /// The length of the part that lies in one entry of `level`.
+    #[inline]
+    fn piece(&self, level: u8) -> u64 {
+        let span = 1u64 << shift_of(level);
+        self.len.min(span - (self.offset & (span - 1)))
+    }
+
+    /// Whether the part in the first entry of `level` is one page of that level.
+    #[inline]
+    fn fits(&self, level: u8) -> bool {
+        let span = 1u64 << shift_of(level);
+        level <= self.largest && self.len >= span && (self.offset | self.frame) & (span - 1) == 0
+    }
+
+    #[inline]
+    fn advance(&mut self, bytes: u64) {
+        self.offset += bytes;
+        self.frame = self.frame.wrapping_add(bytes);
+        self.len -= bytes;
+    }
+}
+
+/// Zeroed frames that an edit has allocated beforehand, so that it cannot fail halfway.
+pub(super) struct Spare<'a, M: FrameAlloc + FrameMem> {
+    frames: &'a M,
+    head: u64,
+}
+
+impl<'a, M: FrameAlloc + FrameMem> Spare<'a, M> {
+    /// Takes `count` frames, or none.
+    pub(super) fn new(frames: &'a M, count: usize) -> Result<Self, EditError> {
+        let mut spare = Self { frames, head: 0 };
+        for _ in 0..count {
+            let frame = frames.alloc().ok_or(EditError::OutOfFrames)?;
+            frames.store(frame, spare.head);
+            spare.head = frame.0;
+        }
+        Ok(spare)
+    }
+
+    /// One zeroed frame. The edit that took the frames has counted them.
+    #[inline]
+    pub(super) fn take(&mut self) -> Hpa {
+        let frame = Hpa(self.head);
+        self.head = self.frames.load(frame);
+        self.frames.store(frame, 0);
+        frame
+    }
+}
+
+impl<M: FrameAlloc + FrameMem> Drop for Spare<'_, M> {
+    fn drop(&mut self) {
+        while self.head != 0 {
+            let frame = self.take();
+            self.frames.free(frame);
+        }
+    }
+}
+
+impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
+    /// Maps `len` bytes from `start` to `frame` with the largest pages that fit.
+    ///
+    /// Nothing may be mapped in the range. No token: hardware caches no absent entries, except
+    /// IOMMUs in caching mode (VT-d CAP.CM; AMD-Vi's NpCache), whose driver must flush after this.
+    ///
+    /// # Errors
+    ///
+    /// The table is as before in every case: no page of the range is mapped.
+    pub fn map(
+        &self,
+        start: F::Input,
+        len: u64,
+        frame: Hpa,
+        flags: F::Flags,
+    ) -> Result<(), MapError> {
+        let largest = self.format.largest_level(flags);
+        self.map_with(start, len, frame, flags, largest)
+    }
+
+    /// As [`Self::map`], with no page larger than `size`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::map`].
+    pub fn map_up_to(
+        &self,
+        start: F::Input,
+        len: u64,
+        frame: Hpa,
+        flags: F::Flags,
+        size: PageSize,
+    ) -> Result<(), MapError> {
+        let largest = self.format.largest_level(flags).min(level_of(size));
+        self.map_with(start, len, frame, flags, largest)
+    }
+
+    fn map_with(
+        &self,
+        start: F::Input,
+        len: u64,
+        frame: Hpa,
+        flags: F::Flags,
+        largest: u8,
+    ) -> Result<(), MapError> {
+        let offset = self.range(start, len)?;
+        self.check_output(frame, len, flags)?;
+        let job = Job {
+            offset,
+            len,
+            frame: frame.0,
+            flags,
+            largest,
+        };
+        let _editor = self.lock.exclusive();
+        let levels = self.format.levels();
+        let needed = self.plan(Some(self.root), levels, job)?;
+        let mut spare = Spare::new(&self.frames, needed)?;
+        self.install(self.root, levels, job, false, &mut spare);
+        Ok(())
+    }
+
+    fn check_output(&self, frame: Hpa, len: u64, flags: F::Flags) -> Result<(), MapError> {
+        if frame.0 & 0xFFF != 0 {
+            return Err(EditError::Misaligned(frame.0).into());
+        }
+        let last = frame.0.checked_add(len - 1);
+        let mask = self.format.address_mask() | 0xFFF;
+        match last {
+            Some(last) if last & !mask == 0 && frame.0 & !mask == 0 => {}
+            _ => return Err(MapError::TooWide(frame.0)),
+        }
+        if !self.format.is_valid(flags) {
+            let entry = self.format.leaf_entry(Hpa(0), 1, flags);
+            return Err(EditError::Flags(entry).into());
+        }
+        Ok(())
+    }
+
+    /// The number of tables that the job needs. `table` is `None` where there is none yet.
+    fn plan(
+        &self,
+        table: Option<Hpa>,
+        level: u8,
+        mut job: Job<F::Flags>,
+    ) -> Result<usize, MapError> {
+        let mut needed = 0;
+        while job.len > 0 {
+            let mut part = job;
+            part.len = job.piece(level);
+            let entry = table.map_or(0, |t| self.frames.load(place(t, level, job.offset)));
+            if self.format.is_present(entry) {
+                if self.format.is_leaf(entry, level) {
+                    return Err(MapError::Occupied(job.offset));
+                }
+                let (child, level) = self.format.child(entry, level);
+                needed += self.plan(Some(child), level, part)?;
+            } else if !part.fits(level) {
+                needed += 1;
+                // A new table of level 1 needs nothing below it.
+                if level > 2 {
+                    needed += self.plan(None, level - 1, part)?;
+                }
+            }
+            job.advance(part.len);
+        }
+        Ok(needed)
+    }
+
+    /// Writes the entries that `plan` has found absent. `fresh`: no entry of the table is present.
+    fn install(
+        &self,
+        table: Hpa,
+        level: u8,
+        mut job: Job<F::Flags>,
+        fresh: bool,
+        spare: &mut Spare<'_, M>,
+    ) {
+        let span = 1u64 << shift_of(level);
+        while job.len > 0 {
+            let at = place(table, level, job.offset);
+            let mut part = job;
+            part.len = job.piece(level);
+            if part.fits(level) {
+                // Everything absent: one run. Above level 1, a table may stand in the way.
+                if fresh || level == 1 {
+                    let room = 512 - ((at.0 >> 3) & 0x1FF);
+                    let count = (job.len >> shift_of(level)).min(room);
+                    let first = self.format.leaf_entry(Hpa(job.frame), level, job.flags);
+                    self.frames.fill(at, count as usize, first, span);
+                    job.advance(count << shift_of(level));
+                    continue;
+                }
+                let entry = self.frames.load(at);
+                if !self.format.is_present(entry) {
+                    let entry = self.format.leaf_entry(Hpa(job.frame), level, job.flags);
+                    self.frames.store(at, entry);
+                    job.advance(span);
+                    continue;
+                }
+            }
+            let entry = if fresh { 0 } else { self.frames.load(at) };
+            if self.format.is_present(entry) {
+                let (child, level) = self.format.child(entry, level);
+                self.install(child, level, part, false, spare);
+            } else {
+                let child = spare.take();
+                self.install(child, level - 1, part, true, spare);
+                self.frames.store(at, self.format.table_entry(child, level));
+            }
+            job.advance(part.len);
+        }
+    }
+
+    /// Maps one page, in parallel with others that do the same: the tables that are missing are
+    /// built apart, page included, and appear with a single compare-exchange.
+    ///
+    /// # Errors
+    ///
+    /// [`MapError::Occupied`] when something is mapped there, perhaps since a moment ago by another
+    /// processor that took the same fault: usually as good as success. The table is as before.
+    pub fn map_page(
+        &self,
+        address: F::Input,
+        size: PageSize,
+        frame: Hpa,
+        flags: F::Flags,
+    ) -> Result<(), MapError> {
+        let offset = self.range(address, size.bytes())?;
+        self.check_output(frame, size.bytes(), flags)?;
+        let level = level_of(size);
+        if (offset | frame.0) & (size.bytes() - 1) != 0 || level > self.format.largest_level(flags)
+        {
+            return Err(EditError::Misaligned(offset | frame.0).into());
+        }
+        let entry = self.format.leaf_entry(frame, level, flags);
+        let _editor = self.lock.shared();
+        self.insert(offset, level, entry)
+    }
+
+    /// Puts `entry` into the place for `offset` at `level` if nothing is mapped there.
+    pub(super) fn insert(&self, offset: u64, level: u8, entry: u64) -> Result<(), MapError> {
+        let mut spare = ArrayVec::<Hpa, 6>::new();
+        let result = loop {
+            let found = self.find_to(offset, level);
+            if self.format.is_present(found.entry) {
+                break Err(MapError::Occupied(offset));
+            }
+            let missing = usize::from(found.level - level);
+            while spare.len() < missing {
+                match self.frames.alloc() {
+                    Some(frame) => spare.push(frame),
+                    None => break,
+                }
+            }
+            if spare.len() < missing {
+                break Err(EditError::OutOfFrames.into());
+            }
+            let mut top = entry;
+            for (&table, level) in spare[..missing].iter().zip(level..) {
+                self.frames.store(place(table, level, offset), top);
+                top = self.format.table_entry(table, level + 1);
+            }
+            if self
+                .frames
+                .compare_exchange(found.at, found.entry, top)
+                .is_ok()
+            {
+                spare.drain(..missing);
+                break Ok(());
+            }
+            for (&table, level) in spare[..missing].iter().zip(level..) {
+                self.frames.store(place(table, level, offset), 0);
+            }
+        };
+        for table in spare {
+            self.frames.free(table);
+        }
+        result
+    }
+
+    /// As [`Self::find`], but stops at `level` at the latest.
+    fn find_to(&self, offset: u64, lowest: u8) -> super::Found {
+        let mut table = self.root;
+        let mut level = self.format.levels();
+        loop {
+            let at = place(table, level, offset);
+            let entry = self.frames.load(at);
+            let end = level <= lowest || !self.format.is_present(entry);
+            if end || self.format.is_leaf(entry, level) {
+                return super::Found { at, level, entry };
+            }
+            (table, level) = self.format.child(entry, level);
+        }
+    }
+
+    /// Makes the entry for `leaf` at `level`, for edits that replace one leaf by others.
+    #[inline]
+    pub(super) fn reencode(&self, leaf: &Leaf<F::Flags>, level: u8, within: u64) -> u64 {
+        let frame = Hpa(leaf.frame.0 | within);
+        self.format.leaf_entry(frame, level, leaf.flags)
+    }
+}

@@ -1,0 +1,322 @@
+//! Every operation of the engine against a plain map from page to page.
+
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+
+use proptest::prelude::*;
+use testudo_arch::{Gpa, Hpa, PageSize};
+use testudo_ept::format::npt::{Npt, NptFlags};
+use testudo_ept::{
+    EditError, Format, FramePool, Invalidate, Invalidation, MapError, PageTable, Rights,
+};
+
+const PAGE: u64 = 4096;
+/// The pages in play: 3 GiB around a boundary of level 4.
+const FIRST: u64 = (512 << 30) - (1 << 30);
+const PAGES: u64 = (3 << 30) / PAGE;
+
+/// Records what was asked.
+#[derive(Default)]
+struct Recorder(Vec<Invalidation>);
+
+#[allow(unsafe_code)]
+// SAFETY: no hardware and no other thread uses the tables of these tests.
+unsafe impl Invalidate for Recorder {
+    type Error = Infallible;
+    fn invalidate(&mut self, what: &Invalidation) -> Result<(), Infallible> {
+        self.0.push(*what);
+        Ok(())
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Op {
+    Map {
+        page: u64,
+        pages: u64,
+        frame: u64,
+        flags: u8,
+        size: PageSize,
+    },
+    MapPage {
+        page: u64,
+        frame: u64,
+        flags: u8,
+        size: PageSize,
+    },
+    Unmap {
+        page: u64,
+        pages: u64,
+    },
+    UnmapInto {
+        page: u64,
+        pages: u64,
+    },
+    UnmapPage {
+        page: u64,
+    },
+    Protect {
+        page: u64,
+        pages: u64,
+        rights: Rights,
+    },
+    Split {
+        page: u64,
+        pages: u64,
+        size: PageSize,
+    },
+    Merge {
+        page: u64,
+        pages: u64,
+        size: PageSize,
+    },
+}
+
+impl Op {
+    fn within_the_window(&self) -> Self {
+        let mut op = self.clone();
+        match &mut op {
+            Self::Map { page, pages, .. }
+            | Self::Unmap { page, pages }
+            | Self::UnmapInto { page, pages }
+            | Self::Protect { page, pages, .. }
+            | Self::Split { page, pages, .. }
+            | Self::Merge { page, pages, .. } => *pages = (*pages).min(PAGES - *page),
+            Self::MapPage { page, size, .. } => {
+                *page = (*page).min(PAGES - size.bytes() / PAGE);
+            }
+            Self::UnmapPage { .. } => {}
+        }
+        op
+    }
+}
+
+fn flags(choice: u8) -> NptFlags {
+    let all = [
+        NptFlags::WRITABLE,
+        NptFlags::NO_EXECUTE,
+        NptFlags::PAT,
+        NptFlags::PWT,
+    ];
+    let chosen = all.iter().enumerate().filter(|(i, _)| choice >> i & 1 != 0);
+    chosen.fold(NptFlags::ACCESSED | NptFlags::DIRTY, |sum, (_, f)| sum | *f)
+}
+
+/// Offsets and lengths that are often aligned to larger pages.
+fn pages() -> impl Strategy<Value = u64> {
+    prop_oneof![
+        0..PAGES,
+        (0..PAGES / 512).prop_map(|n| n * 512),
+        (0..3u64, 0..3u64).prop_map(|(n, more)| n * (512 * 512) + more),
+    ]
+}
+
+fn length() -> impl Strategy<Value = u64> {
+    prop_oneof![
+        12 => 1..9u64,
+        6 => 500..1100u64,
+        8 => (1..4u64).prop_map(|n| n * 512),
+        1 => Just(512 * 512)
+    ]
+}
+
+fn size() -> impl Strategy<Value = PageSize> {
+    prop::sample::select(PageSize::ALL.to_vec())
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let rights = prop::sample::select(vec![
+        Rights::READ,
+        Rights::READ | Rights::WRITE,
+        Rights::READ | Rights::EXECUTE | Rights::USER_EXECUTE,
+    ]);
+    prop_oneof![
+        4 => (pages(), length(), pages(), 0..16u8, size())
+            .prop_map(|(page, pages, frame, flags, size)| Op::Map { page, pages, frame, flags, size }),
+        2 => (pages(), pages(), 0..16u8, size())
+            .prop_map(|(page, frame, flags, size)| Op::MapPage { page, frame, flags, size }),
+        2 => (pages(), length()).prop_map(|(page, pages)| Op::Unmap { page, pages }),
+        1 => (pages(), length()).prop_map(|(page, pages)| Op::UnmapInto { page, pages }),
+        1 => pages().prop_map(|page| Op::UnmapPage { page }),
+        2 => (pages(), length(), rights)
+            .prop_map(|(page, pages, rights)| Op::Protect { page, pages, rights }),
+        1 => (pages(), length(), size()).prop_map(|(page, pages, size)| Op::Split { page, pages, size }),
+        1 => (pages(), length(), size()).prop_map(|(page, pages, size)| Op::Merge { page, pages, size }),
+    ]
+}
+
+type Model = BTreeMap<u64, (u64, NptFlags)>;
+
+fn gpa(page: u64) -> Gpa {
+    Gpa(FIRST + page * PAGE)
+}
+
+/// What the table maps, page by page, accessed and dirty apart.
+fn contents(table: &PageTable<Npt, &FramePool>) -> Model {
+    let mut model = Model::new();
+    for (start, leaf) in table.leaves(Gpa(FIRST), PAGES * PAGE).unwrap() {
+        assert_eq!(start.0 % leaf.bytes(), 0);
+        assert_eq!(leaf.frame.0 % leaf.bytes(), 0);
+        for n in 0..leaf.bytes() / PAGE {
+            let page = (start.0 - FIRST) / PAGE + n;
+            model.insert(page, (leaf.frame.0 / PAGE + n, leaf.flags));
+        }
+    }
+    model
+}
+
+fn run(ops: &[Op], frames: usize) {
+    let pool = FramePool::new(frames);
+    let table = PageTable::new(Npt::new(48), &pool).unwrap();
+    let mut model = Model::new();
+    for op in ops {
+        let op = &op.within_the_window();
+        let before = table.table_frames();
+        let mut hardware = Recorder::default();
+        match *op {
+            Op::Map {
+                page,
+                pages,
+                frame,
+                flags: f,
+                size,
+            } => {
+                let free = !model.range(page..page + pages).any(|_| true);
+                let result =
+                    table.map_up_to(gpa(page), pages * PAGE, Hpa(frame * PAGE), flags(f), size);
+                match result {
+                    Ok(()) => {
+                        assert!(free);
+                        model.extend((0..pages).map(|n| (page + n, (frame + n, flags(f)))));
+                    }
+                    Err(MapError::Occupied(at)) => {
+                        assert!(!free && model.contains_key(&((at - FIRST) / PAGE)));
+                    }
+                    Err(MapError::Edit(EditError::OutOfFrames)) => {
+                        assert_eq!(before, table.table_frames());
+                    }
+                    Err(error) => panic!("{error}"),
+                }
+            }
+            Op::MapPage {
+                page,
+                frame,
+                flags: f,
+                size,
+            } => {
+                let pages = size.bytes() / PAGE;
+                let free = !model.range(page..page + pages).any(|_| true);
+                match table.map_page(gpa(page), size, Hpa(frame * PAGE), flags(f)) {
+                    Ok(()) => {
+                        assert!(free);
+                        model.extend((0..pages).map(|n| (page + n, (frame + n, flags(f)))));
+                    }
+                    Err(MapError::Occupied(_)) => assert!(!free || before > 1),
+                    Err(MapError::Edit(EditError::Misaligned(_))) => {
+                        let aligned =
+                            gpa(page).is_aligned(size) && Hpa(frame * PAGE).is_aligned(size);
+                        assert!(!aligned);
+                    }
+                    Err(MapError::Edit(EditError::OutOfFrames)) => {
+                        assert_eq!(before, table.table_frames());
+                    }
+                    Err(error) => panic!("{error}"),
+                }
+            }
+            Op::Unmap { page, pages } => {
+                if let Ok(flush) = table.unmap(gpa(page), pages * PAGE) {
+                    let had = model.range(page..page + pages).any(|_| true);
+                    assert_eq!(had, flush.scope().is_some());
+                    flush.discharge(&mut hardware);
+                    model.retain(|p, _| !(page..page + pages).contains(p));
+                }
+            }
+            Op::UnmapInto { page, pages } => {
+                if let Ok(flush) = table.unmap_into(gpa(page), pages * PAGE, Vec::new()) {
+                    let out = flush.discharge(&mut hardware);
+                    let mut removed = Model::new();
+                    for (start, leaf) in out {
+                        for n in 0..leaf.bytes() / PAGE {
+                            let page = (start.0 - FIRST) / PAGE + n;
+                            removed.insert(page, (leaf.frame.0 / PAGE + n, leaf.flags));
+                        }
+                    }
+                    let expected = model.range(page..page + pages);
+                    assert!(removed.iter().eq(expected));
+                    model.retain(|p, _| !(page..page + pages).contains(p));
+                }
+            }
+            Op::UnmapPage { page } => {
+                let leaf = table.unmap_page(gpa(page)).discharge(&mut hardware);
+                assert_eq!(leaf.is_some(), model.contains_key(&page));
+                if let Some(leaf) = leaf {
+                    let pages = leaf.bytes() / PAGE;
+                    let first = (FIRST / PAGE + page) / pages * pages - FIRST / PAGE;
+                    for page in first..first + pages {
+                        assert!(model.remove(&page).is_some());
+                    }
+                }
+            }
+            Op::Protect {
+                page,
+                pages,
+                rights,
+            } => {
+                if let Ok(flush) = table.protect(gpa(page), pages * PAGE, rights) {
+                    flush.discharge(&mut hardware);
+                    for (_, (_, flags)) in model.range_mut(page..page + pages) {
+                        *flags = Npt::new(48).with_rights(*flags, rights).unwrap();
+                    }
+                }
+            }
+            Op::Split { page, pages, size } => {
+                if let Ok(flush) = table.split(gpa(page), pages * PAGE, size) {
+                    flush.discharge(&mut hardware);
+                    for (_, leaf) in table.leaves(gpa(page), pages * PAGE).unwrap() {
+                        assert!(leaf.bytes() <= size.bytes());
+                    }
+                }
+            }
+            Op::Merge { page, pages, size } => {
+                let flush = table.merge(gpa(page), pages * PAGE, size).unwrap();
+                let replaced = flush.discharge(&mut hardware);
+                assert_eq!(table.table_frames(), before - replaced);
+            }
+        }
+        for what in &hardware.0 {
+            assert_eq!(what.root, table.root());
+            assert!(what.first <= what.last && what.last & 0xFFF == 0xFFF);
+        }
+        // Every frame is either free or in the table: nothing leaked, nothing freed in use.
+        assert_eq!(pool.free_frames() + table.table_frames(), frames);
+    }
+    let found = contents(&table);
+    let difference = found.iter().zip(&model).find(|(a, b)| a != b);
+    assert_eq!((difference, found.len()), (None, model.len()));
+    for (&page, &(frame, flags)) in model.iter().step_by(97) {
+        let found = table.translate(Gpa(gpa(page).0 + 5)).unwrap();
+        assert_eq!(
+            (found.address, found.leaf.flags),
+            (Hpa(frame * PAGE + 5), flags)
+        );
+    }
+    table.destroy(&mut Recorder::default()).unwrap();
+    assert_eq!(pool.free_frames(), frames);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 32, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn the_engine_is_a_map(ops in prop::collection::vec(op(), 1..24)) {
+        run(&ops, 4096);
+    }
+
+    #[test]
+    fn running_out_of_frames_changes_nothing(
+        ops in prop::collection::vec(op(), 1..24),
+        frames in 1..12usize,
+    ) {
+        run(&ops, frames);
+    }
+}
