@@ -13,6 +13,8 @@ use crate::debian::{self, Kernel};
 /// What goes into the disk.
 #[derive(Default)]
 pub(crate) struct Initrd {
+    /// The first process's script, if not the usual one.
+    pub(crate) init: Option<String>,
     /// Shell commands to run instead of giving a shell.
     pub(crate) run: Option<String>,
     /// Kernel modules that the first process loads, in order; what they need comes along.
@@ -44,7 +46,8 @@ impl Initrd {
         archive.device("dev/null", 1, 3);
         archive.file("bin/busybox", 0o755, &fs::read(debian::busybox()?)?);
         archive.link("bin/sh", "busybox");
-        archive.file("init", 0o755, include_bytes!("init.sh"));
+        let init = self.init.as_deref().unwrap_or(include_str!("init.sh"));
+        archive.file("init", 0o755, init.as_bytes());
         archive.file("etc/modules", 0o644, self.load.join("\n").as_bytes());
         if let Some(commands) = &self.run {
             archive.file("run.sh", 0o644, commands.as_bytes());

@@ -21,12 +21,18 @@ enum Cli {
     Boot(command::boot::Boot),
     /// Run the bare-metal test kernel on an emulator
     Selftest(command::selftest::Selftest),
+    /// Run all tests: on the host, on emulated bare metal, and end to end
+    Test(command::test::Test),
+    /// Measure what the hypervisor costs, in instructions
+    Measure(command::measure::Measure),
 }
 
 fn main() -> ExitCode {
     let result = match Cli::parse() {
         Cli::Boot(boot) => boot.run(),
         Cli::Selftest(selftest) => selftest.run(),
+        Cli::Test(test) => test.run(),
+        Cli::Measure(measure) => measure.run(),
     };
     match result {
         Ok(status) => ExitCode::from(status),

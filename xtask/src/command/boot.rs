@@ -14,7 +14,7 @@ use crate::initrd::Initrd;
 use crate::run;
 
 /// The hypervisor's package.
-const HYPERVISOR: &str = "linux-vmm";
+pub(super) const HYPERVISOR: &str = "linux-vmm";
 /// Memory in MiB that the hypervisor has beyond its guest's.
 const OWN_MEMORY: u64 = 192;
 /// MiB below 4 GiB that a PC leaves to devices; a large guest's memory must fit above it in one piece.
@@ -29,6 +29,25 @@ pub(crate) enum Backend {
     Vmx,
     /// Linux's /dev/kvm
     Kvm,
+}
+
+impl Backend {
+    /// The processor that it needs.
+    pub(super) fn cpu(self) -> Result<Cpu> {
+        match self {
+            Self::Svm => Ok(Cpu::Svm),
+            Self::Vmx => bail!("--backend vmx is not in this version yet; there is svm"),
+            Self::Kvm => bail!("--backend kvm is not in this version yet; there is svm"),
+        }
+    }
+
+    /// The emulator that has this processor.
+    pub(super) fn emulator(self) -> Kind {
+        match self {
+            Self::Svm | Self::Kvm => Kind::Qemu,
+            Self::Vmx => Kind::Bochs,
+        }
+    }
 }
 
 /// Boot a guest kernel on a bare-metal hypervisor made of the project's crates.
@@ -84,11 +103,7 @@ pub(crate) struct Boot {
 impl Boot {
     pub(crate) fn run(&self) -> Result<u8> {
         run::set_verbose(self.verbose);
-        let cpu = match self.backend {
-            Backend::Svm => Cpu::Svm,
-            Backend::Vmx => bail!("--backend vmx is not in this version yet; there is svm"),
-            Backend::Kvm => bail!("--backend kvm is not in this version yet; there is svm"),
-        };
+        let cpu = self.backend.cpu()?;
         if self.run.is_some() && !self.initrd.is_empty() {
             bail!("--run needs the default initial RAM disk, and --initrd replaces it");
         }
@@ -108,7 +123,7 @@ impl Boot {
             exact: self.exact,
             input: self.run.is_none(),
             timeout,
-            ..Machine::new(self.emulator.unwrap_or(Kind::Qemu))
+            ..Machine::new(self.emulator.unwrap_or(self.backend.emulator()))
         };
         if self.run.is_none() && self.kernel.is_none() && std::io::stdin().is_terminal() {
             run::progress("booting to a shell; Ctrl-A X ends the emulator");
@@ -178,7 +193,7 @@ fn read(file: &str) -> Result<Vec<u8>> {
 }
 
 /// The memory in MiB of a machine whose hypervisor can give its guest `guest` MiB in one piece.
-fn machine_memory(guest: u64) -> u64 {
+pub(super) fn machine_memory(guest: u64) -> u64 {
     let needed = guest.saturating_add(OWN_MEMORY);
     if needed > BELOW_4G / 2 {
         needed.saturating_add(BELOW_4G)

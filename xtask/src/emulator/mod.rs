@@ -50,6 +50,13 @@ pub(crate) struct Machine {
     pub(crate) extra: Vec<String>,
 }
 
+/// What QEMU is to load, as it stands.
+pub(crate) struct Program {
+    pub(crate) kernel: PathBuf,
+    pub(crate) initrd: Option<PathBuf>,
+    pub(crate) command_line: String,
+}
+
 impl Machine {
     pub(crate) fn new(kind: Kind) -> Self {
         Self {
@@ -71,6 +78,12 @@ impl Machine {
             Kind::Qemu => qemu::run(self, program, payload),
             Kind::Bochs => bochs::run(self, program, payload),
         }
+    }
+
+    /// Runs what `program` says on QEMU until the console has shown `mark` and the processors have
+    /// halted for good; returns how many instructions they executed.
+    pub(crate) fn count(&self, program: &Program, mark: &str) -> Result<u64> {
+        qemu::count(self, program, mark)
     }
 
     fn deadline(&self) -> Option<Instant> {

@@ -1,26 +1,29 @@
 //! QEMU's TCG.
 
 use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 
-use super::{Cpu, Machine, status_in};
+use super::{Cpu, Machine, Program, status_in};
 use crate::bare::Payload;
 use crate::debian::{self, Tool};
-use crate::{run, workplace};
+use crate::run;
+use crate::workplace::RunFolder;
 
-pub(super) fn run(machine: &Machine, program: &Path, payload: &Payload) -> Result<u8> {
+/// The command for this machine with this program; the console is the caller's to add.
+fn command(machine: &Machine, program: &Program) -> Result<Command> {
     if machine.cpu == Cpu::Vmx {
-        bail!("QEMU's TCG has no VMX; use --emulator bochs");
+        bail!("QEMU's TCG has no VMX; Bochs has");
     }
     debian::require(&[Tool {
         program: "qemu-system-x86_64",
         package: "qemu-system-x86",
     }])?;
-    let folder = workplace::RunFolder::new()?;
-    let status_file = folder.file("status");
     let mut qemu = Command::new("qemu-system-x86_64");
     qemu.args([
         "-accel",
@@ -41,6 +44,31 @@ pub(super) fn run(machine: &Machine, program: &Path, payload: &Payload) -> Resul
     if machine.exact {
         qemu.args(["-icount", "shift=0,sleep=off"]);
     }
+    qemu.args(&machine.extra);
+    qemu.arg("-kernel").arg(&program.kernel);
+    if let Some(initrd) = &program.initrd {
+        qemu.arg("-initrd").arg(initrd);
+    }
+    if !program.command_line.is_empty() {
+        qemu.args(["-append", &program.command_line]);
+    }
+    Ok(qemu)
+}
+
+pub(super) fn run(machine: &Machine, kernel: &Path, payload: &Payload) -> Result<u8> {
+    let folder = RunFolder::new()?;
+    let mut program = Program {
+        kernel: kernel.to_owned(),
+        initrd: None,
+        command_line: payload.command_line.clone(),
+    };
+    if !payload.modules.is_empty() {
+        let container = folder.file("modules");
+        fs::write(&container, payload.container(false))?;
+        program.initrd = Some(container);
+    }
+    let status_file = folder.file("status");
+    let mut qemu = command(machine, &program)?;
     qemu.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=1"]);
     qemu.args([
         "-chardev",
@@ -53,16 +81,6 @@ pub(super) fn run(machine: &Machine, program: &Path, payload: &Payload) -> Resul
         None if machine.input => qemu.args(["-serial", "mon:stdio"]),
         None => qemu.args(["-serial", "stdio"]),
     };
-    qemu.args(&machine.extra);
-    qemu.arg("-kernel").arg(program);
-    if !payload.modules.is_empty() {
-        let container = folder.file("modules");
-        fs::write(&container, payload.container(false))?;
-        qemu.arg("-initrd").arg(container);
-    }
-    if !payload.command_line.is_empty() {
-        qemu.args(["-append", &payload.command_line]);
-    }
     let mut child = run::spawn(qemu.stdin(machine.stdin()))?;
     let Some(ended) = run::wait_until(&mut child, machine.deadline())? else {
         return Ok(machine.timed_out());
@@ -76,5 +94,119 @@ pub(super) fn run(machine: &Machine, program: &Path, payload: &Payload) -> Resul
             .and_then(|code| u8::try_from(code >> 1).ok())
             .unwrap_or(u8::MAX)),
         None => bail!("the emulator ended without a status from the program: {ended}"),
+    }
+}
+
+/// Runs a program until the console has shown `mark` and the processors have stopped for good; returns
+/// how many instructions they executed.
+///
+/// The machine has no debug-exit device: what would end the emulator halts, and the count stands still.
+pub(super) fn count(machine: &Machine, program: &Program, mark: &str) -> Result<u64> {
+    /// Two counts this far apart that agree are the last.
+    const STILL: Duration = Duration::from_millis(500);
+
+    let folder = RunFolder::new()?;
+    let (console, socket) = (folder.file("console"), folder.file("monitor"));
+    let mut qemu = command(machine, program)?;
+    qemu.args(["-serial", &format!("file:{}", console.display())]);
+    qemu.args([
+        "-qmp",
+        &format!("unix:{},server=on,wait=off", socket.display()),
+    ]);
+    let mut child = run::spawn(qemu.stdin(std::process::Stdio::null()))?;
+    let deadline = machine.deadline();
+    let counting = || {
+        let mut monitor = Monitor::connect(&socket)?;
+        let mut last = None;
+        loop {
+            std::thread::sleep(STILL);
+            let count = monitor.instructions()?;
+            let shown = fs::read(&console).unwrap_or_default();
+            let marked = String::from_utf8_lossy(&shown).contains(mark);
+            if last == Some(count) {
+                if marked {
+                    return Ok(count);
+                }
+                bail!(
+                    "the machine stopped early:\n{}",
+                    String::from_utf8_lossy(&shown).trim_end()
+                );
+            }
+            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                bail!(
+                    "no end in time:\n{}",
+                    String::from_utf8_lossy(&shown).trim_end()
+                );
+            }
+            last = Some(count);
+        }
+    };
+    let result = counting();
+    // It ends only this way; that it has ended by itself shows in the result.
+    let _ = child.kill();
+    child.wait()?;
+    result
+}
+
+/// QEMU's machine protocol, as far as counting takes it.
+struct Monitor {
+    reader: BufReader<UnixStream>,
+}
+
+impl Monitor {
+    fn connect(socket: &Path) -> Result<Self> {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let stream = loop {
+            match UnixStream::connect(socket) {
+                Ok(stream) => break stream,
+                Err(error) if Instant::now() >= deadline => {
+                    return Err(error).context("QEMU opens no monitor");
+                }
+                Err(_) => std::thread::sleep(Duration::from_millis(20)),
+            }
+        };
+        let mut monitor = Self {
+            reader: BufReader::new(stream),
+        };
+        monitor.line()?;
+        monitor.ask("qmp_capabilities")?;
+        Ok(monitor)
+    }
+
+    fn line(&mut self) -> Result<String> {
+        let mut line = String::new();
+        if self.reader.read_line(&mut line)? == 0 {
+            bail!("QEMU ended before its count was taken");
+        }
+        Ok(line)
+    }
+
+    /// The answer to a command; events in between are not answers.
+    fn ask(&mut self, command: &str) -> Result<String> {
+        writeln!(self.reader.get_mut(), r#"{{"execute":"{command}"}}"#)?;
+        loop {
+            let line = self.line()?;
+            if line.contains("\"return\"") {
+                return Ok(line);
+            }
+            if line.contains("\"error\"") {
+                bail!("QEMU refuses {command}: {}", line.trim_end());
+            }
+        }
+    }
+
+    fn instructions(&mut self) -> Result<u64> {
+        let answer = self.ask("query-replay")?;
+        let number = answer
+            .split_once("\"icount\":")
+            .map(|(_, rest)| rest.trim_start())
+            .map(|rest| {
+                rest.split(|c: char| !c.is_ascii_digit())
+                    .next()
+                    .unwrap_or("")
+            });
+        number
+            .and_then(|digits| digits.parse().ok())
+            .with_context(|| format!("no count in {answer}"))
     }
 }

@@ -1,0 +1,194 @@
+//! `cargo xtask measure`: what the hypervisor costs, in instructions.
+
+use std::fs;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use super::boot::{Backend, HYPERVISOR, machine_memory};
+use crate::bare::{self, Payload};
+use crate::debian;
+use crate::emulator::{Kind, Machine, Program};
+use crate::initrd::Initrd;
+use crate::{run, workplace};
+
+/// A guest that says this line has reached its first process.
+const MARK: &str = "testudo: the first process runs";
+/// Long enough for the slowest machine that runs emulators at all.
+const PATIENCE: Duration = Duration::from_secs(1800);
+
+/// Measure what the hypervisor costs, in instructions
+#[derive(clap::Args)]
+pub(crate) struct Measure {
+    #[command(subcommand)]
+    what: What,
+    /// What makes the guest's processors
+    #[arg(long, value_enum, default_value = "svm", global = true)]
+    backend: Backend,
+    /// Print one flat JSON object
+    #[arg(long, global = true)]
+    json: bool,
+    /// Show what is executed
+    #[arg(short, long, global = true)]
+    verbose: bool,
+}
+
+#[derive(clap::Subcommand)]
+enum What {
+    /// Exit and resume, by kind of exit, as a guest sees it
+    Exits,
+    /// A Linux boot to its first process under the hypervisor, against the same without it
+    Boot,
+}
+
+impl Measure {
+    pub(crate) fn run(&self) -> Result<u8> {
+        run::set_verbose(self.verbose);
+        let figures = match self.what {
+            What::Exits => self.exits()?,
+            What::Boot => self.boot()?,
+        };
+        if self.json {
+            let members: Vec<String> = figures
+                .iter()
+                .map(|(name, value)| format!("\"{name}\":{value}"))
+                .collect();
+            println!("{{{}}}", members.join(","));
+        } else {
+            for (name, value) in figures {
+                println!("{name} {value}");
+            }
+        }
+        Ok(0)
+    }
+
+    /// Runs the guest `meter` under the hypervisor.
+    fn exits(&self) -> Result<Vec<(String, String)>> {
+        const MEMORY: u64 = 64;
+        let meter = bare::build("meter")?;
+        let hypervisor = bare::build(HYPERVISOR)?;
+        let folder = workplace::RunFolder::new()?;
+        let console = folder.file("console");
+        let machine = Machine {
+            cpu: self.backend.cpu()?,
+            memory: machine_memory(MEMORY),
+            exact: true,
+            capture: Some(console.clone()),
+            timeout: Some(PATIENCE),
+            ..Machine::new(self.backend.emulator())
+        };
+        let payload = Payload {
+            command_line: format!("memory={MEMORY} vcpus=1 -- "),
+            modules: vec![("kernel meter".into(), fs::read(&meter)?)],
+        };
+        let status = machine.run(&hypervisor, &payload)?;
+        let output = String::from_utf8_lossy(&fs::read(&console)?).into_owned();
+        if status != 0 {
+            bail!(
+                "the measuring guest ended with status {status}:\n{}",
+                output.trim_end()
+            );
+        }
+        let figures: Vec<(String, String)> = output.lines().filter_map(figure).collect();
+        if figures.is_empty() {
+            bail!(
+                "the measuring guest gave no figures:\n{}",
+                output.trim_end()
+            );
+        }
+        Ok(figures)
+    }
+
+    /// Boots Linux twice and compares the instructions that the emulator executed in all.
+    fn boot(&self) -> Result<Vec<(String, String)>> {
+        const MEMORY: u64 = 512;
+        if self.backend.emulator() != Kind::Qemu {
+            bail!("instructions are counted on QEMU, and this backend runs on another emulator");
+        }
+        let kernel = debian::kernel()?;
+        // The first process says that it runs, ends a guest by its debug-exit port, and otherwise halts.
+        let script = format!(
+            "#!/bin/busybox sh\n\
+             /bin/busybox mount -t devtmpfs dev /dev\n\
+             echo '{MARK}'\n\
+             /bin/busybox printf '\\000' | /bin/busybox dd of=/dev/port bs=1 seek=244 conv=notrunc 2>/dev/null\n\
+             /bin/busybox halt -f\n",
+        );
+        let disk = Initrd {
+            init: Some(script),
+            ..Initrd::default()
+        }
+        .build(&kernel)?;
+        let command_line = "console=ttyS0 quiet";
+        let image = fs::read(&kernel.image).context("cannot read the kernel")?;
+
+        let folder = workplace::RunFolder::new()?;
+        let initrd = folder.file("initrd");
+        fs::write(&initrd, &disk)?;
+        let machine = |memory| Machine {
+            memory,
+            exact: true,
+            timeout: Some(PATIENCE),
+            ..Machine::new(Kind::Qemu)
+        };
+
+        run::progress("booting without the hypervisor");
+        let direct = machine(MEMORY).count(
+            &Program {
+                kernel: kernel.image.clone(),
+                initrd: Some(initrd),
+                command_line: command_line.into(),
+            },
+            MARK,
+        )?;
+        let payload = Payload {
+            command_line: format!("memory={MEMORY} vcpus=1 -- {command_line}"),
+            modules: vec![
+                ("kernel vmlinuz".into(), image),
+                ("initrd default".into(), disk),
+            ],
+        };
+        let modules = folder.file("modules");
+        fs::write(&modules, payload.container(false))?;
+        let hypervisor = bare::build(HYPERVISOR)?;
+        run::progress("booting under the hypervisor");
+        let under = machine(machine_memory(MEMORY)).count(
+            &Program {
+                kernel: hypervisor,
+                initrd: Some(modules),
+                command_line: payload.command_line,
+            },
+            MARK,
+        )?;
+        let ratio = under as f64 / direct as f64;
+        Ok(vec![
+            ("ratio".into(), format!("{ratio:.3}")),
+            ("instructions".into(), under.to_string()),
+            ("instructions_direct".into(), direct.to_string()),
+        ])
+    }
+}
+
+/// A line `NAME NUMBER`.
+fn figure(line: &str) -> Option<(String, String)> {
+    let (name, value) = line.trim().split_once(' ')?;
+    let is_name = !name.is_empty() && name.chars().all(|c| c.is_ascii_lowercase() || c == '_');
+    value.parse::<u64>().ok().filter(|_| is_name)?;
+    Some((name.to_owned(), value.to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_are_told_from_other_lines() {
+        assert_eq!(
+            figure("hlt_wake 120\r"),
+            Some(("hlt_wake".into(), "120".into()))
+        );
+        for other in ["", "cpuid", "cpuid x", "CPUID 5", "test rt ... ok", "1 2"] {
+            assert_eq!(figure(other), None, "{other}");
+        }
+    }
+}

@@ -1,0 +1,179 @@
+//! `cargo xtask test`: everything that shows that the project works.
+
+mod boots;
+mod selftests;
+
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+
+use crate::{run, workplace};
+
+/// Run all tests: on the host, on emulated bare metal, and end to end
+#[derive(clap::Args)]
+pub(crate) struct Test {
+    /// Only what runs on the host: unit and property tests, lints, formatting, documentation
+    #[arg(long, conflicts_with = "full")]
+    quick: bool,
+    /// Also what takes long: the test kernel on every emulator and processor, more guests
+    #[arg(long)]
+    full: bool,
+    /// Show what is executed
+    #[arg(short, long)]
+    verbose: bool,
+}
+
+/// What has been counted so far.
+#[derive(Default)]
+struct Tally {
+    passed: u64,
+    failed: u64,
+    /// The names of what failed, for the end.
+    failures: Vec<String>,
+}
+
+impl Tally {
+    /// Counts one check and says how it ended.
+    fn check(&mut self, name: &str, result: Result<()>) {
+        match result {
+            Ok(()) => {
+                self.passed += 1;
+                println!("test {name} ... ok");
+            }
+            Err(error) => {
+                self.fail(name);
+                println!("test {name} ... FAILED\n{error:#}");
+            }
+        }
+    }
+
+    fn fail(&mut self, name: &str) {
+        self.failed += 1;
+        self.failures.push(name.to_owned());
+    }
+
+    /// Counts what a test runner counted in its closing line.
+    fn add(&mut self, name: &str, passed: u64, failed: u64) {
+        self.passed += passed;
+        self.failed += failed;
+        if failed > 0 {
+            self.failures.push(format!("{name}: {failed}"));
+        }
+    }
+}
+
+impl Test {
+    pub(crate) fn run(&self) -> Result<u8> {
+        run::set_verbose(self.verbose);
+        let start = Instant::now();
+        let mut tally = Tally::default();
+        host(&mut tally)?;
+        if !self.quick {
+            selftests::run(&mut tally, self.full)?;
+            boots::run(&mut tally, self.full)?;
+        }
+        if !tally.failures.is_empty() {
+            println!("\nfailed:");
+            for name in &tally.failures {
+                println!("    {name}");
+            }
+        }
+        println!("\n{} s", start.elapsed().as_secs());
+        println!("{} passed, {} failed", tally.passed, tally.failed);
+        Ok(u8::from(tally.failed > 0))
+    }
+}
+
+fn cargo(arguments: &[&str]) -> Command {
+    let mut cargo = Command::new(env!("CARGO"));
+    cargo.current_dir(workplace::root()).args(arguments);
+    cargo
+}
+
+/// The tests of the host: cargo's own.
+fn host(tally: &mut Tally) -> Result<()> {
+    run::progress("formatting, lints, documentation");
+    tally.check(
+        "cargo fmt",
+        run::check(&mut cargo(&["fmt", "--all", "--check"])),
+    );
+    tally.check(
+        "cargo clippy",
+        run::check(&mut cargo(&[
+            "clippy",
+            "--quiet",
+            "--workspace",
+            "--all-targets",
+            "--",
+            "-D",
+            "warnings",
+        ])),
+    );
+    tally.check(
+        "cargo doc",
+        run::check(
+            cargo(&[
+                "doc",
+                "--quiet",
+                "--workspace",
+                "--no-deps",
+                "--document-private-items",
+            ])
+            .env("RUSTDOCFLAGS", "-D warnings"),
+        ),
+    );
+    run::progress("unit and property tests");
+    let mut closing = 0;
+    let ended = lines(cargo(&["test", "--workspace", "--no-fail-fast"]), |line| {
+        if let Some((passed, failed)) = closing_line(line) {
+            closing += 1;
+            tally.add("cargo test", passed, failed);
+        }
+    })?;
+    if !ended && tally.failed == 0 || closing == 0 {
+        tally.fail("cargo test did not run to its end");
+    }
+    Ok(())
+}
+
+/// Runs a command, shows its output as it comes, and gives each line to `take`; says whether it succeeded.
+fn lines(mut command: Command, mut take: impl FnMut(&str)) -> Result<bool> {
+    let mut child = run::spawn(command.stdin(Stdio::null()).stdout(Stdio::piped()))?;
+    let output = child.stdout.take().context("the output is piped")?;
+    for line in BufReader::new(output).split(b'\n') {
+        let line = line?;
+        let line = String::from_utf8_lossy(&line);
+        println!("{line}");
+        take(&line);
+    }
+    Ok(child.wait()?.success())
+}
+
+/// The counts in `test result: ok. 12 passed; 0 failed; …` and in the test kernel's `12 passed, 0 failed`.
+fn closing_line(line: &str) -> Option<(u64, u64)> {
+    let line = line.trim_end();
+    let counts = match line.strip_prefix("test result: ") {
+        Some(rest) => rest.split_once(". ")?.1,
+        None => line,
+    };
+    let mut parts = counts.split([';', ',']).map(str::trim);
+    let mut count = |what: &str| parts.next()?.strip_suffix(what)?.trim_end().parse().ok();
+    Some((count("passed")?, count("failed")?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn closing_lines_are_counted() {
+        let line = "test result: ok. 12 passed; 3 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.00s";
+        assert_eq!(closing_line(line), Some((12, 3)));
+        assert_eq!(closing_line("16 passed, 0 failed\r"), Some((16, 0)));
+        for other in ["test a ... ok", "", "passed, failed", "1 skipped"] {
+            assert_eq!(closing_line(other), None, "{other}");
+        }
+    }
+}

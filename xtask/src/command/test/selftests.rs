@@ -1,0 +1,72 @@
+//! The test kernel on the emulators.
+
+use std::process::Command;
+
+use anyhow::Result;
+
+use super::{Tally, closing_line, lines};
+use crate::run;
+
+struct Place {
+    name: &'static str,
+    arguments: &'static [&'static str],
+    /// Only with `--full`.
+    slow: bool,
+}
+
+const PLACES: [Place; 4] = [
+    Place {
+        name: "QEMU, two processors",
+        arguments: &["--emulator", "qemu", "--processors", "2"],
+        slow: false,
+    },
+    Place {
+        name: "QEMU, one processor, memory above 4 GiB",
+        arguments: &[
+            "--emulator",
+            "qemu",
+            "--processors",
+            "1",
+            "--memory",
+            "5120",
+        ],
+        slow: false,
+    },
+    Place {
+        name: "Bochs with SVM",
+        arguments: &["--emulator", "bochs", "--cpu", "svm", "--processors", "2"],
+        slow: true,
+    },
+    Place {
+        name: "Bochs with VMX",
+        arguments: &["--emulator", "bochs", "--cpu", "vmx", "--processors", "2"],
+        slow: true,
+    },
+];
+
+pub(super) fn run(tally: &mut Tally, full: bool) -> Result<()> {
+    for place in PLACES.iter().filter(|place| full || !place.slow) {
+        run::progress(format_args!("the test kernel on {}", place.name));
+        let name = format!("selftest on {}", place.name);
+        let mut closed = false;
+        let mut command = Command::new(std::env::current_exe()?);
+        command.arg("selftest").args(place.arguments);
+        let succeeded = lines(command, |line| {
+            if let Some((passed, failed)) = closing_line(line) {
+                closed = true;
+                tally.add(&name, passed, failed);
+            }
+        })?;
+        if !closed {
+            tally.fail(&format!("{name} did not run to its end"));
+        } else if !succeeded
+            && !tally
+                .failures
+                .iter()
+                .any(|failure| failure.starts_with(&name))
+        {
+            tally.fail(&format!("{name} ended with a status of failure"));
+        }
+    }
+    Ok(())
+}
