@@ -24,6 +24,13 @@
 //! The status that `main` returns leaves the machine through [`exit`].
 #![cfg_attr(not(test), no_std)]
 #![allow(unsafe_code)]
+#![cfg_attr(
+    test,
+    expect(
+        dead_code,
+        reason = "host tests run the parts that need no machine; nothing starts the rest"
+    )
+)]
 
 extern crate alloc;
 #[cfg(test)]

@@ -130,12 +130,12 @@ fn heap(_: &'static Boot) -> Outcome {
             blocks.swap_remove(round / 3 % blocks.len());
         }
     }
-    let intact = |block: &Box<[u8]>| {
+    let intact = |block: &[u8]| {
         block
             .iter()
             .all(|&byte| usize::from(byte) == (block.len() - 1) / 97)
     };
-    check!(blocks.iter().all(intact), "a block changed");
+    check!(blocks.iter().all(|block| intact(block)), "a block changed");
     // Larger than what the heap takes at a time.
     let large = alloc::vec![7_u8; 9 << 20];
     check!(
@@ -422,8 +422,8 @@ fn processors_start(_: &'static Boot) -> Outcome {
         return Outcome::Failed(alloc::format!("{missing}"));
     }
     let deadline = time::now_ns() + 2_000_000_000;
-    for id in 1..cpu::count() {
-        while SEEN[id].load(Ordering::SeqCst) != id {
+    for (id, seen) in SEEN.iter().enumerate().take(cpu::count()).skip(1) {
+        while seen.load(Ordering::SeqCst) != id {
             check!(time::now_ns() < deadline, "processor {id} does not say so");
             core::hint::spin_loop();
         }

@@ -1,13 +1,8 @@
 //! How a bare-metal program is linked; for its build script.
 //!
 //! A program on `testudo-rt` is an ordinary binary of the host target, linked without libc, start files
-//! or position independence, at the address its linker script gives. Its `build.rs` is one line:
-//!
-//! ```no_run
-//! fn main() {
-//!     testudo_rt_link::bare_metal();
-//! }
-//! ```
+//! or position independence, at the address its linker script gives. Its `build.rs` is
+//! one line: a call of [`bare_metal`].
 
 /// Prints the link arguments of a bare-metal program for Cargo.
 pub fn bare_metal() {

@@ -36,10 +36,6 @@ unsafe impl Source for Frames {
 struct Heap(Lock<Talc<Frames, DefaultBinning>>);
 
 #[cfg_attr(not(test), global_allocator)]
-#[cfg_attr(
-    test,
-    expect(dead_code, reason = "host tests use the host's allocator")
-)]
 static HEAP: Heap = Heap(Lock::new(Talc::new(Frames)));
 
 // SAFETY: talc keeps the contract of `GlobalAlloc`, and the lock gives one caller at a time.

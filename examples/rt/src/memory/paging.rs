@@ -46,7 +46,7 @@ pub(crate) fn init() {
             (&raw mut rt_boot_pdpt)
                 .cast::<u64>()
                 .add(index as usize)
-                .write_volatile(index * GIB | LARGE | WRITABLE | PRESENT);
+                .write_volatile((index * GIB) | LARGE | WRITABLE | PRESENT);
         }
     }
     *MAPPED_END.lock() = PML4_SPAN;
