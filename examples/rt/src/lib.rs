@@ -21,7 +21,7 @@
 //! has the processor in long mode with SSE, all memory identity-mapped, exceptions reported in words, a
 //! heap, and the clocks calibrated. Interrupts are off, and nothing here turns them on by itself.
 //!
-//! The status that `main` returns leaves the machine through [`exit`].
+//! The status that `main` returns leaves the machine through [`exit()`].
 #![cfg_attr(not(test), no_std)]
 #![allow(unsafe_code)]
 #![cfg_attr(
