@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::Result;
 
 use crate::bare::{self, Payload};
-use crate::emulator::{Cpu, Kind, Machine};
+use crate::emulator::{Cpu, Kind, Loader, Machine};
 use crate::run;
 
 /// Run the bare-metal test kernel on an emulator
@@ -17,6 +17,9 @@ pub(crate) struct Selftest {
     /// The processor's virtualization [default: svm]
     #[arg(long, value_enum, default_value = "svm")]
     cpu: Cpu,
+    /// How the test kernel gets into the machine; Bochs always starts GRUB
+    #[arg(long, value_enum, default_value = "direct")]
+    loader: Loader,
     /// The machine's processors
     #[arg(long, value_name = "N", default_value_t = 2)]
     processors: u32,
@@ -38,6 +41,7 @@ impl Selftest {
         run::set_verbose(self.verbose);
         let machine = Machine {
             cpu: self.cpu,
+            loader: self.loader,
             processors: self.processors,
             memory: self.memory,
             timeout: Some(Duration::from_secs(self.timeout)),

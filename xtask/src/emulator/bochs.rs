@@ -10,34 +10,15 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use super::{Cpu, Machine, status_in};
+use super::{Cpu, Machine, iso, status_in};
 use crate::bare::Payload;
 use crate::debian::{self, Tool};
 use crate::{run, workplace};
 
-const TOOLS: [Tool; 5] = [
-    Tool {
-        program: "bochs",
-        package: "bochs",
-    },
-    Tool {
-        program: "grub-mkrescue",
-        package: "grub-common",
-    },
-    Tool {
-        program: "xorriso",
-        package: "xorriso",
-    },
-    Tool {
-        program: "mformat",
-        package: "mtools",
-    },
-    Tool {
-        program: "/usr/lib/grub/i386-pc/multiboot2.mod",
-        package: "grub-pc-bin",
-    },
-];
-
+const BOCHS: Tool = Tool {
+    program: "bochs",
+    package: "bochs",
+};
 /// The files of the packages `bochsbios` and `vgabios`.
 const BIOS: Tool = Tool {
     program: "/usr/share/bochs/BIOS-bochs-latest",
@@ -49,32 +30,13 @@ const VGA: Tool = Tool {
 };
 
 pub(super) fn run(machine: &Machine, program: &Path, payload: &Payload) -> Result<u8> {
-    debian::require(&TOOLS)?;
-    debian::require(&[BIOS, VGA])?;
+    debian::require(&[BOCHS, BIOS, VGA])?;
     if machine.input {
         eprintln!("xtask: Bochs has no console input here");
     }
     let folder = workplace::RunFolder::new()?;
 
-    let tree = folder.file("iso");
-    fs::create_dir_all(tree.join("boot/grub"))?;
-    fs::copy(program, tree.join("boot/program"))?;
-    fs::write(tree.join("boot/modules"), payload.container(true))?;
-    fs::write(
-        tree.join("boot/grub/grub.cfg"),
-        "multiboot2 /boot/program\nmodule2 /boot/modules modules\nboot\n",
-    )?;
-    let iso = folder.file("boot.iso");
-    run::output(
-        Command::new("grub-mkrescue")
-            .args([
-                "--directory=/usr/lib/grub/i386-pc",
-                "--install-modules=multiboot2 normal iso9660 biosdisk",
-            ])
-            .arg("-o")
-            .args([&iso, &tree]),
-    )?;
-
+    let iso = iso::make(&folder, program, payload)?;
     let serial = match &machine.capture {
         Some(file) => file.clone(),
         None => folder.file("serial"),

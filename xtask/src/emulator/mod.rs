@@ -1,6 +1,7 @@
 //! The emulators that bare-metal programs run on.
 
 mod bochs;
+mod iso;
 mod qemu;
 
 use std::path::{Path, PathBuf};
@@ -32,10 +33,20 @@ pub(crate) enum Cpu {
     Vmx,
 }
 
+/// How a program gets into the machine; Bochs has only the second way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Loader {
+    /// The emulator loads it
+    Direct,
+    /// The BIOS starts GRUB from a CD, as on a real machine
+    Grub,
+}
+
 /// A machine, and what happens to its output.
 pub(crate) struct Machine {
     pub(crate) kind: Kind,
     pub(crate) cpu: Cpu,
+    pub(crate) loader: Loader,
     pub(crate) processors: u32,
     /// Memory in MiB.
     pub(crate) memory: u64,
@@ -62,6 +73,7 @@ impl Machine {
         Self {
             kind,
             cpu: Cpu::Svm,
+            loader: Loader::Direct,
             processors: 1,
             memory: 512,
             exact: false,

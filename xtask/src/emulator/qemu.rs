@@ -9,14 +9,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use super::{Cpu, Machine, Program, status_in};
+use super::{Cpu, Loader, Machine, Program, iso, status_in};
 use crate::bare::Payload;
 use crate::debian::{self, Tool};
 use crate::run;
 use crate::workplace::RunFolder;
 
-/// The command for this machine with this program; the console is the caller's to add.
-fn command(machine: &Machine, program: &Program) -> Result<Command> {
+/// The command for this machine; the program and the console are the caller's to add.
+fn command(machine: &Machine) -> Result<Command> {
     if machine.cpu == Cpu::Vmx {
         bail!("QEMU's TCG has no VMX; Bochs has");
     }
@@ -45,6 +45,10 @@ fn command(machine: &Machine, program: &Program) -> Result<Command> {
         qemu.args(["-icount", "shift=0,sleep=off"]);
     }
     qemu.args(&machine.extra);
+    Ok(qemu)
+}
+
+fn load(qemu: &mut Command, program: &Program) {
     qemu.arg("-kernel").arg(&program.kernel);
     if let Some(initrd) = &program.initrd {
         qemu.arg("-initrd").arg(initrd);
@@ -52,23 +56,30 @@ fn command(machine: &Machine, program: &Program) -> Result<Command> {
     if !program.command_line.is_empty() {
         qemu.args(["-append", &program.command_line]);
     }
-    Ok(qemu)
 }
 
 pub(super) fn run(machine: &Machine, kernel: &Path, payload: &Payload) -> Result<u8> {
     let folder = RunFolder::new()?;
-    let mut program = Program {
-        kernel: kernel.to_owned(),
-        initrd: None,
-        command_line: payload.command_line.clone(),
-    };
-    if !payload.modules.is_empty() {
-        let container = folder.file("modules");
-        fs::write(&container, payload.container(false))?;
-        program.initrd = Some(container);
-    }
     let status_file = folder.file("status");
-    let mut qemu = command(machine, &program)?;
+    let mut qemu = command(machine)?;
+    match machine.loader {
+        Loader::Grub => {
+            qemu.arg("-cdrom").arg(iso::make(&folder, kernel, payload)?);
+        }
+        Loader::Direct => {
+            let mut program = Program {
+                kernel: kernel.to_owned(),
+                initrd: None,
+                command_line: payload.command_line.clone(),
+            };
+            if !payload.modules.is_empty() {
+                let container = folder.file("modules");
+                fs::write(&container, payload.container(false))?;
+                program.initrd = Some(container);
+            }
+            load(&mut qemu, &program);
+        }
+    }
     qemu.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=1"]);
     qemu.args([
         "-chardev",
@@ -107,7 +118,8 @@ pub(super) fn count(machine: &Machine, program: &Program, mark: &str) -> Result<
 
     let folder = RunFolder::new()?;
     let (console, socket) = (folder.file("console"), folder.file("monitor"));
-    let mut qemu = command(machine, program)?;
+    let mut qemu = command(machine)?;
+    load(&mut qemu, program);
     qemu.args(["-serial", &format!("file:{}", console.display())]);
     qemu.args([
         "-qmp",

@@ -14,7 +14,7 @@ struct Place {
     slow: bool,
 }
 
-const PLACES: [Place; 4] = [
+const PLACES: [Place; 5] = [
     Place {
         name: "QEMU, two processors",
         arguments: &["--emulator", "qemu", "--processors", "2"],
@@ -29,6 +29,18 @@ const PLACES: [Place; 4] = [
             "1",
             "--memory",
             "5120",
+        ],
+        slow: false,
+    },
+    Place {
+        name: "QEMU through GRUB",
+        arguments: &[
+            "--emulator",
+            "qemu",
+            "--loader",
+            "grub",
+            "--processors",
+            "2",
         ],
         slow: false,
     },
