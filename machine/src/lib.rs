@@ -13,7 +13,10 @@ extern crate std;
 
 pub mod acpi;
 pub mod boot;
+pub mod bus;
+pub mod device;
 pub mod host;
+pub mod irq;
 pub mod layout;
 pub mod policy;
 pub mod stats;

@@ -1,0 +1,448 @@
+//! The half of a local APIC that the vCPU's loop owns (SDM vol. 3A, chapter 11; APM vol. 2,
+//! chapter 16).
+
+mod msr;
+mod registers;
+#[cfg(test)]
+mod tests;
+mod timer;
+
+use alloc::sync::Arc;
+use core::sync::atomic::{AtomicU32, Ordering};
+
+use testudo_arch::Gpa;
+
+use super::irqchip::Irqchip;
+use super::message::{DeliveryMode, Destination, Message};
+use super::port::{ApicMode, LapicPort, Routing, request};
+use super::vectors::VectorSet;
+use crate::layout;
+pub use msr::ApicMsrError;
+use timer::Timer;
+
+/// What the local APICs of a machine offer; CPUID must say the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LapicFeatures {
+    /// x2APIC mode (CPUID 1 ECX bit 21).
+    pub x2apic: bool,
+    /// The TSC-deadline mode of the timer (CPUID 1 ECX bit 24).
+    pub tsc_deadline: bool,
+    /// The width of a guest-physical address, at most 52 (CPUID 8000_0008 EAX bits 7:0).
+    pub address_bits: u8,
+}
+
+impl Default for LapicFeatures {
+    /// Everything, and 40 address bits.
+    fn default() -> Self {
+        Self {
+            x2apic: true,
+            tsc_deadline: true,
+            address_bits: 40,
+        }
+    }
+}
+
+/// Entries of the local vector table that have a cause here (SDM vol. 3A, 11.5.1), in the order of
+/// their registers. The others, thermal (1) and performance (2), are registers only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Lvt {
+    Timer = 0,
+    Lint0 = 3,
+    Lint1 = 4,
+    Error = 5,
+}
+
+const LVT_ENTRIES: usize = 6;
+const LVT_MASKED: u32 = 1 << 16;
+
+/// Bits of the error status register (SDM vol. 3A, 11.5.3).
+mod error {
+    pub(super) const SEND_ILLEGAL_VECTOR: u32 = 1 << 5;
+    pub(super) const RECEIVE_ILLEGAL_VECTOR: u32 = 1 << 6;
+    pub(super) const ILLEGAL_REGISTER: u32 = 1 << 7;
+}
+
+/// Bits of the spurious-interrupt vector register (SDM vol. 3A, 11.9).
+mod spurious {
+    pub(super) const ENABLED: u32 = 1 << 8;
+    pub(super) const NO_EOI_BROADCAST: u32 = 1 << 12;
+    pub(super) const RESET: u32 = 0xFF;
+}
+
+/// IA32_APIC_BASE (SDM vol. 3A, 11.4.4).
+mod base {
+    pub(super) const BSP: u64 = 1 << 8;
+    pub(super) const X2APIC: u64 = 1 << 10;
+    pub(super) const ENABLED: u64 = 1 << 11;
+}
+
+/// One vCPU's local APIC: registers, timer, and what is pending and in service.
+///
+/// Made by [`Irqchip::new`]. Everything here is called by the vCPU's own loop.
+pub struct Lapic {
+    chip: Arc<Irqchip>,
+    index: usize,
+    features: LapicFeatures,
+    base: u64,
+    irr: VectorSet,
+    isr: VectorSet,
+    /// Of the vectors accepted last: whether they stand for a level.
+    tmr: VectorSet,
+    tpr: u8,
+    /// Follows `isr` and `tpr`.
+    ppr: u8,
+    spurious: u32,
+    logical: u8,
+    /// The model bits of the destination format register.
+    cluster: bool,
+    lvt: [u32; LVT_ENTRIES],
+    icr: u64,
+    /// Errors since the last write to the error status register, and what that write made visible.
+    errors: u32,
+    error_status: u32,
+    timer: Timer,
+    /// A message asked to take the PIC's interrupt.
+    extint: bool,
+    nmi: bool,
+    init: bool,
+    startup: Option<u8>,
+}
+
+impl Lapic {
+    pub(super) fn new(chip: Arc<Irqchip>, index: usize, features: LapicFeatures) -> Self {
+        let bsp = if index == 0 { base::BSP } else { 0 };
+        let mut lapic = Self {
+            chip,
+            index,
+            features,
+            base: layout::LAPIC.0 | base::ENABLED | bsp,
+            irr: VectorSet::EMPTY,
+            isr: VectorSet::EMPTY,
+            tmr: VectorSet::EMPTY,
+            tpr: 0,
+            ppr: 0,
+            spurious: spurious::RESET,
+            logical: 0,
+            cluster: false,
+            lvt: [LVT_MASKED; LVT_ENTRIES],
+            icr: 0,
+            errors: 0,
+            error_status: 0,
+            timer: Timer::default(),
+            extint: false,
+            nmi: false,
+            init: false,
+            startup: None,
+        };
+        if index == 0 {
+            // Virtual-wire mode, as firmware leaves it to an operating system
+            // (MultiProcessor Specification 1.4, 3.6.2.2).
+            lapic.lvt[Lvt::Lint0 as usize] = (DeliveryMode::ExtInt as u32) << 8;
+            lapic.lvt[Lvt::Lint1 as usize] = (DeliveryMode::Nmi as u32) << 8;
+        }
+        lapic
+    }
+
+    #[inline]
+    fn port(&self) -> &LapicPort {
+        self.chip.port(self.index)
+    }
+
+    /// The APIC identification, which is the vCPU's number.
+    pub fn id(&self) -> u32 {
+        self.index as u32
+    }
+
+    /// The controllers that this one belongs to.
+    pub fn irqchip(&self) -> &Arc<Irqchip> {
+        &self.chip
+    }
+
+    /// Not zero exactly when something was posted that [`sync`](Self::sync), or the exit loop
+    /// itself ([`request::MACHINE`]), has not taken yet.
+    #[inline]
+    pub fn requests(&self) -> &AtomicU32 {
+        &self.port().requests
+    }
+
+    /// Takes what others posted. To be called before a guest entry when
+    /// [`requests`](Self::requests) is not zero.
+    #[inline]
+    pub fn sync(&mut self) {
+        if self.requests().load(Ordering::Relaxed) & request::LAPIC != 0 {
+            self.take_requests();
+        }
+    }
+
+    fn take_requests(&mut self) {
+        let taken = self
+            .requests()
+            .fetch_and(!request::LAPIC, Ordering::Acquire);
+        if taken & request::INIT != 0 {
+            self.init = true;
+            self.startup = None;
+        }
+        if taken & request::STARTUP != 0 {
+            self.startup = Some(self.port().startup());
+        }
+        if taken & request::NMI != 0 {
+            self.nmi = true;
+        }
+        if taken & request::EXTINT != 0 {
+            self.extint = true;
+        }
+        if taken & request::LINT0 != 0 && self.mode() != ApicMode::Disabled {
+            self.lint0_edge();
+        }
+        if taken & request::VECTORS != 0 {
+            for word in 0..8 {
+                let (vectors, level) = self.port().take(word);
+                if vectors != 0 {
+                    self.irr.insert_word(word, vectors);
+                    self.tmr.replace_word(word, vectors, level);
+                }
+            }
+        }
+        if taken & request::ILLEGAL_VECTOR != 0 {
+            self.report(error::RECEIVE_ILLEGAL_VECTOR);
+        }
+    }
+
+    /// The PIC's output rose. As ExtINT it is a level, and looked at when it matters; for other
+    /// delivery modes LINT0 is an edge.
+    fn lint0_edge(&mut self) {
+        if !self.lint0_takes_pic() {
+            self.fire(Lvt::Lint0);
+        }
+    }
+
+    /// Takes an NMI that was sent. The loop holds it until the vCPU can take it.
+    #[inline]
+    pub fn take_nmi(&mut self) -> bool {
+        core::mem::take(&mut self.nmi)
+    }
+
+    /// Takes an INIT that was sent: the vCPU is then to be reset, [`init`](Self::init) to be
+    /// called, and an application processor waits for a start-up IPI.
+    #[inline]
+    pub fn take_init(&mut self) -> bool {
+        core::mem::take(&mut self.init)
+    }
+
+    /// Takes a start-up IPI: the vector, that is the page at which execution starts. The loop
+    /// asks after [`take_init`](Self::take_init), and ignores it unless the vCPU waits for one.
+    #[inline]
+    pub fn take_startup(&mut self) -> Option<u8> {
+        self.startup.take()
+    }
+
+    /// What INIT does to a local APIC (SDM vol. 3A, 11.4.7.3): all registers as after power-up
+    /// but for the identification and IA32_APIC_BASE.
+    pub fn init(&mut self) {
+        let chip = self.chip.clone();
+        *self = Self {
+            base: self.base,
+            init: self.init,
+            startup: self.startup,
+            lvt: [LVT_MASKED; LVT_ENTRIES],
+            ..Self::new(chip, self.index, self.features)
+        };
+        self.port().drop_posted();
+        self.publish();
+    }
+
+    fn mode(&self) -> ApicMode {
+        match (
+            self.base & base::ENABLED != 0,
+            self.base & base::X2APIC != 0,
+        ) {
+            (false, _) => ApicMode::Disabled,
+            (true, false) => ApicMode::XApic,
+            (true, true) => ApicMode::X2Apic,
+        }
+    }
+
+    /// Tells senders where this one listens.
+    fn publish(&self) {
+        self.port().publish(Routing {
+            mode: self.mode(),
+            enabled: self.spurious & spurious::ENABLED != 0,
+            cluster: self.cluster,
+            logical: self.logical,
+        });
+    }
+
+    /// Where the registers are in guest-physical memory: one page, or none unless the mode is
+    /// xAPIC.
+    pub fn mmio_window(&self) -> Option<Gpa> {
+        (self.mode() == ApicMode::XApic).then_some(Gpa(self.base & !0xFFF))
+    }
+
+    /// The highest vector that waits and that priorities let through (SDM vol. 3A, 11.8.3). The
+    /// PIC's interrupts are not among them.
+    #[inline]
+    pub fn pending_vector(&self) -> Option<u8> {
+        self.irr
+            .highest()
+            .filter(|vector| vector & 0xF0 > self.ppr & 0xF0)
+    }
+
+    /// Whether an interrupt waits that the vCPU shall take as soon as it can.
+    #[inline]
+    pub fn has_interrupt(&self) -> bool {
+        self.pending_vector().is_some() || self.pic_waits()
+    }
+
+    /// Whether the PIC's interrupt waits and comes through here.
+    #[inline]
+    fn pic_waits(&self) -> bool {
+        let asserted = self.chip.port(0).lint0.load(Ordering::Acquire);
+        asserted && (self.extint || self.index == 0 && self.lint0_takes_pic())
+    }
+
+    /// Whether LINT0 passes the PIC's output to the processor; without a local APIC it always
+    /// does (SDM vol. 3A, 11.4.3).
+    fn lint0_takes_pic(&self) -> bool {
+        let entry = self.lvt[Lvt::Lint0 as usize];
+        self.mode() == ApicMode::Disabled
+            || entry & LVT_MASKED == 0
+                && DeliveryMode::from_bits(entry >> 8) == DeliveryMode::ExtInt
+    }
+
+    /// Acknowledges the interrupt that [`has_interrupt`](Self::has_interrupt) told of: its vector
+    /// is in service from now on and is to be injected. `None` if it went away meanwhile.
+    #[inline]
+    pub fn acknowledge(&mut self) -> Option<u8> {
+        if self.pic_waits() {
+            self.extint = false;
+            if let Some(vector) = self.chip.acknowledge_pic() {
+                return Some(vector);
+            }
+        }
+        let vector = self.pending_vector()?;
+        self.irr.remove(vector);
+        self.isr.insert(vector);
+        self.ppr = vector & 0xF0;
+        Some(vector)
+    }
+
+    #[inline]
+    fn update_ppr(&mut self) {
+        let serving = self.isr.highest().unwrap_or(0) & 0xF0;
+        self.ppr = if self.tpr & 0xF0 >= serving {
+            self.tpr
+        } else {
+            serving
+        };
+    }
+
+    /// The task priority as CR8 shows it.
+    #[inline]
+    pub fn cr8(&self) -> u8 {
+        self.tpr >> 4
+    }
+
+    /// A move to CR8 of a value up to 15 (SDM vol. 3A, 11.8.6).
+    #[inline]
+    pub fn set_cr8(&mut self, value: u8) {
+        self.set_tpr(value << 4);
+    }
+
+    #[inline]
+    fn set_tpr(&mut self, value: u8) {
+        self.tpr = value;
+        self.update_ppr();
+    }
+
+    /// The end of the interrupt in service with the highest priority (SDM vol. 3A, 11.8.5).
+    #[inline]
+    fn end_of_interrupt(&mut self) {
+        let Some(vector) = self.isr.highest() else {
+            return;
+        };
+        self.isr.remove(vector);
+        self.update_ppr();
+        if self.tmr.contains(vector) && self.spurious & spurious::NO_EOI_BROADCAST == 0 {
+            self.chip.end_of_interrupt(vector);
+        }
+    }
+
+    /// Accepts an edge-triggered vector that arises here.
+    #[inline]
+    fn post_local(&mut self, vector: u8) {
+        if vector < 16 {
+            self.report(error::RECEIVE_ILLEGAL_VECTOR);
+        } else if self.spurious & spurious::ENABLED != 0 {
+            self.irr.insert(vector);
+            self.tmr.remove(vector);
+        }
+    }
+
+    /// Delivers what an entry of the local vector table says.
+    fn fire(&mut self, entry: Lvt) {
+        let value = self.lvt[entry as usize];
+        if value & LVT_MASKED != 0 {
+            return;
+        }
+        let mode = match entry {
+            // These two have no delivery mode: always fixed.
+            Lvt::Timer | Lvt::Error => DeliveryMode::Fixed,
+            _ => DeliveryMode::from_bits(value >> 8),
+        };
+        match mode {
+            DeliveryMode::Fixed => self.post_local(value as u8),
+            DeliveryMode::Nmi => self.nmi = true,
+            DeliveryMode::Init => self.init = true,
+            _ => {}
+        }
+    }
+
+    /// Notes an error, and interrupts for it when it is the first since the status was read.
+    #[cold]
+    fn report(&mut self, error: u32) {
+        let news = self.errors & error == 0;
+        self.errors |= error;
+        // An illegal vector in the error entry itself must not report itself for ever.
+        if news && self.lvt[Lvt::Error as usize] & 0xFF >= 16 {
+            self.fire(Lvt::Error);
+        }
+    }
+
+    /// Sends what the interrupt command register says (SDM vol. 3A, 11.6.1).
+    fn send_ipi(&mut self, icr: u64) {
+        const LEVEL_ASSERT: u64 = 1 << 14;
+        const LEVEL_TRIGGERED: u64 = 1 << 15;
+        let mode = DeliveryMode::from_bits((icr >> 8) as u32);
+        let vector = icr as u8;
+        let has_vector = matches!(mode, DeliveryMode::Fixed | DeliveryMode::LowestPriority);
+        if has_vector && vector < 16 {
+            self.report(error::SEND_ILLEGAL_VECTOR);
+            return;
+        }
+        // INIT level de-assert: no processor since the Pentium 4 does anything.
+        if mode == DeliveryMode::Init && icr & (LEVEL_ASSERT | LEVEL_TRIGGERED) == LEVEL_TRIGGERED {
+            return;
+        }
+        let logical = icr & 1 << 11 != 0;
+        let own = self.id();
+        let destination = match (icr >> 18 & 3, self.mode()) {
+            (1, _) => Destination::Physical(own),
+            (2, _) => Destination::All,
+            (3, _) => Destination::AllBut(own),
+            (_, ApicMode::X2Apic) => Destination::from_field32((icr >> 32) as u32, logical),
+            _ => Destination::from_field8((icr >> 56) as u8, logical),
+        };
+        if has_vector && destination == Destination::Physical(own) {
+            self.post_local(vector);
+            return;
+        }
+        let message = Message {
+            destination,
+            mode,
+            vector,
+            // IPIs are edges whatever the trigger mode says (SDM vol. 3A, 11.6.1).
+            level: false,
+        };
+        self.chip.deliver(message, Some(self.index));
+    }
+}
