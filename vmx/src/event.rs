@@ -1,0 +1,264 @@
+//! Events in the VMCS's format: injection, and delivery that an exit interrupted
+//! (SDM vol. 3C, 25.8.3, 25.9.2 and 25.9.3).
+
+use testudo_arch::Event;
+
+use crate::error::AccessError;
+use crate::fields;
+use crate::vmcs::{VmcsRead, VmcsWrite};
+
+/// The type of an event: bits 10:8 of an interruption-information field.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum EventType {
+    /// External interrupt.
+    ExternalInterrupt = 0,
+    /// Not used, unless by a future processor.
+    Reserved = 1,
+    /// Non-maskable interrupt.
+    Nmi = 2,
+    /// Hardware exception.
+    HardwareException = 3,
+    /// `INT n`.
+    SoftwareInterrupt = 4,
+    /// `INT1`.
+    PrivilegedSoftwareException = 5,
+    /// `INT3` or `INTO`.
+    SoftwareException = 6,
+    /// On entry: a pending MTF exit, or, with FRED, SYSCALL or SYSENTER.
+    Other = 7,
+}
+
+/// An interruption-information field: of an entry, of an exit, or of IDT vectoring.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct InterruptionInformation(pub u32);
+
+impl InterruptionInformation {
+    /// Whether the field holds an event.
+    #[inline]
+    pub const fn is_valid(self) -> bool {
+        self.0 & (1 << 31) != 0
+    }
+
+    /// The vector.
+    #[inline]
+    pub const fn vector(self) -> u8 {
+        self.0 as u8
+    }
+
+    /// The type of the event.
+    #[inline]
+    pub const fn event_type(self) -> EventType {
+        match (self.0 >> 8) & 7 {
+            0 => EventType::ExternalInterrupt,
+            1 => EventType::Reserved,
+            2 => EventType::Nmi,
+            3 => EventType::HardwareException,
+            4 => EventType::SoftwareInterrupt,
+            5 => EventType::PrivilegedSoftwareException,
+            6 => EventType::SoftwareException,
+            _ => EventType::Other,
+        }
+    }
+
+    /// Whether an error code belongs to the event.
+    #[inline]
+    pub const fn has_error_code(self) -> bool {
+        self.0 & (1 << 11) != 0
+    }
+
+    /// Exits only: an IRET that met this event had already unblocked NMIs.
+    #[inline]
+    pub const fn nmi_unblocking_by_iret(self) -> bool {
+        self.0 & (1 << 12) != 0
+    }
+
+    /// The event, with the error code and instruction length from their own fields; `None` if the
+    /// field is not valid or of a type that is no event.
+    pub const fn event(self, error_code: u32, length: u32) -> Option<Event> {
+        if !self.is_valid() {
+            return None;
+        }
+        let vector = self.vector();
+        let length = length as u8;
+        Some(match self.event_type() {
+            EventType::ExternalInterrupt => Event::Interrupt(vector),
+            EventType::Nmi => Event::Nmi,
+            EventType::HardwareException => Event::Exception {
+                vector,
+                error_code: if self.has_error_code() {
+                    Some(error_code)
+                } else {
+                    None
+                },
+            },
+            EventType::SoftwareInterrupt => Event::SoftwareInterrupt { vector, length },
+            EventType::PrivilegedSoftwareException => Event::PrivilegedSoftwareException { length },
+            EventType::SoftwareException => Event::SoftwareException { vector, length },
+            EventType::Reserved | EventType::Other => return None,
+        })
+    }
+}
+
+/// The three fields through which a VM entry injects an event.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Injection {
+    /// VM-entry interruption-information.
+    pub information: InterruptionInformation,
+    /// VM-entry exception error code, where the information says there is one.
+    pub error_code: Option<u32>,
+    /// VM-entry instruction length, where the event comes from an instruction.
+    pub length: Option<u32>,
+}
+
+impl Injection {
+    /// The fields that inject `event`; `None` for a kind of event that VMX cannot inject.
+    pub const fn of(event: Event) -> Option<Self> {
+        let (event_type, error_code, length) = match event {
+            Event::Interrupt(_) => (EventType::ExternalInterrupt, None, None),
+            Event::Nmi => (EventType::Nmi, None, None),
+            Event::Exception { error_code, .. } => (EventType::HardwareException, error_code, None),
+            Event::SoftwareInterrupt { length, .. } => {
+                (EventType::SoftwareInterrupt, None, Some(length as u32))
+            }
+            Event::SoftwareException { length, .. } => {
+                (EventType::SoftwareException, None, Some(length as u32))
+            }
+            Event::PrivilegedSoftwareException { length } => (
+                EventType::PrivilegedSoftwareException,
+                None,
+                Some(length as u32),
+            ),
+            _ => return None,
+        };
+        let deliver_code = if error_code.is_some() { 1 << 11 } else { 0 };
+        let information =
+            (1 << 31) | deliver_code | ((event_type as u32) << 8) | event.vector() as u32;
+        Some(Self {
+            information: InterruptionInformation(information),
+            error_code,
+            length,
+        })
+    }
+
+    /// Writes the fields, so that the next VM entry delivers the event. One to three VMWRITEs.
+    ///
+    /// # Errors
+    ///
+    /// A VMWRITE failed.
+    #[inline]
+    pub fn write(self, vmcs: &mut impl VmcsWrite) -> Result<(), AccessError> {
+        if let Some(code) = self.error_code {
+            vmcs.set(fields::ENTRY_EXCEPTION_ERROR_CODE, code)?;
+        }
+        if let Some(length) = self.length {
+            vmcs.set(fields::ENTRY_INSTRUCTION_LENGTH, length)?;
+        }
+        vmcs.set(fields::ENTRY_INTERRUPTION_INFORMATION, self.information.0)
+    }
+}
+
+/// The event whose delivery the last exit interrupted, to be injected again on the next entry
+/// (28.2.4). One VMREAD when there is none.
+///
+/// ```
+/// use testudo_arch::Event;
+/// use testudo_vmx::{event, fake::FakeVmcs, fields};
+///
+/// let mut vmcs = FakeVmcs::new();
+/// vmcs.preset(fields::IDT_VECTORING_INFORMATION, 0x8000_0020);
+/// let event = event::interrupted_delivery(&vmcs)?.unwrap();
+/// assert_eq!(event, Event::Interrupt(0x20));
+/// event::Injection::of(event).unwrap().write(&mut vmcs)?;
+/// # Ok::<(), testudo_vmx::AccessError>(())
+/// ```
+///
+/// # Errors
+///
+/// A VMREAD failed.
+#[inline]
+pub fn interrupted_delivery(vmcs: &impl VmcsRead) -> Result<Option<Event>, AccessError> {
+    let information = InterruptionInformation(vmcs.get(fields::IDT_VECTORING_INFORMATION)?);
+    if !information.is_valid() {
+        return Ok(None);
+    }
+    let error_code = if information.has_error_code() {
+        vmcs.get(fields::IDT_VECTORING_ERROR_CODE)?
+    } else {
+        0
+    };
+    let length = match information.event_type() {
+        EventType::SoftwareInterrupt
+        | EventType::PrivilegedSoftwareException
+        | EventType::SoftwareException => vmcs.get(fields::EXIT_INSTRUCTION_LENGTH)?,
+        _ => 0,
+    };
+    Ok(information.event(error_code, length))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fake::FakeVmcs;
+    use proptest::prelude::*;
+    use testudo_arch::Exception;
+
+    #[test]
+    fn golden_information() {
+        let information = |event| Injection::of(event).unwrap().information.0;
+        assert_eq!(information(Event::Interrupt(0x31)), 0x8000_0031);
+        assert_eq!(information(Event::Nmi), 0x8000_0202);
+        assert_eq!(information(Event::GP0), 0x8000_0B0D);
+        assert_eq!(information(Event::UD), 0x8000_0306);
+        let int = Event::SoftwareInterrupt {
+            vector: 0x80,
+            length: 2,
+        };
+        assert_eq!(information(int), 0x8000_0480);
+        let icebp = Event::PrivilegedSoftwareException { length: 1 };
+        assert_eq!(information(icebp), 0x8000_0501);
+    }
+
+    fn events() -> impl Strategy<Value = Event> {
+        prop_oneof![
+            any::<u8>().prop_map(Event::Interrupt),
+            Just(Event::Nmi),
+            (0..32u8, any::<Option<u32>>())
+                .prop_map(|(vector, error_code)| Event::Exception { vector, error_code }),
+            (any::<u8>(), 0..16u8)
+                .prop_map(|(vector, length)| Event::SoftwareInterrupt { vector, length }),
+            (3..5u8, 0..16u8)
+                .prop_map(|(vector, length)| Event::SoftwareException { vector, length }),
+            (0..16u8).prop_map(|length| Event::PrivilegedSoftwareException { length }),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn an_interrupted_event_is_injected_again_unchanged(event in events()) {
+            let injection = Injection::of(event).unwrap();
+            let mut vmcs = FakeVmcs::new();
+            vmcs.preset(fields::IDT_VECTORING_INFORMATION, injection.information.0.into());
+            vmcs.preset(fields::IDT_VECTORING_ERROR_CODE, injection.error_code.unwrap_or(7).into());
+            vmcs.preset(fields::EXIT_INSTRUCTION_LENGTH, injection.length.unwrap_or(7).into());
+            prop_assert_eq!(interrupted_delivery(&vmcs).unwrap(), Some(event));
+        }
+
+        #[test]
+        fn any_information_is_an_event_or_none(raw: u32, code: u32, length: u32) {
+            let event = InterruptionInformation(raw).event(code, length);
+            prop_assert!(event.is_none() || raw >> 31 == 1);
+        }
+    }
+
+    #[test]
+    fn no_delivery_costs_one_read() {
+        let vmcs = FakeVmcs::new();
+        assert_eq!(interrupted_delivery(&vmcs), Ok(None));
+        assert_eq!(vmcs.counts(), (1, 0));
+        let fault = Event::fault_with(Exception::PageFault, 2);
+        let mut vmcs = FakeVmcs::new();
+        Injection::of(fault).unwrap().write(&mut vmcs).unwrap();
+        assert_eq!(vmcs.counts(), (0, 2));
+    }
+}

@@ -1,0 +1,160 @@
+use super::*;
+use crate::fake::FakeVmcs;
+use crate::vmcs::VmcsWrite;
+use proptest::prelude::*;
+
+fn exit_of(reason: u16, set: &[(crate::encoding::Encoding, u64)]) -> (Exit, usize) {
+    let mut vmcs = FakeVmcs::new();
+    vmcs.preset(fields::EXIT_REASON, reason.into());
+    for &(field, value) in set {
+        vmcs.preset(field, value);
+    }
+    let exit = Exit::read(&vmcs).unwrap();
+    (exit, vmcs.counts().0)
+}
+
+#[test]
+fn hot_exits_read_no_more_than_they_need() {
+    let expected = [
+        (BasicReason::Cpuid, 1),
+        (BasicReason::Hlt, 1),
+        (BasicReason::Rdmsr, 1),
+        (BasicReason::Wrmsr, 1),
+        (BasicReason::Vmcall, 1),
+        (BasicReason::InterruptWindow, 1),
+        (BasicReason::PreemptionTimer, 1),
+        (BasicReason::ExternalInterrupt, 2),
+        (BasicReason::Io, 2),
+        (BasicReason::ControlRegister, 2),
+        (BasicReason::ApicWrite, 2),
+        (BasicReason::ApicAccess, 2),
+        (BasicReason::EptViolation, 3),
+    ];
+    for (reason, reads) in expected {
+        assert_eq!(exit_of(reason.number(), &[]).1, reads, "{reason}");
+    }
+}
+
+#[test]
+fn the_cpuid_path_has_three_reads_and_one_write() {
+    let mut vmcs = FakeVmcs::new();
+    vmcs.preset(fields::EXIT_REASON, 10)
+        .preset(fields::EXIT_INSTRUCTION_LENGTH, 2)
+        .preset(fields::GUEST_RIP, 0x1000);
+    assert_eq!(Exit::read(&vmcs), Ok(Exit::Cpuid));
+    advance(&mut vmcs).unwrap();
+    assert_eq!(vmcs.counts(), (3, 1));
+    assert_eq!(vmcs.get(fields::GUEST_RIP), Ok(0x1002));
+}
+
+#[test]
+fn the_instruction_pointer_wraps_outside_64_bit_mode() {
+    let mut vmcs = FakeVmcs::new();
+    vmcs.preset(fields::EXIT_INSTRUCTION_LENGTH, 2)
+        .preset(fields::GUEST_RIP, 0xFFFF_FFFE)
+        .preset(fields::GUEST_CS_ACCESS_RIGHTS, 0xC09B);
+    advance(&mut vmcs).unwrap();
+    assert_eq!(vmcs.get(fields::GUEST_RIP), Ok(0));
+    vmcs.preset(fields::GUEST_RIP, 0xFFFF_FFFE)
+        .preset(fields::GUEST_CS_ACCESS_RIGHTS, 0xA09B);
+    advance(&mut vmcs).unwrap();
+    assert_eq!(vmcs.get(fields::GUEST_RIP), Ok(0x1_0000_0000));
+}
+
+#[test]
+fn completion_ends_the_shadow_and_steps() {
+    let mut vmcs = FakeVmcs::new();
+    vmcs.preset(fields::GUEST_INTERRUPTIBILITY, 0b1001)
+        .preset(fields::GUEST_RFLAGS, 0x102);
+    complete_instruction(&mut vmcs).unwrap();
+    assert_eq!(vmcs.get(fields::GUEST_INTERRUPTIBILITY), Ok(0b1000));
+    assert_eq!(vmcs.get(fields::GUEST_PENDING_DEBUG), Ok(1 << 14));
+    vmcs.set(fields::GUEST_PENDING_DEBUG, 0).unwrap();
+    vmcs.set(fields::GUEST_DEBUGCTL, 2).unwrap();
+    complete_instruction(&mut vmcs).unwrap();
+    assert_eq!(vmcs.get(fields::GUEST_PENDING_DEBUG), Ok(0));
+    vmcs.set(fields::GUEST_RFLAGS, 2).unwrap();
+    vmcs.clear_trace();
+    complete_instruction(&mut vmcs).unwrap();
+    assert_eq!(vmcs.counts(), (4, 1));
+}
+
+#[test]
+fn every_defined_reason_is_decoded() {
+    for reason in BasicReason::ALL {
+        let (exit, _) = exit_of(reason.number(), &[]);
+        assert!(!matches!(exit, Exit::Unknown(_)), "{reason}");
+    }
+}
+
+#[test]
+fn what_exits_say() {
+    let qualification = fields::EXIT_QUALIFICATION.encoding();
+    let linear = fields::GUEST_LINEAR_ADDRESS.encoding();
+    let gpa = fields::GUEST_PHYSICAL_ADDRESS.encoding();
+    let violation = [(qualification, 0x181), (gpa, 0xFEE0_0030), (linear, 0x7000)];
+    let (exit, reads) = exit_of(48, &violation);
+    let Exit::EptViolation(violation) = exit else {
+        panic!("{exit:?}");
+    };
+    assert_eq!(
+        (violation.gpa, violation.linear),
+        (Gpa(0xFEE0_0030), Some(Gva(0x7000)))
+    );
+    assert!(violation.qualification.contains(EptQualification::READ));
+    assert_eq!(reads, 4);
+
+    let (exit, _) = exit_of(33, &[(qualification, 4)]);
+    let failure = EntryFailure::GuestState(GuestStateFailure::LinkPointer);
+    assert_eq!(exit, Exit::EntryFailure(failure));
+
+    let information = fields::EXIT_INTERRUPTION_INFORMATION.encoding();
+    let (exit, _) = exit_of(1, &[(information, 0x8000_0055)]);
+    assert_eq!(exit, Exit::ExternalInterrupt { vector: Some(0x55) });
+
+    let code = fields::EXIT_INTERRUPTION_ERROR_CODE.encoding();
+    let fault = [
+        (information, 0x8000_0B0E),
+        (code, 2),
+        (qualification, 0x1234),
+    ];
+    let (exit, _) = exit_of(0, &fault);
+    let expected = Exit::Exception {
+        information: InterruptionInformation(0x8000_0B0E),
+        error_code: 2,
+        qualification: 0x1234,
+    };
+    assert_eq!(exit, expected);
+
+    let (exit, reads) = exit_of(30, &[(qualification, 0x03F8_0010), (linear, 0x2000)]);
+    let Exit::Io(access, Some(string)) = exit else {
+        panic!("{exit:?}");
+    };
+    assert_eq!((access.port, string.linear, reads), (0x3F8, Gva(0x2000), 4));
+}
+
+#[test]
+fn a_failed_read_is_an_error_not_a_value() {
+    let mut vmcs = FakeVmcs::new();
+    vmcs.preset(fields::EXIT_REASON, 48);
+    vmcs.fail(fields::GUEST_PHYSICAL_ADDRESS, crate::VmFail::Invalid);
+    let error = AccessError::Read {
+        field: fields::GUEST_PHYSICAL_ADDRESS.encoding(),
+        fail: crate::VmFail::Invalid,
+    };
+    assert_eq!(Exit::read(&vmcs), Err(error));
+}
+
+proptest! {
+    #[test]
+    fn no_exit_panics(reason: u32, qualification: u64, information: u32) {
+        let mut vmcs = FakeVmcs::new();
+        vmcs.preset(fields::EXIT_REASON, reason.into())
+            .preset(fields::EXIT_QUALIFICATION, qualification)
+            .preset(fields::EXIT_INSTRUCTION_INFORMATION, information.into())
+            .preset(fields::EXIT_INTERRUPTION_INFORMATION, information.into());
+        let exit = Exit::read(&vmcs).unwrap();
+        let unknown = matches!(ExitReason(reason).basic(), BasicReason::Unknown(_));
+        prop_assert_eq!(exit == Exit::Unknown(ExitReason(reason)), unknown);
+    }
+}
