@@ -220,7 +220,11 @@ impl<'t, M: FrameAlloc + FrameMem, T> Flush<'t, M, T> {
     /// # Errors
     ///
     /// They belong to different tables; both come back with the error.
-    #[allow(clippy::type_complexity, reason = "both tokens come back")]
+    #[allow(
+        clippy::type_complexity,
+        clippy::result_large_err,
+        reason = "both tokens come back"
+    )]
     pub fn join<U>(
         mut self,
         other: Flush<'t, M, U>,

@@ -34,6 +34,7 @@ mod lock;
 #[cfg(feature = "alloc")]
 mod pool;
 mod table;
+pub mod walk;
 
 pub use flush::{Flush, Invalidate, Invalidation, Mixed};
 pub use format::{Format, Leaf, Rights};

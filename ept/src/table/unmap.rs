@@ -119,8 +119,8 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
             return Ok(());
         }
         let mut spare = Spare::new(&self.frames, needed[0] + needed[1])?;
-        for offset in offsets {
-            while offset < end {
+        for offset in offsets.into_iter().filter(|offset| *offset < end) {
+            loop {
                 let found = self.find(offset);
                 let span = 1u64 << shift_of(found.level);
                 if !self.format.is_present(found.entry) || offset & (span - 1) == 0 {
