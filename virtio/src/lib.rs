@@ -1,7 +1,7 @@
 //! The device side of virtio without std: queues, transports and devices (VIRTIO 1.3).
 //!
 //! A *device* ([`Device`]) processes chains of buffers; a *queue* ([`Queue`]) takes them from
-//! split or packed rings; a *transport* ([`transport::Mmio`]) is what the guest sees on its
+//! split or packed rings; a *transport* ([`transport::Mmio`], [`transport::Pci`]) is what the guest sees on its
 //! bus; a *backend* ([`backend`]) is where blocks, packets and bytes really go. Each piece works
 //! alone. All of them reach the guest through [`testudo_arch::GuestMemory`] and
 //! [`testudo_arch::irq::InterruptSink`] only, so the same device runs on bare metal, on KVM and in

@@ -97,6 +97,8 @@ pub(crate) struct Core<M> {
     generation: u8,
     config_signal: bool,
     fault: Option<Fault>,
+    /// Whether the device may reach memory: PCI's bus master bit.
+    dma: bool,
     now: u64,
 }
 
@@ -131,6 +133,7 @@ impl<M: GuestMemory> Core<M> {
             generation: 0,
             config_signal: false,
             fault: None,
+            dma: true,
             now: 0,
         }
     }
@@ -309,8 +312,18 @@ impl<M: GuestMemory> Core<M> {
         }
     }
 
+    /// Allows or forbids the device to reach memory. What came meanwhile is processed then.
+    pub(crate) fn set_dma(&mut self, allowed: bool) {
+        let resumed = allowed && !self.dma;
+        self.dma = allowed;
+        if resumed {
+            self.run_pending();
+        }
+    }
+
     fn running(&self) -> bool {
-        self.status.contains(Status::DRIVER_OK)
+        self.dma
+            && self.status.contains(Status::DRIVER_OK)
             && !self.status.intersects(Status::FAILED | Status::NEEDS_RESET)
     }
 
@@ -324,6 +337,12 @@ impl<M: GuestMemory> Core<M> {
         } else {
             value
         };
+        self.notify_queue(queue);
+    }
+
+    /// The driver has made something available in the queue with this number.
+    #[inline]
+    pub(crate) fn notify_queue(&mut self, queue: u32) {
         let Ok(index) = usize::try_from(queue) else {
             return;
         };
