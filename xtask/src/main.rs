@@ -20,7 +20,9 @@ enum Cli {
     /// Boot a guest kernel on a bare-metal hypervisor made of the project's crates
     Boot(command::boot::Boot),
     /// Run the bare-metal test kernel on an emulator
-    Selftest(command::selftest::Selftest),
+    Selftest(command::bare_metal::Selftest),
+    /// Run a bare-metal program on an emulator
+    Run(command::bare_metal::Run),
     /// Run all tests: on the host, on emulated bare metal, and end to end
     Test(command::test::Test),
     /// Measure what the hypervisor costs, in instructions
@@ -31,6 +33,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse() {
         Cli::Boot(boot) => boot.run(),
         Cli::Selftest(selftest) => selftest.run(),
+        Cli::Run(run) => run.run(),
         Cli::Test(test) => test.run(),
         Cli::Measure(measure) => measure.run(),
     };

@@ -1,6 +1,6 @@
 //! The commands, one file each.
 
+pub(crate) mod bare_metal;
 pub(crate) mod boot;
 pub(crate) mod measure;
-pub(crate) mod selftest;
 pub(crate) mod test;

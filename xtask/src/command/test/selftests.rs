@@ -56,7 +56,15 @@ const PLACES: [Place; 5] = [
     },
 ];
 
+/// Programs that must end well by themselves on QEMU.
+const PROGRAMS: [&str; 1] = ["tiny-svm"];
+
 pub(super) fn run(tally: &mut Tally, full: bool) -> Result<()> {
+    for program in PROGRAMS {
+        let mut command = Command::new(std::env::current_exe()?);
+        command.args(["run", "--timeout", "60", program]);
+        tally.check(program, run::check(&mut command));
+    }
     for place in PLACES.iter().filter(|place| full || !place.slow) {
         run::progress(format_args!("the test kernel on {}", place.name));
         let name = format!("selftest on {}", place.name);

@@ -1,4 +1,4 @@
-//! `cargo xtask selftest`: the test kernel on an emulator.
+//! `cargo xtask run PROGRAM` and `cargo xtask selftest`: a bare-metal program on an emulator.
 
 use std::time::Duration;
 
@@ -8,16 +8,37 @@ use crate::bare::{self, Payload};
 use crate::emulator::{Cpu, Kind, Loader, Machine};
 use crate::run;
 
+/// Run a bare-metal program on an emulator
+#[derive(clap::Args)]
+pub(crate) struct Run {
+    /// The program's package, such as tiny-svm
+    program: String,
+    #[command(flatten)]
+    place: Place,
+    /// The program's command line
+    #[arg(last = true)]
+    arguments: Vec<String>,
+}
+
 /// Run the bare-metal test kernel on an emulator
 #[derive(clap::Args)]
 pub(crate) struct Selftest {
+    #[command(flatten)]
+    place: Place,
+    /// Run only the cases whose names contain one of these
+    filter: Vec<String>,
+}
+
+/// The machine that a program runs on.
+#[derive(clap::Args)]
+struct Place {
     /// The emulator
     #[arg(long, value_enum, default_value = "qemu")]
     emulator: Kind,
-    /// The processor's virtualization [default: svm]
+    /// The processor's virtualization
     #[arg(long, value_enum, default_value = "svm")]
     cpu: Cpu,
-    /// How the test kernel gets into the machine; Bochs always starts GRUB
+    /// How the program gets into the machine; Bochs always starts GRUB
     #[arg(long, value_enum, default_value = "direct")]
     loader: Loader,
     /// The machine's processors
@@ -32,12 +53,22 @@ pub(crate) struct Selftest {
     /// Show what is executed
     #[arg(short, long)]
     verbose: bool,
-    /// Run only the cases whose names contain one of these
-    filter: Vec<String>,
+}
+
+impl Run {
+    pub(crate) fn run(&self) -> Result<u8> {
+        self.place.run(&self.program, &self.arguments)
+    }
 }
 
 impl Selftest {
     pub(crate) fn run(&self) -> Result<u8> {
+        self.place.run("selftest", &self.filter)
+    }
+}
+
+impl Place {
+    fn run(&self, package: &str, arguments: &[String]) -> Result<u8> {
         run::set_verbose(self.verbose);
         let machine = Machine {
             cpu: self.cpu,
@@ -48,9 +79,9 @@ impl Selftest {
             ..Machine::new(self.emulator)
         };
         let payload = Payload {
-            command_line: self.filter.join(" "),
+            command_line: arguments.join(" "),
             modules: Vec::new(),
         };
-        machine.run(&bare::build("selftest")?, &payload)
+        machine.run(&bare::build(package)?, &payload)
     }
 }
