@@ -31,10 +31,14 @@
 #[cfg(test)]
 extern crate std;
 
+pub mod caps;
 pub mod event;
 pub mod exit;
+#[cfg(feature = "hw")]
+pub mod hw;
 pub mod intercept;
 pub mod vmcb;
 
+pub use caps::SvmCaps;
 pub use exit::Exit;
 pub use vmcb::Vmcb;
