@@ -31,14 +31,17 @@
 #[cfg(test)]
 extern crate std;
 
+pub mod asid;
 pub mod caps;
 pub mod event;
 pub mod exit;
 #[cfg(feature = "hw")]
 pub mod hw;
 pub mod intercept;
+pub mod permission;
 pub mod vmcb;
 
+pub use asid::Asid;
 pub use caps::SvmCaps;
 pub use exit::Exit;
 pub use vmcb::Vmcb;
