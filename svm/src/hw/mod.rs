@@ -189,6 +189,25 @@ impl HeldInterrupts<'_> {
         unsafe { instructions::open_gif_window() };
     }
 
+    /// Runs host code with GIF set and IF clear, as it was written for: it may let interrupts in.
+    /// Then holds them back again.
+    #[inline]
+    pub fn release<R>(&mut self, work: impl FnOnce() -> R) -> R {
+        // SAFETY: SVM is enabled. IF is clear while GIF is set, so only NMIs come in, for which the
+        // host is always ready; afterwards both are as `hold_interrupts` makes them.
+        unsafe {
+            instructions::cli();
+            stgi();
+        }
+        let result = work();
+        // SAFETY: as above.
+        unsafe {
+            clgi();
+            instructions::sti();
+        }
+        result
+    }
+
     /// Waits for an interrupt in the low-power state, takes it, and holds them back again.
     ///
     /// No wake-up is lost: one that arrived while they were held back ends the wait at once.

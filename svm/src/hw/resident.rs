@@ -6,6 +6,7 @@ use core::arch::asm;
 use testudo_arch::Msr;
 use testudo_arch::cpuid::Cpuid;
 
+use super::HeldInterrupts;
 use super::instructions::{rdmsr, wrmsr};
 
 /// Memory for XSAVE in its standard format.
@@ -197,6 +198,38 @@ impl ResidentRegisters {
                 }
             }
         }
+    }
+}
+
+impl HeldInterrupts<'_> {
+    /// Sets XCR0 for the guest whose registers are in this processor, as its XSETBV asks.
+    ///
+    /// # Safety
+    ///
+    /// CR4.OSXSAVE of the host is set, XCR0 takes this value, and the guest may enable all its
+    /// components.
+    pub unsafe fn set_guest_xcr0(&mut self, value: u64) {
+        // SAFETY: the caller's promise.
+        unsafe { xsetbv(value) };
+    }
+
+    /// PKRU of the guest whose registers are in this processor.
+    ///
+    /// # Safety
+    ///
+    /// The processor has protection keys (the guest's CR4.PKE proves it).
+    pub unsafe fn guest_pkru(&self) -> u32 {
+        let pkru: u32;
+        // SAFETY: CPL 0; RDPKRU exists and needs CR4.PKE, which the host may have clear: it is set
+        // for this one instruction. The host's pages are the supervisor's, so that no access of
+        // its own depends on it.
+        unsafe {
+            asm!("mov {cr4}, cr4", "mov {old}, {cr4}", "bts {cr4}, 22", "mov cr4, {cr4}",
+                "rdpkru", "mov cr4, {old}",
+                cr4 = out(reg) _, old = out(reg) _, in("ecx") 0, out("eax") pkru, out("edx") _,
+                options(nostack));
+        }
+        pkru
     }
 }
 
