@@ -107,7 +107,7 @@ mod start {
         ioapic::init(&madt);
         cpu::enumerate(madt.processors.iter().copied());
         time::calibrate();
-        memory::guard_boot_stack();
+        memory::protect(cpu::START_PAGE);
         exit(rt_main(boot))
     }
 

@@ -42,6 +42,14 @@ pub(crate) const CASES: &[Case] = &[
         run: page_fault_names_its_address,
     },
     Case {
+        name: "rt::code_is_not_writable",
+        run: code_is_not_writable,
+    },
+    Case {
+        name: "rt::data_is_not_executable",
+        run: data_is_not_executable,
+    },
+    Case {
         name: "rt::refused_msr_is_reported",
         run: refused_msr_is_reported,
     },
@@ -247,6 +255,65 @@ fn page_fault_names_its_address(_: &'static Boot) -> Outcome {
     irq::clear_handler(14);
     // The page is not present, and the access was a write.
     check_eq!(CAUGHT.load(Ordering::SeqCst), NOWHERE | 2);
+    Outcome::Passed
+}
+
+/// Notes the fault's error code and continues where RBX says.
+fn note_and_leave(frame: &mut TrapFrame) {
+    CAUGHT.store(frame.error_code, Ordering::SeqCst);
+    frame.rip = frame.rbx;
+}
+
+fn code_is_not_writable(_: &'static Boot) -> Outcome {
+    CAUGHT.store(0, Ordering::SeqCst);
+    irq::set_handler(14, note_and_leave);
+    // SAFETY: the write faults, and the handler continues behind it; it would write what is there.
+    unsafe {
+        asm!(
+            "xchg rbx, {saved}",
+            "lea rbx, [rip + 2f]",
+            "mov {byte}, [rbx]",
+            "mov [rbx], {byte}",
+            "2: xchg rbx, {saved}",
+            saved = inout(reg) 0_u64 => _,
+            byte = out(reg_byte) _,
+        );
+    }
+    irq::clear_handler(14);
+    // Present, a write.
+    check_eq!(CAUGHT.load(Ordering::SeqCst), 0b11);
+    Outcome::Passed
+}
+
+fn data_is_not_executable(_: &'static Boot) -> Outcome {
+    if !cpu::features::has_nx() {
+        return Outcome::Skipped("the processor has no no-execute bit");
+    }
+    let on_heap = Box::new(0xc3_u8);
+    static IN_DATA: AtomicU64 = AtomicU64::new(0xc3);
+    for address in [&raw const *on_heap as u64, IN_DATA.as_ptr() as u64] {
+        CAUGHT.store(0, Ordering::SeqCst);
+        irq::set_handler(14, note_and_leave);
+        // SAFETY: the jump faults, and the handler continues behind it; else there is a RET, which returns there.
+        unsafe {
+            asm!(
+                "xchg rbx, {saved}",
+                "lea rbx, [rip + 2f]",
+                "mov {stack}, rsp",
+                "sub rsp, 256",
+                "push rbx",
+                "jmp {address}",
+                "2: mov rsp, {stack}",
+                "xchg rbx, {saved}",
+                saved = inout(reg) 0_u64 => _,
+                stack = out(reg) _,
+                address = in(reg) address,
+            );
+        }
+        irq::clear_handler(14);
+        // Present, an instruction fetch.
+        check_eq!(CAUGHT.load(Ordering::SeqCst), 0b1_0001);
+    }
     Outcome::Passed
 }
 

@@ -48,7 +48,8 @@ pub fn has_avx() -> bool {
 /// Turns on, on the running processor, what the entry code did not need: the no-execute bit, and XSAVE
 /// with the x87, SSE and AVX states.
 pub(crate) fn enable() {
-    // SAFETY: the bits exist by CPUID; no page has the no-execute bit so far, and more state that can be
+    // SAFETY: the bits exist by CPUID; the page tables have the no-execute bit only where
+    // it is on already or about to be, and more state that can be
     // saved changes none of what there is.
     unsafe {
         if has_nx() {

@@ -13,6 +13,8 @@ use x86_64::registers::model_specific::GsBase;
 use crate::apic;
 
 pub(crate) use segments::Stack;
+#[cfg(not(test))]
+pub(crate) use smp::START_PAGE;
 pub use smp::{Missing, finished, start_all};
 
 /// The most processors that the runtime drives.

@@ -2,11 +2,13 @@
 
 use core::sync::atomic::{AtomicUsize, Ordering};
 
+use x86_64::registers::control::{Efer, EferFlags};
+
 use crate::{apic, memory, time};
 
 /// Where they start: a page below 1 MiB that firmware leaves alone once the loader has run. The vector
 /// of the start-up message is its number.
-const START_PAGE: u64 = 0x8000;
+pub(crate) const START_PAGE: u64 = 0x8000;
 const STACK: u64 = 128 << 10;
 
 /// How long a processor gets to arrive. Emulators that run all processors in turn are slow at it.
@@ -20,7 +22,7 @@ static FINISHED: AtomicUsize = AtomicUsize::new(0);
 unsafe extern "C" {
     static rt_ap_start: u8;
     static rt_ap_end: u8;
-    static rt_ap_arguments: [u64; 3];
+    static rt_ap_arguments: [u64; 4];
 }
 
 /// A processor that was asked to start and did not.
@@ -75,6 +77,10 @@ pub fn start_all(work: fn(usize)) -> Result<(), Missing> {
                 .add(1)
                 .write_volatile(stack + memory::FRAME + STACK);
             arguments.add(2).write_volatile(id as u64);
+            // The page tables use the no-execute bit, so it must be on before paging is.
+            arguments
+                .add(3)
+                .write_volatile(Efer::read_raw() & EferFlags::NO_EXECUTE_ENABLE.bits());
         }
         start(id)?;
     }

@@ -33,6 +33,7 @@ ap_protected:
     mov $0xc0000080, %ecx               # EFER
     rdmsr
     or $0x100, %eax                     # LME
+    or (rt_ap_arguments - rt_ap_start + 24)(%ebp), %eax
     wrmsr
     mov $0x80010033, %eax               # PG, WP, NE, ET, MP, PE
     mov %eax, %cr0
@@ -40,7 +41,7 @@ ap_protected:
 
 .balign 8
 .global rt_ap_arguments
-rt_ap_arguments: .quad 0, 0, 0          # page tables, stack, number
+rt_ap_arguments: .quad 0, 0, 0, 0       # page tables, stack, number, further EFER bits
 ap_target:
     .long 0
     .short 0x18

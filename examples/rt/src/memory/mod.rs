@@ -69,9 +69,10 @@ fn stock(raw: &Raw, from: u64, to: u64) {
     }
 }
 
-/// Makes an overflow of the first stack a fault.
+/// Takes the rights that nobody needs from the mapped memory, and the page below the first stack.
 #[cfg(not(test))]
-pub(crate) fn guard_boot_stack() {
+pub(crate) fn protect(start_page: u64) {
+    paging::protect(start_page);
     // SAFETY: the entry code keeps the page empty.
     unsafe { paging::guard(&raw const rt_boot_stack_guard as u64) };
 }
