@@ -15,6 +15,7 @@ pub mod acpi;
 pub mod boot;
 pub mod bus;
 pub mod device;
+pub mod emulate;
 pub mod host;
 pub mod irq;
 pub mod layout;
