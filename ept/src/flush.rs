@@ -76,9 +76,9 @@ pub(crate) struct Chain {
 /// reaches it.
 #[derive(Clone, Copy)]
 enum Link {
-    /// In entry 0, which every format takes for absent: nothing that the table mapped is mapped
-    /// any more.
-    Entry,
+    /// In entry 0, beside the bits of an absent entry: nothing that the table mapped is mapped any
+    /// more.
+    Entry(u64),
     /// In the bits of the first entries that hardware ignores: what the table maps is still
     /// mapped, by a larger page, and a device must not fault on it.
     Software(u64),
@@ -87,7 +87,7 @@ enum Link {
 impl Link {
     fn write<M: FrameMem>(self, frames: &M, table: u64, next: u64) {
         match self {
-            Self::Entry => frames.store(Hpa(table), next),
+            Self::Entry(absent) => frames.store(Hpa(table), next | absent),
             Self::Software(mask) => {
                 let low = mask.trailing_zeros();
                 let mut rest = next >> 12;
@@ -108,7 +108,7 @@ impl Link {
 
     fn read<M: FrameMem>(self, frames: &M, table: u64) -> u64 {
         match self {
-            Self::Entry => frames.load(Hpa(table)),
+            Self::Entry(absent) => frames.load(Hpa(table)) & !absent,
             Self::Software(mask) => {
                 let low = mask.trailing_zeros();
                 let nibble = |index: u64| (frames.load(Hpa(table | (index * 8))) >> low) & 0xF;
@@ -164,11 +164,12 @@ pub struct Flush<'t, M: FrameAlloc + FrameMem, T = ()> {
     /// Tables that a larger page has replaced.
     replaced: Chain,
     software: u64,
+    absent: u64,
     value: T,
 }
 
 impl<'t, M: FrameAlloc + FrameMem, T> Flush<'t, M, T> {
-    pub(crate) fn new(frames: &'t M, root: Hpa, software: u64, value: T) -> Self {
+    pub(crate) fn new(frames: &'t M, root: Hpa, software: u64, absent: u64, value: T) -> Self {
         Self {
             frames,
             root,
@@ -176,6 +177,7 @@ impl<'t, M: FrameAlloc + FrameMem, T> Flush<'t, M, T> {
             dead: Chain::default(),
             replaced: Chain::default(),
             software,
+            absent,
             value,
         }
     }
@@ -195,7 +197,7 @@ impl<'t, M: FrameAlloc + FrameMem, T> Flush<'t, M, T> {
     /// Takes a table whose range is no longer mapped.
     #[inline]
     pub(crate) fn retire(&mut self, table: Hpa) {
-        self.dead.push(self.frames, Link::Entry, table);
+        self.dead.push(self.frames, Link::Entry(self.absent), table);
     }
 
     /// Takes a table that a larger page has replaced.
@@ -235,7 +237,8 @@ impl<'t, M: FrameAlloc + FrameMem, T> Flush<'t, M, T> {
         if let Some(more) = other.scope {
             self.cover(more.first, more.last, more.leaves_only);
         }
-        self.dead.append(self.frames, Link::Entry, other.dead);
+        self.dead
+            .append(self.frames, Link::Entry(self.absent), other.dead);
         let link = Link::Software(self.software);
         self.replaced.append(self.frames, link, other.replaced);
         let second = other.value;
@@ -251,6 +254,7 @@ impl<'t, M: FrameAlloc + FrameMem, T> Flush<'t, M, T> {
             dead: self.dead,
             replaced: self.replaced,
             software: self.software,
+            absent: self.absent,
             value: change(self.value),
         }
     }
@@ -295,7 +299,7 @@ impl<'t, M: FrameAlloc + FrameMem, T> Flush<'t, M, T> {
     }
 
     fn settle(self) -> T {
-        self.dead.release(self.frames, Link::Entry);
+        self.dead.release(self.frames, Link::Entry(self.absent));
         let link = Link::Software(self.software);
         self.replaced.release(self.frames, link);
         self.value

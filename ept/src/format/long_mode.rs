@@ -110,6 +110,21 @@ pub(super) const fn leaf(entry: u64, level: u8, address_mask: u64) -> (u64, u64)
     }
 }
 
+/// Whether a present entry has a reserved bit set, NX apart.
+#[inline]
+pub(super) const fn is_reserved(
+    entry: u64,
+    level: u8,
+    address_mask: u64,
+    gigabyte_pages: bool,
+) -> bool {
+    let wide = entry & self::address_mask(52) & !address_mask;
+    let large = level > 1 && entry & LARGE != 0;
+    let allowed = level < 3 || (level == 3 && gigabyte_pages);
+    let inside = ((1 << shift_of(level)) - 1) & !0x1FFF;
+    wide != 0 || (large && (!allowed || entry & inside != 0))
+}
+
 impl Format for LongMode {
     type Input = Gva;
     type Flags = LongModeFlags;
@@ -164,6 +179,12 @@ impl Format for LongMode {
     }
 
     #[inline]
+    fn is_reserved(&self, entry: u64, level: u8) -> bool {
+        is_reserved(entry, level, self.address_mask, self.gigabyte_pages)
+            || (!self.no_execute && entry & LongModeFlags::NO_EXECUTE.bits() != 0)
+    }
+
+    #[inline]
     fn leaf(&self, entry: u64, level: u8) -> Leaf<LongModeFlags> {
         let (frame, flags) = leaf(entry, level, self.address_mask);
         Leaf {
@@ -200,10 +221,10 @@ impl Format for LongMode {
     }
 
     #[inline]
-    fn rights(&self, flags: LongModeFlags) -> Rights {
+    fn entry_rights(&self, entry: u64, _level: u8) -> Rights {
         let mut rights = Rights::READ;
-        rights.set(Rights::WRITE, flags.contains(LongModeFlags::WRITABLE));
-        let execute = !flags.contains(LongModeFlags::NO_EXECUTE);
+        rights.set(Rights::WRITE, entry & LongModeFlags::WRITABLE.bits() != 0);
+        let execute = entry & LongModeFlags::NO_EXECUTE.bits() == 0;
         rights.set(Rights::EXECUTE | Rights::USER_EXECUTE, execute);
         rights
     }
@@ -215,13 +236,26 @@ impl Format for LongMode {
 
     #[inline]
     fn with_rights(&self, mut flags: LongModeFlags, rights: Rights) -> Option<LongModeFlags> {
-        let execute = rights.contains(Rights::EXECUTE);
-        if !rights.contains(Rights::READ) || !(execute || self.no_execute) {
+        if rights.is_empty() || self.floor(rights) != rights {
             return None;
         }
         flags.set(LongModeFlags::WRITABLE, rights.contains(Rights::WRITE));
-        flags.set(LongModeFlags::NO_EXECUTE, !execute);
+        flags.set(LongModeFlags::NO_EXECUTE, !rights.contains(Rights::EXECUTE));
         Some(flags)
+    }
+
+    #[inline]
+    fn floor(&self, rights: Rights) -> Rights {
+        if !rights.contains(Rights::READ) {
+            return Rights::empty();
+        }
+        let execute = rights.contains(Rights::EXECUTE | Rights::USER_EXECUTE);
+        if !execute && !self.no_execute {
+            return Rights::empty();
+        }
+        let mut floor = rights & (Rights::READ | Rights::WRITE);
+        floor.set(Rights::EXECUTE | Rights::USER_EXECUTE, execute);
+        floor
     }
 }
 

@@ -1,5 +1,6 @@
 //! How entries are coded: one file per format, and nothing about a format outside its file.
 
+pub mod ept;
 pub mod long_mode;
 pub mod npt;
 
@@ -99,11 +100,11 @@ impl<Flags> Leaf<Flags> {
 /// A level is counted from the bottom: entries of level 1 map 4 KiB, and a table of level `n`
 /// indexes 9 address bits from bit `9 * n + 3` on.
 ///
-/// The contract is a round trip. Zero is absent. [`Self::table_entry`] is present and no leaf, and
+/// The contract is a round trip. [`Self::absent`] is absent. [`Self::table_entry`] is present and no leaf, and
 /// [`Self::child`] gives back its table. [`Self::leaf_entry`] with valid flags is present and a
 /// leaf, and [`Self::leaf`] gives back frame, size and flags. Consecutive pages of one level have
-/// entries that differ by the page's size. An entry whose low twelve bits and bits 63:52 are zero
-/// is absent.
+/// entries that differ by the page's size. [`Self::absent`] with a frame's address in bits 51:12
+/// is absent too.
 pub trait Format: Clone + fmt::Debug {
     /// What the table translates from.
     type Input: Input;
@@ -141,6 +142,12 @@ pub trait Format: Clone + fmt::Debug {
     /// The bits of an entry that hold a frame's address.
     fn address_mask(&self) -> u64;
 
+    /// The entry that translates nothing.
+    #[inline]
+    fn absent(&self) -> u64 {
+        0
+    }
+
     /// The highest level at which a page with these flags may be mapped.
     fn largest_level(&self, flags: Self::Flags) -> u8;
 
@@ -152,6 +159,10 @@ pub trait Format: Clone + fmt::Debug {
 
     /// Whether a present entry of a table of `level` maps a page.
     fn is_leaf(&self, entry: u64, level: u8) -> bool;
+
+    /// Whether a present entry of `level` has a bit set, or a combination of bits, that hardware
+    /// reserves. Tables that software of another level of trust has written are checked with this.
+    fn is_reserved(&self, entry: u64, level: u8) -> bool;
 
     /// The table that an entry of `level` refers to, and that table's level.
     #[inline]
@@ -177,8 +188,14 @@ pub trait Format: Clone + fmt::Debug {
     /// The bit of a leaf entry without which a write faults.
     fn write_bit(&self) -> u64;
 
+    /// What a present entry of `level`, for a page or a table, lets through.
+    fn entry_rights(&self, entry: u64, level: u8) -> Rights;
+
     /// What a page with these flags allows.
-    fn rights(&self, flags: Self::Flags) -> Rights;
+    #[inline]
+    fn rights(&self, flags: Self::Flags) -> Rights {
+        self.entry_rights(self.leaf_entry(Hpa(0), 1, flags), 1)
+    }
 
     /// The flags of ordinary write-back memory with these rights, already accessed and dirty, or
     /// `None` if the format cannot say exactly these rights.
@@ -186,4 +203,7 @@ pub trait Format: Clone + fmt::Debug {
 
     /// The flags with other rights, or `None` if the format cannot say exactly these.
     fn with_rights(&self, flags: Self::Flags, rights: Rights) -> Option<Self::Flags>;
+
+    /// The largest part of the rights that the format can say exactly; empty means absent.
+    fn floor(&self, rights: Rights) -> Rights;
 }

@@ -129,6 +129,16 @@ impl Format for Npt {
     }
 
     #[inline]
+    fn is_reserved(&self, entry: u64, level: u8) -> bool {
+        long_mode::is_reserved(
+            entry,
+            level,
+            self.address_mask | self.c_bit,
+            self.gigabyte_pages,
+        )
+    }
+
+    #[inline]
     fn leaf(&self, entry: u64, level: u8) -> Leaf<NptFlags> {
         let (frame, flags) = long_mode::leaf(entry, level, self.address_mask);
         Leaf {
@@ -165,10 +175,14 @@ impl Format for Npt {
     }
 
     #[inline]
-    fn rights(&self, flags: NptFlags) -> Rights {
+    fn entry_rights(&self, entry: u64, _level: u8) -> Rights {
+        // Every access of a guest is a user access.
+        if entry & USER == 0 {
+            return Rights::empty();
+        }
         let mut rights = Rights::READ;
-        rights.set(Rights::WRITE, flags.contains(NptFlags::WRITABLE));
-        let execute = !flags.contains(NptFlags::NO_EXECUTE);
+        rights.set(Rights::WRITE, entry & NptFlags::WRITABLE.bits() != 0);
+        let execute = entry & NptFlags::NO_EXECUTE.bits() == 0;
         rights.set(Rights::EXECUTE | Rights::USER_EXECUTE, execute);
         rights
     }
@@ -180,12 +194,23 @@ impl Format for Npt {
 
     #[inline]
     fn with_rights(&self, mut flags: NptFlags, rights: Rights) -> Option<NptFlags> {
-        if !rights.contains(Rights::READ) {
+        if rights.is_empty() || self.floor(rights) != rights {
             return None;
         }
         flags.set(NptFlags::WRITABLE, rights.contains(Rights::WRITE));
         flags.set(NptFlags::NO_EXECUTE, !rights.contains(Rights::EXECUTE));
         Some(flags)
+    }
+
+    #[inline]
+    fn floor(&self, rights: Rights) -> Rights {
+        if !rights.contains(Rights::READ) {
+            return Rights::empty();
+        }
+        let execute = rights.contains(Rights::EXECUTE | Rights::USER_EXECUTE);
+        let mut floor = rights & (Rights::READ | Rights::WRITE);
+        floor.set(Rights::EXECUTE | Rights::USER_EXECUTE, execute);
+        floor
     }
 }
 

@@ -3,7 +3,7 @@
 use arrayvec::ArrayVec;
 use testudo_arch::{FrameAlloc, FrameMem, Hpa, PageSize};
 
-use super::{EditError, PageTable, place};
+use super::{EditError, PageTable, blank, place};
 use crate::format::{Format, Leaf, level_of, shift_of};
 
 /// A mapping that cannot be made. The table is as before.
@@ -238,6 +238,7 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
                 self.install(child, level, part, false, spare);
             } else {
                 let child = spare.take();
+                blank(&self.format, &self.frames, child);
                 self.install(child, level - 1, part, true, spare);
                 self.frames.store(at, self.format.table_entry(child, level));
             }
@@ -282,7 +283,10 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
             let missing = usize::from(found.level - level);
             while spare.len() < missing {
                 match self.frames.alloc() {
-                    Some(frame) => spare.push(frame),
+                    Some(frame) => {
+                        blank(&self.format, &self.frames, frame);
+                        spare.push(frame);
+                    }
                     None => break,
                 }
             }
@@ -303,7 +307,8 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
                 break Ok(());
             }
             for (&table, level) in spare[..missing].iter().zip(level..) {
-                self.frames.store(place(table, level, offset), 0);
+                let absent = self.format.absent();
+                self.frames.store(place(table, level, offset), absent);
             }
         };
         for table in spare {

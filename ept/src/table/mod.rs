@@ -77,10 +77,19 @@ pub(crate) fn place(table: Hpa, level: u8, offset: u64) -> Hpa {
     Hpa(table.0 | ((offset >> shift_of(level)) & 0x1FF) << 3)
 }
 
+/// Makes a zeroed frame a table without entries.
+#[inline]
+pub(crate) fn blank<F: Format, M: FrameMem>(format: &F, frames: &M, table: Hpa) {
+    if format.absent() != 0 {
+        frames.fill(table, 512, format.absent(), 0);
+    }
+}
+
 impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
     /// An empty table, or `None` if there is no frame for its root.
     pub fn new(format: F, frames: M) -> Option<Self> {
         let root = frames.alloc()?;
+        blank(&format, &frames, root);
         Some(Self {
             format,
             frames,
@@ -161,7 +170,13 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
     }
 
     fn token<T>(&self, value: T) -> Flush<'_, M, T> {
-        Flush::new(&self.frames, self.root, F::SOFTWARE, value)
+        Flush::new(
+            &self.frames,
+            self.root,
+            F::SOFTWARE,
+            self.format.absent(),
+            value,
+        )
     }
 
     /// Replaces an entry and returns what it held.

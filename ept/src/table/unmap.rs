@@ -71,7 +71,9 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
             if !self.format.is_present(found.entry) {
                 return flush;
             }
-            let replaced = self.frames.compare_exchange(found.at, found.entry, 0);
+            let replaced =
+                self.frames
+                    .compare_exchange(found.at, found.entry, self.format.absent());
             if replaced.is_ok() {
                 let leaf = self.format.leaf(found.entry, found.level);
                 let first = offset & !(leaf.bytes() - 1);
@@ -154,13 +156,13 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
             } else {
                 let (child, below) = self.format.child(entry, level);
                 if piece == span {
-                    self.frames.store(at, 0);
+                    self.frames.store(at, self.format.absent());
                     self.retire(child, below, offset, flush);
                     flush.cover(offset, offset | (span - 1), false);
                 } else {
                     self.clear(child, below, offset, piece, flush);
                     if self.is_empty(child) {
-                        self.frames.store(at, 0);
+                        self.frames.store(at, self.format.absent());
                         flush.retire(child);
                         let first = offset & !(span - 1);
                         flush.cover(first, first | (span - 1), false);
@@ -175,12 +177,12 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
     #[inline]
     fn clear_leaf<S: Sink<F>>(&self, at: Hpa, level: u8, offset: u64, flush: &mut Flush<'_, M, S>) {
         let leaf = if S::WANTED {
-            let leaf = self.format.leaf(self.swap(at, 0), level);
+            let leaf = self.format.leaf(self.swap(at, self.format.absent()), level);
             flush.value_mut().take(self.format.address(offset), leaf);
             leaf
         } else {
             let leaf = self.format.leaf(self.frames.load(at), level);
-            self.frames.store(at, 0);
+            self.frames.store(at, self.format.absent());
             leaf
         };
         flush.cover(offset, offset | (leaf.bytes() - 1), true);
@@ -200,7 +202,7 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
                     let (child, below) = self.format.child(entry, level);
                     self.retire(child, below, offset, flush);
                 } else if S::WANTED {
-                    let leaf = self.format.leaf(self.swap(at, 0), level);
+                    let leaf = self.format.leaf(self.swap(at, self.format.absent()), level);
                     flush.value_mut().take(self.format.address(offset), leaf);
                 }
             }
