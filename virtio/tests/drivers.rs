@@ -1,34 +1,49 @@
-//! Our devices under the drivers of the crate `virtio-drivers`, through registers, without a VM.
+//! Our devices under the drivers of the crate `virtio-drivers`, through the registers of both
+//! transports, without a VM.
 
 mod support;
 
 use std::sync::{Arc, Mutex};
 
-use support::{GSI, GuestHal, MmioGuest};
+use support::{Connect, GSI, GuestHal, MmioGuest, PciGuest};
 use testudo_virtio::backend::{MemoryImage, Overlay, ReadOnlyImage};
 use testudo_virtio::device::{Blk, BlkOptions, Console, ConsolePort, Rng};
 use virtio_drivers::device::blk::VirtIOBlk;
 use virtio_drivers::device::console::VirtIOConsole;
 use virtio_drivers::device::rng::VirtIORng;
-use virtio_drivers::transport::Transport;
+
+/// Each test, once for each transport.
+macro_rules! over_both_transports {
+    ($($name:ident)*) => {
+        mod mmio {
+            $(#[test] fn $name() { super::$name::<super::MmioGuest>() })*
+        }
+        mod pci {
+            $(#[test] fn $name() { super::$name::<super::PciGuest>() })*
+        }
+    };
+}
+
+over_both_transports! {
+    blk_reads_writes_flushes_and_identifies
+    a_read_only_disk_refuses_to_write
+    an_interrupt_line_stays_up_until_it_is_acknowledged
+    console_carries_bytes_both_ways
+    rng_fills_what_it_is_asked_for
+}
 
 fn pattern(len: usize) -> Vec<u8> {
     (0..len).map(|i| (i * 7 + i / 251) as u8).collect()
 }
 
-#[test]
-fn blk_reads_writes_flushes_and_identifies_over_mmio() {
-    blk(|device| MmioGuest::new(Box::new(device)));
-}
-
-fn blk<T: Transport>(connect: impl Fn(Blk<Overlay<ReadOnlyImage<Vec<u8>>>>) -> T) {
+fn blk_reads_writes_flushes_and_identifies<T: Connect>() {
     let image = pattern(1 << 20);
     let options = BlkOptions {
         id: *b"a disk of some name\0",
         ..BlkOptions::default()
     };
     let device = Blk::new(Overlay::new(ReadOnlyImage(image.clone()), 1 << 20), options);
-    let mut disk = VirtIOBlk::<GuestHal, T>::new(connect(device)).unwrap();
+    let mut disk = VirtIOBlk::<GuestHal, _>::new(T::connect(device)).unwrap();
     assert_eq!(disk.capacity(), 2048);
     assert!(!disk.readonly());
     let mut id = [0; 20];
@@ -51,11 +66,9 @@ fn blk<T: Transport>(connect: impl Fn(Blk<Overlay<ReadOnlyImage<Vec<u8>>>>) -> T
     assert_eq!(back, image[..back.len()]);
 }
 
-#[test]
-fn a_read_only_disk_refuses_to_write() {
+fn a_read_only_disk_refuses_to_write<T: Connect>() {
     let device = Blk::new(ReadOnlyImage(pattern(4096)), BlkOptions::default());
-    let guest = MmioGuest::new(Box::new(device));
-    let mut disk = VirtIOBlk::<GuestHal, _>::new(guest).unwrap();
+    let mut disk = VirtIOBlk::<GuestHal, _>::new(T::connect(device)).unwrap();
     assert!(disk.readonly());
     assert!(disk.write_blocks(0, &[1; 512]).is_err());
     let mut back = [0; 512];
@@ -63,18 +76,16 @@ fn a_read_only_disk_refuses_to_write() {
     assert_eq!(back[..], pattern(512));
 }
 
-#[test]
-fn an_interrupt_line_stays_up_until_it_is_acknowledged() {
+fn an_interrupt_line_stays_up_until_it_is_acknowledged<T: Connect>() {
     let device = Blk::new(MemoryImage(pattern(4096)), BlkOptions::default());
-    let guest = MmioGuest::new(Box::new(device));
-    let interrupts = guest.interrupts.clone();
-    let mut disk = VirtIOBlk::<GuestHal, _>::new(guest).unwrap();
-    assert!(!interrupts.level(GSI));
+    let guest = T::connect(device);
+    let mut disk = VirtIOBlk::<GuestHal, _>::new(guest.clone()).unwrap();
+    assert!(!guest.interrupts().level(GSI));
     disk.read_blocks(0, &mut [0; 512]).unwrap();
-    assert!(interrupts.level(GSI));
+    assert!(guest.interrupts().level(GSI));
     assert!(!disk.ack_interrupt().is_empty());
-    assert!(!interrupts.level(GSI));
-    assert_eq!(interrupts.count(GSI), 1);
+    assert!(!guest.interrupts().level(GSI));
+    assert_eq!(guest.interrupts().count(GSI), 1);
 }
 
 #[derive(Clone, Default)]
@@ -97,12 +108,10 @@ impl ConsolePort for Pipe {
     }
 }
 
-#[test]
-fn console_carries_bytes_both_ways_over_mmio() {
+fn console_carries_bytes_both_ways<T: Connect>() {
     let pipe = Pipe::default();
-    let guest = MmioGuest::new(Box::new(Console::new(Box::new(pipe.clone()))));
-    let device = guest.clone();
-    let mut console = VirtIOConsole::<GuestHal, _>::new(guest).unwrap();
+    let guest = T::connect(Console::new(Box::new(pipe.clone())));
+    let mut console = VirtIOConsole::<GuestHal, _>::new(guest.clone()).unwrap();
     let size = console.size().unwrap().unwrap();
     assert_eq!((size.columns, size.rows), (80, 25));
     console.send_bytes(b"hello ").unwrap();
@@ -114,7 +123,7 @@ fn console_carries_bytes_both_ways_over_mmio() {
     pipe.to_guest.lock().unwrap().extend_from_slice(&input);
     let mut received = Vec::new();
     while received.len() < input.len() {
-        device.poll(0);
+        guest.poll(0);
         let _ = console.ack_interrupt().unwrap();
         while let Some(byte) = console.recv(true).unwrap() {
             received.push(byte);
@@ -123,8 +132,7 @@ fn console_carries_bytes_both_ways_over_mmio() {
     assert_eq!(received, input);
 }
 
-#[test]
-fn rng_fills_what_it_is_asked_for() {
+fn rng_fills_what_it_is_asked_for<T: Connect>() {
     let mut next = 0u8;
     let source = move |buf: &mut [u8]| {
         for byte in buf.iter_mut() {
@@ -133,8 +141,7 @@ fn rng_fills_what_it_is_asked_for() {
         }
         buf.len()
     };
-    let guest = MmioGuest::new(Box::new(Rng::new(source)));
-    let mut rng = VirtIORng::<GuestHal, _>::new(guest).unwrap();
+    let mut rng = VirtIORng::<GuestHal, _>::new(T::connect(Rng::new(source))).unwrap();
     let mut bytes = [0; 1000];
     assert_eq!(rng.request_entropy(&mut bytes).unwrap(), 1000);
     assert!(bytes.iter().enumerate().all(|(i, &b)| b == (i + 1) as u8));

@@ -1,7 +1,19 @@
 //! Backends: where blocks, packets and bytes really go.
 
 mod block;
+mod net;
+#[cfg(feature = "std")]
+mod tap;
+#[cfg(feature = "user-net")]
+mod user;
 
 #[cfg(feature = "std")]
 pub use block::FileImage;
 pub use block::{BlockBackend, BlockError, MemoryImage, Overlay, ReadOnlyImage, Sink, Source};
+pub use net::{
+    Fill, MAX_FRAME, NetBackend, NetHeader, Offloads, Switch, SwitchPort, Unplugged, Wire,
+};
+#[cfg(feature = "std")]
+pub use tap::Tap;
+#[cfg(feature = "user-net")]
+pub use user::{UserHost, UserOptions};

@@ -2,10 +2,12 @@
 
 mod blk;
 mod console;
+mod net;
 mod rng;
 
 pub use blk::{Blk, BlkOptions};
 pub use console::{Console, ConsolePort, PortOptions};
+pub use net::{Net, NetOptions};
 pub use rng::{Entropy, Rng};
 
 use testudo_arch::{GuestMemory, MemoryFault};
@@ -299,6 +301,12 @@ impl<'a, M: GuestMemory> QueueIo<'a, M> {
     #[inline]
     pub fn complete(&mut self, token: Token, written: u32) -> Result<(), QueueError> {
         self.queue.complete(self.memory, token, written)
+    }
+
+    /// See [`Queue::give_back`].
+    #[inline]
+    pub fn give_back(&mut self, token: Token) {
+        self.queue.give_back(token);
     }
 
     /// Shows the driver what was returned, and interrupts it if it wants that.

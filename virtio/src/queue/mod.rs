@@ -426,6 +426,23 @@ impl Queue {
         Ok(batch.chains.len() - before)
     }
 
+    /// Makes a chain available again, as if it had never been taken: it comes again with the next
+    /// [`pop`](Self::pop). Only the chain taken last can be given back; then the one before it.
+    #[inline]
+    pub fn give_back(&mut self, token: Token) {
+        let last = self.popped.wrapping_sub(1);
+        debug_assert_eq!(
+            token.sequence, last,
+            "only the last chain can be given back"
+        );
+        match &mut self.ring {
+            Ring::Split(ring) => ring.give_back(),
+            Ring::Packed(ring) => ring.give_back(token.descriptors),
+        }
+        self.in_flight.remove(token.id);
+        self.popped = last;
+    }
+
     /// Returns a chain into whose writable segments the device wrote `written` bytes. The driver
     /// sees it after the next [`publish`](Self::publish).
     ///

@@ -52,6 +52,22 @@ impl Position {
         }
     }
 
+    /// The place `count` before; `count` is at most `size`.
+    #[inline]
+    fn retreat(self, count: u16, size: u16) -> Self {
+        if count <= self.index {
+            Self {
+                index: self.index - count,
+                wrap: self.wrap,
+            }
+        } else {
+            Self {
+                index: (u32::from(self.index) + u32::from(size) - u32::from(count)) as u16,
+                wrap: !self.wrap,
+            }
+        }
+    }
+
     /// The place on a line that repeats after two laps.
     #[inline]
     fn linear(self, size: u16) -> u32 {
@@ -161,6 +177,12 @@ impl Packed {
         self.next_available = self.next_available.advance(count, self.size);
         self.in_flight += count;
         Ok(Some(collector.finish(id, count)))
+    }
+
+    #[inline]
+    pub(super) fn give_back(&mut self, descriptors: u16) {
+        self.next_available = self.next_available.retreat(descriptors, self.size);
+        self.in_flight -= descriptors;
     }
 
     #[inline]

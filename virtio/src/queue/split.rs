@@ -96,6 +96,11 @@ impl Split {
     }
 
     #[inline]
+    pub(super) fn give_back(&mut self) {
+        self.next_available = self.next_available.wrapping_sub(1);
+    }
+
+    #[inline]
     pub(super) fn complete<M: GuestMemory>(
         &mut self,
         memory: &M,

@@ -15,9 +15,14 @@ use std::sync::{Arc, Mutex};
 use testudo_arch::bus::BusDevice;
 use testudo_arch::irq::{InterruptSink, Msi};
 use testudo_arch::memory::GuestRam;
+use testudo_arch::pci::PciFunction;
 use testudo_arch::{Gpa, GuestMemory};
-use testudo_virtio::transport::{Mmio, Options};
-use testudo_virtio::{Device, Features};
+use testudo_virtio::transport::{Mmio, Options, Pci};
+use testudo_virtio::{Device, Next};
+use virtio_drivers::transport::pci::bus::{
+    BarInfo, Command, ConfigurationAccess, DeviceFunction, PciRoot,
+};
+use virtio_drivers::transport::pci::virtio_device_type;
 use virtio_drivers::transport::{DeviceStatus, DeviceType, InterruptStatus, Transport};
 use virtio_drivers::{BufferDirection, Hal, PhysAddr};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
@@ -171,24 +176,35 @@ impl Interrupts {
     }
 }
 
+/// The interrupt line of the device under test.
 pub const GSI: u32 = 5;
+
+/// How a device is connected to the guest of a test.
+pub trait Connect: Transport + Clone {
+    /// Connects a device with these options.
+    fn connect_with(device: Box<dyn Device<GuestRam>>, options: Options) -> Self;
+
+    /// Lets the device look at its backend.
+    fn poll(&self, now: u64) -> Next;
+
+    /// What the interrupt controllers were told.
+    fn interrupts(&self) -> &Interrupts;
+
+    fn connect(device: impl Device<GuestRam> + 'static) -> Self {
+        Self::connect_with(Box::new(device), Options::default())
+    }
+}
 
 /// A device behind MMIO registers as `virtio-drivers` sees it.
 #[derive(Clone)]
 pub struct MmioGuest {
     pub device: Rc<RefCell<Mmio<GuestRam>>>,
-    pub interrupts: Arc<Interrupts>,
+    interrupts: Arc<Interrupts>,
 }
 
-impl MmioGuest {
-    pub fn new(device: Box<dyn Device<GuestRam>>) -> Self {
+impl Connect for MmioGuest {
+    fn connect_with(device: Box<dyn Device<GuestRam>>, options: Options) -> Self {
         let interrupts = Arc::new(Interrupts::default());
-        let options = Options {
-            // The driver library knows the split format only, and panics on unknown offers of
-            // order; it negotiates what it knows.
-            rings: Features::RINGS,
-            ..Options::default()
-        };
         let mmio = Mmio::new(device, memory(), options, interrupts.clone(), GSI);
         Self {
             device: Rc::new(RefCell::new(mmio)),
@@ -196,6 +212,16 @@ impl MmioGuest {
         }
     }
 
+    fn poll(&self, now: u64) -> Next {
+        self.device.borrow_mut().poll(now)
+    }
+
+    fn interrupts(&self) -> &Interrupts {
+        &self.interrupts
+    }
+}
+
+impl MmioGuest {
     pub fn read(&self, offset: u64) -> u32 {
         let mut bytes = [0; 4];
         self.device.borrow_mut().read(offset, &mut bytes);
@@ -287,7 +313,11 @@ impl Transport for MmioGuest {
     ) -> virtio_drivers::Result<T> {
         let mut value = T::new_zeroed();
         let mut device = self.device.borrow_mut();
-        device.read(0x100 + offset as u64, value.as_mut_bytes());
+        // As a processor reads a structure: in pieces of its alignment.
+        let pieces = value.as_mut_bytes().chunks_mut(align_of::<T>());
+        for (i, piece) in pieces.enumerate() {
+            device.read((0x100 + offset + i * align_of::<T>()) as u64, piece);
+        }
         Ok(value)
     }
 
@@ -302,9 +332,244 @@ impl Transport for MmioGuest {
     }
 }
 
-impl MmioGuest {
-    /// Lets the device look at its backend.
-    pub fn poll(&self, now: u64) -> testudo_virtio::Next {
+/// Where the test puts the memory window of the function.
+pub const BAR_BASE: u64 = 0xE000_0000;
+
+/// The place of a structure: register, offset, length.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Structure {
+    pub bar: u8,
+    pub offset: u32,
+    pub len: u32,
+}
+
+/// A device as a PCI function as `virtio-drivers` finds it: its enumeration, its sizing of base
+/// address registers and its walk of the capability list.
+#[derive(Clone)]
+pub struct PciGuest {
+    pub device: Rc<RefCell<Pci<GuestRam>>>,
+    interrupts: Arc<Interrupts>,
+    pub common: Structure,
+    pub notify: Structure,
+    pub isr: Structure,
+    pub config: Structure,
+    multiplier: u32,
+}
+
+/// The configuration space of a bus with one function on it.
+struct Bus(Rc<RefCell<Pci<GuestRam>>>);
+
+const FUNCTION: DeviceFunction = DeviceFunction {
+    bus: 0,
+    device: 3,
+    function: 0,
+};
+
+impl ConfigurationAccess for Bus {
+    fn read_word(&self, function: DeviceFunction, offset: u8) -> u32 {
+        let mut bytes = [0xFF; 4];
+        if function == FUNCTION {
+            self.0.borrow_mut().config_read(offset.into(), &mut bytes);
+        }
+        u32::from_le_bytes(bytes)
+    }
+
+    fn write_word(&mut self, function: DeviceFunction, offset: u8, data: u32) {
+        assert_eq!(function, FUNCTION);
+        self.0
+            .borrow_mut()
+            .config_write(offset.into(), &data.to_le_bytes());
+    }
+
+    #[allow(unsafe_code)]
+    unsafe fn unsafe_clone(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
+
+impl Connect for PciGuest {
+    fn connect_with(device: Box<dyn Device<GuestRam>>, options: Options) -> Self {
+        let interrupts = Arc::new(Interrupts::default());
+        let pci = Pci::new(device, memory(), options, interrupts.clone(), GSI);
+        let device = Rc::new(RefCell::new(pci));
+        assert_eq!(device.borrow().windows(), [None; 6]);
+        let mut root = PciRoot::new(Bus(device.clone()));
+        let (function, info) = root.enumerate_bus(0).next().unwrap();
+        assert_eq!(function, FUNCTION);
+        assert!(virtio_device_type(&info).is_some());
+        let bar = root.bar_info(FUNCTION, 0).unwrap().unwrap();
+        let BarInfo::Memory {
+            size,
+            prefetchable: false,
+            ..
+        } = bar
+        else {
+            panic!("{bar:?}");
+        };
+        root.set_bar_64(FUNCTION, 0, BAR_BASE);
+        root.set_command(FUNCTION, Command::MEMORY_SPACE | Command::BUS_MASTER);
+        let window = device.borrow().windows()[0].unwrap();
+        assert_eq!((window.base, window.size), (BAR_BASE, size));
+
+        let mut guest = Self {
+            device,
+            interrupts,
+            common: Structure::default(),
+            notify: Structure::default(),
+            isr: Structure::default(),
+            config: Structure::default(),
+            multiplier: 0,
+        };
+        let word = |at: u8| Bus(guest.device.clone()).read_word(FUNCTION, at);
+        for capability in root.capabilities(FUNCTION).filter(|c| c.id == 9) {
+            let at = capability.offset;
+            let structure = Structure {
+                bar: word(at + 4) as u8,
+                offset: word(at + 8),
+                len: word(at + 12),
+            };
+            match capability.private_header >> 8 {
+                1 => guest.common = structure,
+                2 => {
+                    guest.notify = structure;
+                    guest.multiplier = word(at + 16);
+                }
+                3 => guest.isr = structure,
+                4 => guest.config = structure,
+                5 => {}
+                other => panic!("capability of type {other}"),
+            }
+        }
+        guest
+    }
+
+    fn poll(&self, now: u64) -> Next {
         self.device.borrow_mut().poll(now)
+    }
+
+    fn interrupts(&self) -> &Interrupts {
+        &self.interrupts
+    }
+}
+
+impl PciGuest {
+    pub fn read_bar(&self, structure: Structure, offset: usize, data: &mut [u8]) {
+        assert!(offset + data.len() <= structure.len as usize);
+        let at = u64::from(structure.offset) + offset as u64;
+        let bar = usize::from(structure.bar);
+        self.device.borrow_mut().bar_read(bar, at, data);
+    }
+
+    pub fn write_bar(&self, structure: Structure, offset: usize, data: &[u8]) {
+        assert!(offset + data.len() <= structure.len as usize);
+        let at = u64::from(structure.offset) + offset as u64;
+        let bar = usize::from(structure.bar);
+        self.device.borrow_mut().bar_write(bar, at, data);
+    }
+
+    pub fn read<T: FromBytes + IntoBytes>(&self, offset: usize) -> T {
+        let mut value = T::new_zeroed();
+        self.read_bar(self.common, offset, value.as_mut_bytes());
+        value
+    }
+
+    pub fn write<T: IntoBytes + Immutable>(&self, offset: usize, value: T) {
+        self.write_bar(self.common, offset, value.as_bytes());
+    }
+}
+
+impl Transport for PciGuest {
+    fn device_type(&self) -> DeviceType {
+        let mut id = [0; 2];
+        self.device.borrow_mut().config_read(2, &mut id);
+        DeviceType::try_from(u16::from_le_bytes(id) - 0x1040).unwrap()
+    }
+
+    fn read_device_features(&mut self) -> u64 {
+        self.write(0, 0u32);
+        let low: u32 = self.read(4);
+        self.write(0, 1u32);
+        u64::from(low) | (u64::from(self.read::<u32>(4)) << 32)
+    }
+
+    fn write_driver_features(&mut self, features: u64) {
+        for (window, bits) in [(0u32, features as u32), (1, (features >> 32) as u32)] {
+            self.write(8, window);
+            self.write(12, bits);
+        }
+    }
+
+    fn max_queue_size(&mut self, queue: u16) -> u32 {
+        self.write(22, queue);
+        u32::from(self.read::<u16>(24))
+    }
+
+    fn notify(&mut self, queue: u16) {
+        self.write(22, queue);
+        let offset = u32::from(self.read::<u16>(30)) * self.multiplier;
+        self.write_bar(self.notify, offset as usize, &queue.to_le_bytes());
+    }
+
+    fn get_status(&self) -> DeviceStatus {
+        DeviceStatus::from_bits_truncate(self.read::<u8>(20).into())
+    }
+
+    fn set_status(&mut self, status: DeviceStatus) {
+        self.write(20, status.bits() as u8);
+    }
+
+    fn set_guest_page_size(&mut self, _: u32) {}
+
+    fn requires_legacy_layout(&self) -> bool {
+        false
+    }
+
+    fn queue_set(&mut self, queue: u16, size: u32, table: u64, driver: u64, device: u64) {
+        self.write(22, queue);
+        self.write(24, size as u16);
+        // Whole, where other drivers use halves: both must do.
+        self.write(32, table);
+        self.write(40, driver);
+        self.write(48, device);
+        self.write(28, 1u16);
+    }
+
+    fn queue_unset(&mut self, _: u16) {}
+
+    fn queue_used(&mut self, queue: u16) -> bool {
+        self.write(22, queue);
+        self.read::<u16>(28) == 1
+    }
+
+    fn ack_interrupt(&mut self) -> InterruptStatus {
+        let mut status = [0];
+        self.read_bar(self.isr, 0, &mut status);
+        InterruptStatus::from_bits_truncate(status[0].into())
+    }
+
+    fn read_config_generation(&self) -> u32 {
+        self.read::<u8>(21).into()
+    }
+
+    fn read_config_space<T: FromBytes + IntoBytes>(
+        &self,
+        offset: usize,
+    ) -> virtio_drivers::Result<T> {
+        let mut value = T::new_zeroed();
+        // As a processor reads a structure: in pieces of its alignment.
+        let pieces = value.as_mut_bytes().chunks_mut(align_of::<T>());
+        for (i, piece) in pieces.enumerate() {
+            self.read_bar(self.config, offset + i * align_of::<T>(), piece);
+        }
+        Ok(value)
+    }
+
+    fn write_config_space<T: IntoBytes + Immutable>(
+        &mut self,
+        offset: usize,
+        value: T,
+    ) -> virtio_drivers::Result<()> {
+        self.write_bar(self.config, offset, value.as_bytes());
+        Ok(())
     }
 }

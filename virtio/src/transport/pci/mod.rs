@@ -424,8 +424,7 @@ impl<M: GuestMemory + Send> PciFunction for Pci<M> {
         {
             self.write_part(target, bytes);
         }
-        self.core
-            .set_dma(self.config.command() & BUS_MASTER != 0);
+        self.core.set_dma(self.config.command() & BUS_MASTER != 0);
         let control = self.config.u16(self.msix_capability + 2);
         self.msix.set_control(control, &*self.interrupts);
         self.deliver();

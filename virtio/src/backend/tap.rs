@@ -1,0 +1,81 @@
+//! Packets through a file: a TAP interface of the operating system.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::vec::Vec;
+
+use testudo_arch::MemoryFault;
+
+use super::net::{Fill, MAX_FRAME, NetBackend, NetHeader, Offloads};
+
+/// The length of the header that IFF_VNET_HDR puts before each frame.
+const VNET_HEADER: usize = 10;
+
+/// A TAP interface that the program has opened and configured: non-blocking, `IFF_NO_PI`, and with
+/// `IFF_VNET_HDR` if offloads are wanted.
+///
+/// Whoever watches the file polls the device when it becomes readable.
+#[derive(Debug)]
+pub struct Tap {
+    file: File,
+    offloads: Offloads,
+    out: Vec<u8>,
+    input: Vec<u8>,
+    len: usize,
+}
+
+impl Tap {
+    /// A backend on `file`. With offloads, each frame has a header of ten bytes before it, as
+    /// `IFF_VNET_HDR` makes it.
+    pub fn new(file: File, offloads: Offloads) -> Self {
+        Self {
+            file,
+            offloads,
+            out: Vec::new(),
+            input: std::vec![0; VNET_HEADER + MAX_FRAME],
+            len: 0,
+        }
+    }
+
+    fn header_len(&self) -> usize {
+        if self.offloads.is_empty() {
+            0
+        } else {
+            VNET_HEADER
+        }
+    }
+}
+
+impl NetBackend for Tap {
+    fn offloads(&self) -> Offloads {
+        self.offloads
+    }
+
+    fn send(&mut self, header: NetHeader, len: usize, fill: Fill<'_>) -> Result<(), MemoryFault> {
+        let start = self.header_len();
+        self.out.clear();
+        self.out.resize(start + len, 0);
+        self.out[..start].copy_from_slice(&header.to_bytes()[..start]);
+        fill(&mut self.out[start..])?;
+        // A full interface drops, as a wire does.
+        let _ = self.file.write(&self.out);
+        Ok(())
+    }
+
+    fn peek(&mut self) -> Option<(NetHeader, &[u8])> {
+        let start = self.header_len();
+        if self.len == 0 {
+            self.len = self.file.read(&mut self.input).ok()?;
+        }
+        let packet = &self.input[..self.len];
+        let mut header = NetHeader::default();
+        if let (true, Some(bytes)) = (start > 0, packet.first_chunk()) {
+            header = NetHeader::from_bytes(*bytes);
+        }
+        Some((header, packet.get(start..).filter(|p| !p.is_empty())?))
+    }
+
+    fn consume(&mut self) {
+        self.len = 0;
+    }
+}
