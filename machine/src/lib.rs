@@ -12,16 +12,25 @@ extern crate alloc;
 extern crate std;
 
 pub mod acpi;
+pub mod backend;
+mod board;
 pub mod boot;
 pub mod bus;
 pub mod device;
 pub mod emulate;
+mod guest_cpu;
 pub mod host;
 pub mod irq;
 pub mod layout;
+pub mod machine;
 pub mod policy;
+pub mod run;
 pub mod stats;
+pub mod stop;
 pub mod vcpu;
 
 pub use host::Host;
+pub use machine::{BuildError, Machine, MachineConfig};
+pub use run::VcpuLoop;
+pub use stop::{Stop, StopReason};
 pub use vcpu::{Vcpu, VcpuError, VmExit};

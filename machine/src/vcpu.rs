@@ -81,6 +81,15 @@ pub enum VmExit {
     },
 }
 
+/// The interrupt for which a window is wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AwaitedInterrupt {
+    /// One of the local APIC's with this vector, which the task priority can hold back.
+    Vector(u8),
+    /// One of an external interrupt controller, whatever the task priority.
+    External,
+}
+
 /// A port access.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PortAccess {
@@ -133,7 +142,7 @@ pub trait Vcpu {
     /// The general registers.
     fn gprs(&self) -> &Gprs;
 
-    /// The general registers, to be changed.
+    /// The general registers, to be changed. RSP is among them.
     fn gprs_mut(&mut self) -> &mut Gprs;
 
     /// The instruction pointer.
@@ -168,9 +177,9 @@ pub trait Vcpu {
     /// again by the backend itself and comes first.
     fn inject(&mut self, event: Event);
 
-    /// Asks for [`VmExit::InterruptWindow`] as soon as the guest can take this interrupt, its task
-    /// priority permitting, or stops asking.
-    fn set_interrupt_window(&mut self, vector: Option<u8>);
+    /// Asks for [`VmExit::InterruptWindow`] as soon as the guest can take an interrupt of this
+    /// kind, or stops asking.
+    fn set_interrupt_window(&mut self, wanted: Option<AwaitedInterrupt>);
 
     /// CR8 as the guest left it: the task priority, 0 to 15.
     fn task_priority(&self) -> u8;
@@ -197,6 +206,27 @@ pub trait Vcpu {
 
     /// XCR0.
     fn xcr0(&self) -> u64;
+
+    /// PKRU: the rights of protection keys, zero on a processor without them.
+    fn pkru(&self) -> u32;
+
+    /// CR4 alone, which CPUID mirrors.
+    fn cr4(&self) -> u64;
+
+    /// The current privilege level alone.
+    fn cpl(&self) -> u8;
+
+    /// Sets CR2 alone, before a page fault is injected.
+    fn set_cr2(&mut self, cr2: u64);
+
+    /// Sets RFLAGS alone.
+    fn set_rflags(&mut self, rflags: u64);
+
+    /// An XMM register by its number, for emulated instructions; `None` above 15.
+    fn xmm(&self, number: u8) -> Option<u128>;
+
+    /// Sets an XMM register (numbers above 15 are ignored); the rest of the vector register stays.
+    fn set_xmm(&mut self, number: u8, value: u128);
 
     /// What the guest's TSC reads when the host's reads `host_tsc`.
     fn guest_tsc(&self, host_tsc: u64) -> u64;

@@ -1,10 +1,211 @@
-//! Placeholder until its first slice.
+//! A hypervisor that boots an unmodified Linux, Xen or any other PVH, Multiboot or bzImage kernel
+//! on the bare machine: each virtual processor on a real one, every device of the PC in software.
+//!
+//! Its modules are `kernel` and any number of `initrd`; its command line is described in
+//! [`args`].
 #![no_std]
 #![no_main]
+#![allow(unsafe_code, reason = "a bare-metal program")]
 
-testudo_rt::entry!(main);
+extern crate alloc;
 
-fn main(_boot: &'static testudo_rt::Boot) -> u8 {
-    testudo_rt::println!("linux-vmm: not yet");
-    1
+mod args;
+mod frames;
+mod host;
+mod svm;
+mod wall_clock;
+
+use alloc::boxed::Box;
+use alloc::format;
+use alloc::string::{String, ToString};
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+
+use spin::{Mutex, Once};
+use testudo_arch::cpuid::Cpuid;
+use testudo_arch::memory::GuestRam;
+use testudo_machine::boot::{BootState, Module};
+use testudo_machine::irq::Lapic;
+use testudo_machine::stats::ExitStats;
+use testudo_machine::{Host, Machine, MachineConfig, Stop, VcpuLoop, layout};
+use testudo_rt::{self as rt, Boot, println};
+
+use crate::args::Args;
+use crate::host::BareMetal;
+use crate::svm::SvmBackend;
+
+rt::entry!(main);
+
+/// The exit status for a command line that makes no sense.
+const USAGE: u8 = 2;
+
+/// What the processors share once the machine is built.
+struct Shared {
+    machine: Machine<GuestRam>,
+    backend: SvmBackend,
+    cpuid: Cpuid,
+    ram: GuestRam,
+    lapics: Mutex<Vec<Option<Lapic>>>,
+    start: BootState,
+    count_exits: bool,
+    stats: Mutex<ExitStats>,
+}
+
+static SHARED: Once<Shared> = Once::new();
+
+fn main(boot: &'static Boot) -> u8 {
+    let args = match Args::parse(boot.command_line()) {
+        Ok(args) => args,
+        Err(word) => {
+            println!("testudo: {word}");
+            return USAGE;
+        }
+    };
+    match prepare(boot, &args) {
+        Ok(shared) => run(SHARED.call_once(|| shared), &args),
+        Err(error) => {
+            println!("testudo: {error}");
+            1
+        }
+    }
+}
+
+/// Builds the machine and puts the kernel into it.
+fn prepare(boot: &'static Boot, args: &Args<'_>) -> Result<Shared, String> {
+    let kernel = boot
+        .module("kernel")
+        .ok_or("there is no module `kernel` to start")?;
+    let processors = rt::cpu::count();
+    if args.vcpus > processors {
+        return Err(format!(
+            "{} vCPUs need as many processors, and this machine has {processors}",
+            args.vcpus
+        ));
+    }
+    let cpuid = Cpuid::of_this_processor();
+    let ram = reserve(args.memory_mib << 20, &cpuid)?;
+    let backend = SvmBackend::new(&cpuid, &ram).map_err(|e| e.to_string())?;
+    let config = MachineConfig {
+        vcpus: args.vcpus,
+        memory: args.memory_mib << 20,
+        nested: false,
+        start_time: wall_clock::seconds_since_1970(),
+    };
+    let host: Arc<dyn Host> = Arc::new(BareMetal::new());
+    let console = Box::new(rt::serial::write_byte);
+    let (machine, lapics) =
+        Machine::new(config, ram.clone(), host, &cpuid, console).map_err(|e| e.to_string())?;
+    let modules: Vec<_> = boot
+        .modules()
+        .iter()
+        .filter(|module| module.name == "initrd")
+        .map(|module| Module {
+            data: module.data,
+            arguments: module.args.as_bytes(),
+        })
+        .collect();
+    let start = machine
+        .load(kernel.data, args.guest.as_bytes(), &modules)
+        .map_err(|e| format!("{}: {e}", kernel.args))?;
+    if args.verbose {
+        println!(
+            "testudo: {} with {} vCPUs and {} MiB, entered at {:#x}",
+            kernel.args, args.vcpus, args.memory_mib, start.system.rip
+        );
+    }
+    Ok(Shared {
+        machine,
+        backend,
+        cpuid,
+        ram,
+        lapics: Mutex::new(lapics.into_iter().map(Some).collect()),
+        start,
+        count_exits: args.stats,
+        stats: Mutex::new(ExitStats::default()),
+    })
+}
+
+/// Takes zeroed memory for the guest, in pieces that large pages can map.
+fn reserve(bytes: u64, cpuid: &Cpuid) -> Result<GuestRam, String> {
+    let width = (cpuid.query(0x8000_0008, 0)[0] as u8).clamp(36, 52);
+    let map = layout::Layout::new(bytes, width).map_err(|e| e.to_string())?;
+    let mut ram = GuestRam::new();
+    for (gpa, len) in map.ram() {
+        let place = [30, 21]
+            .into_iter()
+            .find_map(|shift| rt::memory::reserve_zeroed(len, 1 << shift));
+        let place = place.ok_or_else(|| {
+            format!(
+                "the guest's {} MiB do not fit: {} MiB are free in one piece",
+                bytes >> 20,
+                rt::memory::largest(1 << 21) >> 20
+            )
+        })?;
+        // SAFETY: the range is the guest's for good; nothing here keeps a reference into it.
+        let added = unsafe { ram.add(gpa, place as *mut u8, len, true) };
+        added.map_err(|e| e.to_string())?;
+    }
+    Ok(ram)
+}
+
+/// Runs all vCPUs until the machine stops.
+fn run(shared: &'static Shared, args: &Args<'_>) -> u8 {
+    host::attach_console(|byte| {
+        if let Some(shared) = SHARED.get() {
+            shared.machine.console_input(&[byte]);
+        }
+    });
+    if args.vcpus > 1 {
+        let started = rt::cpu::start_all(|id| {
+            if let Some(shared) = SHARED.get() {
+                run_vcpu(shared, id);
+            }
+        });
+        if let Err(missing) = started {
+            println!("testudo: {missing}");
+            return 1;
+        }
+    }
+    let Some(stop) = run_vcpu(shared, 0) else {
+        return 1;
+    };
+    while args.vcpus > 1 && rt::cpu::finished() + 1 < rt::cpu::count() {
+        core::hint::spin_loop();
+    }
+    if args.stats {
+        println!("{}", *shared.stats.lock());
+    }
+    if !stop.reason.is_orderly() {
+        println!("testudo: {stop}");
+    } else if args.verbose {
+        println!("testudo: {stop}");
+    }
+    stop.reason.status()
+}
+
+/// Runs one vCPU on this processor; processors that have none return at once.
+fn run_vcpu(shared: &'static Shared, id: usize) -> Option<Stop> {
+    let lapic = shared.lapics.lock().get_mut(id)?.take()?;
+    BareMetal::start_timer();
+    let start = (id == 0).then_some(&shared.start);
+    let result = shared
+        .backend
+        .with_vcpu(&shared.cpuid, &shared.ram, |vcpu| {
+            let mut vcpu = VcpuLoop::new(&shared.machine, vcpu, lapic, start);
+            if shared.count_exits {
+                vcpu = vcpu.with_stats();
+            }
+            let stop = vcpu.run();
+            if let Some(stats) = vcpu.stats() {
+                shared.stats.lock().add(stats);
+            }
+            stop
+        });
+    match result {
+        Ok(stop) => Some(stop),
+        Err(error) => {
+            println!("testudo: processor {id}: {error}");
+            None
+        }
+    }
 }

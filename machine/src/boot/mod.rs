@@ -127,14 +127,21 @@ pub enum LoadError {
         position: usize,
     },
     /// There is no room for something.
-    #[error("too little memory: {what} needs {len} bytes {below}")]
+    #[error(
+        "too little memory: {what} needs {len} free bytes between {start} and {end}, \
+         and the machine has {ram} bytes in all"
+    )]
     TooLittleMemory {
         /// What does not fit.
         what: &'static str,
         /// Its length.
         len: u64,
-        /// Where it must lie.
-        below: Below,
+        /// The lowest address that would do.
+        start: Gpa,
+        /// The end of the addresses that would do.
+        end: Gpa,
+        /// All memory of the machine.
+        ram: u64,
     },
     /// A part with a fixed address does not fit there.
     #[error("{what} must be at {start} + {len:#x}, where there is no usable memory")]
@@ -162,16 +169,6 @@ pub enum LoadError {
     /// The memory itself refused: the machine's memory is not what the layout says.
     #[error("guest memory does not match the layout: {0}")]
     Memory(#[from] MemoryFault),
-}
-
-/// The limit under which a [`LoadError::TooLittleMemory`] had to be placed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Below(pub u64);
-
-impl core::fmt::Display for Below {
-    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
-        write!(f, "free below {:#x}", self.0)
-    }
 }
 
 /// The most modules that are passed.
@@ -376,4 +373,5 @@ impl<'a> Fields<'a> {
     }
 }
 
-
+#[cfg(test)]
+mod tests;

@@ -224,18 +224,16 @@ fn load_elf<M: GuestMemory + ?Sized>(
         let align = u64::from(relocatable.align).max(4096);
         let limit = (u64::from(relocatable.max) + 1).min(LOW_RAM_LIMIT);
         let within = u64::from(relocatable.min)..limit;
+        // Where it was linked is as good as any place for a kernel without a wish.
         let place = if relocatable.highest {
-            None
+            space.find_high(len, align, within.clone())
         } else {
-            space.find_low(len, align, span.start.max(within.start)..limit)
+            space
+                .find_low(len, align, span.start.max(within.start)..limit)
+                .or_else(|| space.find_low(len, align, within.clone()))
         };
-        let place = place.or_else(|| space.find_low(len, align, within));
         base = place
-            .ok_or(LoadError::TooLittleMemory {
-                what: "the relocatable kernel",
-                len,
-                below: super::Below(limit),
-            })?
+            .ok_or_else(|| space.too_little("the relocatable kernel", len, within))?
             .0;
     }
     let offset = base.wrapping_sub(span.start);

@@ -5,7 +5,7 @@ use core::ops::Range;
 use alloc::vec::Vec;
 use testudo_arch::{Gpa, GuestMemory};
 
-use super::{Below, LoadError};
+use super::LoadError;
 use crate::layout::{EBDA, Layout, MemoryRange, MemoryType};
 
 /// The first page is the real-mode interrupt table and the BIOS data area.
@@ -98,7 +98,7 @@ impl<'m, M: GuestMemory + ?Sized> Space<'m, M> {
         None
     }
 
-    /// Takes the lowest free place at or above `from` and below `limit`.
+    /// Takes the lowest free place in `within`.
     pub(super) fn place_from(
         &mut self,
         what: &'static str,
@@ -106,11 +106,21 @@ impl<'m, M: GuestMemory + ?Sized> Space<'m, M> {
         align: u64,
         within: Range<u64>,
     ) -> Result<Gpa, LoadError> {
-        let below = Below(within.end);
         let start = self
-            .find_low(len, align, within)
-            .ok_or(LoadError::TooLittleMemory { what, len, below })?;
+            .find_low(len, align, within.clone())
+            .ok_or_else(|| self.too_little(what, len, within))?;
         Ok(self.take(start.0..start.0 + len))
+    }
+
+    /// The error that nothing in `within` is free for `len` bytes.
+    pub(super) fn too_little(&self, what: &'static str, len: u64, within: Range<u64>) -> LoadError {
+        LoadError::TooLittleMemory {
+            what,
+            len,
+            start: Gpa(within.start),
+            end: Gpa(within.end),
+            ram: self.layout.ram().map(|(_, len)| len).sum(),
+        }
     }
 
     /// Takes a place in conventional memory, for the small structures of a protocol.
@@ -123,7 +133,27 @@ impl<'m, M: GuestMemory + ?Sized> Space<'m, M> {
         self.place_from(what, len, align, 0..EBDA.0)
     }
 
-    /// Takes the highest free place below `limit`, and below 640 KiB only if there is none above.
+    /// The highest free place in `within`, aligned to a power of two.
+    pub(super) fn find_high(&self, len: u64, align: u64, within: Range<u64>) -> Option<Gpa> {
+        for usable in self.usable().rev() {
+            let floor = usable.start.max(within.start);
+            let mut end = usable.end.min(within.end);
+            // Every round passes one taken range for good, or ends.
+            for _ in 0..=self.taken.len() {
+                let start = match end.checked_sub(len) {
+                    Some(start) if start - start % align >= floor => start - start % align,
+                    _ => break,
+                };
+                match self.conflict(&(start..start + len)) {
+                    Some(taken) => end = taken.start,
+                    None => return Some(Gpa(start)),
+                }
+            }
+        }
+        None
+    }
+
+    /// Takes the highest free place below `limit`.
     pub(super) fn place_high(
         &mut self,
         what: &'static str,
@@ -131,21 +161,10 @@ impl<'m, M: GuestMemory + ?Sized> Space<'m, M> {
         align: u64,
         limit: u64,
     ) -> Result<Gpa, LoadError> {
-        for usable in self.usable().rev() {
-            let mut end = usable.end.min(limit);
-            for _ in 0..=self.taken.len() {
-                let start = match end.checked_sub(len) {
-                    Some(start) if start - start % align >= usable.start => start - start % align,
-                    _ => break,
-                };
-                match self.conflict(&(start..start + len)) {
-                    Some(taken) => end = taken.start,
-                    None => return Ok(self.take(start..start + len)),
-                }
-            }
-        }
-        let below = Below(limit);
-        Err(LoadError::TooLittleMemory { what, len, below })
+        let start = self
+            .find_high(len, align, 0..limit)
+            .ok_or_else(|| self.too_little(what, len, 0..limit))?;
+        Ok(self.take(start.0..start.0 + len))
     }
 
     /// Copies a part of a kernel and clears what lies behind it up to `len`.

@@ -10,8 +10,11 @@
 //!
 //! [`Host`]: crate::Host
 
+pub mod pci;
 pub mod pit;
+pub mod pm;
 pub mod power;
+pub mod rtc;
 mod timers;
 pub mod uart;
 

@@ -10,6 +10,8 @@
 //! [`Lapic::has_interrupt`], then [`Lapic::acknowledge`] and inject when the vCPU can take it, or
 //! ask for an interrupt window.
 
+#[cfg(test)]
+pub(crate) mod fake;
 mod ioapic;
 mod irqchip;
 mod lapic;

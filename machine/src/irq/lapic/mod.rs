@@ -17,6 +17,7 @@ use super::message::{DeliveryMode, Destination, Message};
 use super::port::{ApicMode, LapicPort, Routing, request};
 use super::vectors::VectorSet;
 use crate::layout;
+use crate::vcpu::AwaitedInterrupt;
 pub use msr::ApicMsrError;
 use timer::Timer;
 
@@ -291,6 +292,18 @@ impl Lapic {
     #[inline]
     pub fn has_interrupt(&self) -> bool {
         self.pending_vector().is_some() || self.pic_waits()
+    }
+
+    /// What waits for the vCPU to become able to take it: also a vector that only the task
+    /// priority holds back, which the guest may lower without an exit.
+    #[inline]
+    pub fn awaited(&self) -> Option<AwaitedInterrupt> {
+        if self.pic_waits() {
+            return Some(AwaitedInterrupt::External);
+        }
+        let serving = self.isr.highest().unwrap_or(0) & 0xF0;
+        let vector = self.irr.highest().filter(|vector| vector & 0xF0 > serving);
+        vector.map(AwaitedInterrupt::Vector)
     }
 
     /// Whether the PIC's interrupt waits and comes through here.

@@ -1,0 +1,69 @@
+//! The program's own command line: `memory=MIB vcpus=N stats verbose -- guest command line`.
+
+use core::fmt;
+
+/// What was asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Args<'a> {
+    /// Guest memory in MiB.
+    pub(crate) memory_mib: u64,
+    /// The number of virtual processors.
+    pub(crate) vcpus: usize,
+    /// Whether to print what the exits cost.
+    pub(crate) stats: bool,
+    /// Whether to say what is done.
+    pub(crate) verbose: bool,
+    /// The guest's command line.
+    pub(crate) guest: &'a str,
+}
+
+/// A word that makes no sense.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct BadWord<'a>(&'a str);
+
+impl fmt::Display for BadWord<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "`{}` is not understood; write `memory=MIB vcpus=N stats verbose -- GUEST COMMAND LINE`",
+            self.0
+        )
+    }
+}
+
+impl<'a> Args<'a> {
+    /// Reads the words before `--`; the rest belongs to the guest.
+    pub(crate) fn parse(line: &'a str) -> Result<Self, BadWord<'a>> {
+        let mut args = Self {
+            memory_mib: 512,
+            vcpus: 1,
+            stats: false,
+            verbose: false,
+            guest: "",
+        };
+        let mut rest = line.trim();
+        while !rest.is_empty() {
+            let (word, tail) = rest.split_once(' ').unwrap_or((rest, ""));
+            rest = tail.trim_start();
+            let bad = Err(BadWord(word));
+            match word.split_once('=') {
+                None if word == "--" => {
+                    args.guest = rest;
+                    break;
+                }
+                None if word == "stats" => args.stats = true,
+                None if word == "verbose" => args.verbose = true,
+                Some(("memory", mib)) => match mib.parse() {
+                    Ok(mib) if mib > 0 && mib <= 1 << 24 => args.memory_mib = mib,
+                    _ => return bad,
+                },
+                Some(("vcpus", count)) => match count.parse() {
+                    Ok(count) if count > 0 => args.vcpus = count,
+                    _ => return bad,
+                },
+                _ => return bad,
+            }
+        }
+        Ok(args)
+    }
+}

@@ -1,0 +1,90 @@
+//! The bare machine as the virtual one's host: vCPU `n` runs on processor `n`.
+
+use core::sync::atomic::{AtomicBool, Ordering};
+
+use spin::Once;
+use testudo_machine::Host;
+use testudo_rt as rt;
+
+/// The interrupt that a kick sends, the timer's, and the serial port's.
+const KICK: u8 = 0x40;
+const TIMER: u8 = 0x41;
+const SERIAL: u8 = 0x42;
+
+/// As many processors as the runtime can start.
+const MAX_CPUS: usize = 64;
+
+/// Whether a kick came since the vCPU last waited. Interrupt handlers set it too, so that a wait
+/// that races with its interrupt ends.
+static KICKED: [AtomicBool; MAX_CPUS] = [const { AtomicBool::new(false) }; MAX_CPUS];
+
+/// This machine.
+pub(crate) struct BareMetal;
+
+impl BareMetal {
+    /// Takes the interrupts that it needs.
+    pub(crate) fn new() -> Self {
+        let wake = |_: &mut rt::irq::TrapFrame| {
+            KICKED[rt::cpu::current_id()].store(true, Ordering::Release);
+        };
+        rt::irq::set_handler(KICK, wake);
+        rt::irq::set_handler(TIMER, wake);
+        Self
+    }
+
+    /// Prepares this processor's timer.
+    pub(crate) fn start_timer() {
+        rt::timer::start(TIMER);
+    }
+}
+
+static CONSOLE: Once<fn(u8)> = Once::new();
+
+/// Has what arrives at the serial port passed on, by an interrupt on this processor.
+pub(crate) fn attach_console(receive: fn(u8)) {
+    CONSOLE.call_once(|| receive);
+    rt::irq::set_handler(SERIAL, |_| {
+        while let Some(byte) = rt::serial::read_byte() {
+            if let Some(receive) = CONSOLE.get() {
+                receive(byte);
+            }
+        }
+    });
+    rt::serial::enable_rx_irq(SERIAL);
+}
+
+impl Host for BareMetal {
+    fn now(&self) -> u64 {
+        rt::time::now_ns()
+    }
+
+    fn tsc(&self) -> u64 {
+        rt::time::tsc()
+    }
+
+    fn tsc_hz(&self) -> u64 {
+        rt::time::tsc_hz()
+    }
+
+    fn kick(&self, vcpu: usize) {
+        KICKED[vcpu].store(true, Ordering::Release);
+        if vcpu != rt::cpu::current_id() {
+            rt::apic::send_ipi(vcpu, KICK);
+        }
+    }
+
+    fn set_timer(&self, deadline: Option<u64>) {
+        match deadline {
+            Some(deadline) => rt::timer::arm(rt::time::ns_to_tsc(deadline)),
+            None => rt::timer::disarm(),
+        }
+    }
+
+    fn wait(&self) {
+        let kicked = &KICKED[rt::cpu::current_id()];
+        rt::irq::disable();
+        while !kicked.swap(false, Ordering::Acquire) {
+            rt::irq::wait();
+        }
+    }
+}

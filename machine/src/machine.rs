@@ -1,0 +1,203 @@
+//! The machine: its parts put together.
+
+use alloc::boxed::Box;
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use core::sync::atomic::{AtomicBool, Ordering};
+
+use testudo_arch::cpuid::Cpuid;
+use testudo_arch::{Gpa, GuestMemory};
+
+use crate::acpi;
+use crate::board::Board;
+use crate::boot::{self, BootImage, BootState, LoadError};
+use crate::bus::{BusError, MmioBus, PortBus};
+use crate::device::uart::{SerialSink, Uart};
+use crate::device::{DeviceTimers, PowerSignal};
+use crate::emulate;
+use crate::host::Host;
+use crate::irq::{Irqchip, Lapic, LapicFeatures, request};
+use crate::layout::{Layout, LayoutError};
+use crate::policy::cpuid::{CpuidConfig, CpuidTable, for_guest};
+use crate::stop::Stop;
+
+/// The request by which a machine that stops makes its vCPUs look up.
+const STOP: u32 = 1 << 31;
+const _: () = assert!(STOP & request::MACHINE != 0 && STOP != request::DEVICE_TIMERS);
+
+/// What a machine is to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MachineConfig {
+    /// The number of vCPUs, at least one.
+    pub vcpus: usize,
+    /// The memory in bytes.
+    pub memory: u64,
+    /// Whether the guest may be a hypervisor itself.
+    pub nested: bool,
+    /// The wall-clock time at the start, in seconds since 1970, for the real-time clock.
+    pub start_time: u64,
+}
+
+/// Why a machine cannot be built.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum BuildError {
+    /// No or too many vCPUs.
+    #[error("a machine has 1 to 255 vCPUs, not {0}")]
+    Vcpus(usize),
+    /// The amount of memory.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// Devices in each other's way.
+    #[error(transparent)]
+    Bus(#[from] BusError),
+    /// The ACPI tables do not fit.
+    #[error(transparent)]
+    Acpi(#[from] acpi::AcpiError),
+}
+
+/// A virtual PC: memory, buses, interrupt controllers and devices, shared by the loops of its
+/// vCPUs ([`VcpuLoop`](crate::run::VcpuLoop)).
+pub struct Machine<M> {
+    pub(crate) memory: M,
+    pub(crate) host: Arc<dyn Host>,
+    pub(crate) ports: PortBus,
+    pub(crate) mmio: MmioBus,
+    pub(crate) irqchip: Arc<Irqchip>,
+    pub(crate) timers: DeviceTimers,
+    pub(crate) power: Arc<PowerSignal>,
+    pub(crate) cpuid: CpuidTable,
+    pub(crate) physical_bits: u8,
+    console: Arc<spin::Mutex<Uart>>,
+    rsdp: Gpa,
+    layout: Layout,
+    stopping: AtomicBool,
+    stop: spin::Mutex<Option<Stop>>,
+}
+
+impl Machine<()> {
+    /// The most vCPUs: what xAPIC identifications can tell apart.
+    pub const MAX_VCPUS: usize = 255;
+}
+
+impl<M: GuestMemory> Machine<M> {
+    /// Builds a machine on `host` with `memory` behind [`Layout::ram`], on a processor that answers
+    /// CPUID as `processor`. The first serial port's output goes to `console`. Gives the half of
+    /// each vCPU's local APIC that its loop owns.
+    ///
+    /// # Errors
+    ///
+    /// The configuration is impossible.
+    pub fn new(
+        config: MachineConfig,
+        memory: M,
+        host: Arc<dyn Host>,
+        processor: &Cpuid,
+        console: Box<dyn SerialSink>,
+    ) -> Result<(Self, Vec<Lapic>), BuildError> {
+        let vcpus = config.vcpus;
+        if vcpus == 0 || vcpus > Machine::MAX_VCPUS {
+            return Err(BuildError::Vcpus(vcpus));
+        }
+        emulate::prepare();
+        let physical_bits = physical_bits(processor);
+        let layout = Layout::new(config.memory, physical_bits)?;
+        let features = LapicFeatures {
+            address_bits: physical_bits,
+            ..LapicFeatures::default()
+        };
+        let (irqchip, lapics) = Irqchip::new(host.clone(), vcpus, features);
+        let power = Arc::new(PowerSignal::new());
+        let board = Board::new(&irqchip, &power, &config, &layout, console)?;
+        let description = acpi::Description {
+            processors: vcpus as u32,
+            virtio: &[],
+            ecam: false,
+            tables: &[],
+        };
+        let rsdp = acpi::install(&memory, &layout, &description)?;
+        let cpuid = CpuidConfig {
+            vcpus: vcpus as u32,
+            nested: config.nested,
+        };
+        let machine = Self {
+            memory,
+            host,
+            ports: board.ports,
+            mmio: board.mmio,
+            irqchip,
+            timers: board.timers,
+            power,
+            cpuid: CpuidTable::new(&for_guest(processor, cpuid)),
+            physical_bits,
+            console: board.console,
+            rsdp,
+            layout,
+            stopping: AtomicBool::new(false),
+            stop: spin::Mutex::new(None),
+        };
+        Ok((machine, lapics))
+    }
+
+    /// Places a kernel in memory; vCPU 0 then begins in the state that this gives.
+    ///
+    /// # Errors
+    ///
+    /// Whatever is wrong with the kernel, or does not fit.
+    pub fn load(
+        &self,
+        kernel: &[u8],
+        command_line: &[u8],
+        modules: &[boot::Module<'_>],
+    ) -> Result<BootState, LoadError> {
+        let image = BootImage {
+            kernel,
+            command_line,
+            modules,
+            rsdp: Some(self.rsdp),
+        };
+        boot::load(&self.memory, &self.layout, &image)
+    }
+
+    /// The guest-physical map.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// The guest's memory.
+    pub fn memory(&self) -> &M {
+        &self.memory
+    }
+
+    /// Sends the guest characters on its first serial port; gives how many it took.
+    pub fn console_input(&self, bytes: &[u8]) -> usize {
+        self.console.lock().push_input(bytes)
+    }
+
+    /// Stops the machine, unless it has stopped; gives the stop that counts. All vCPU loops end.
+    pub fn stop(&self, stop: Stop) -> Stop {
+        let first = *self.stop.lock().get_or_insert(stop);
+        self.stopping.store(true, Ordering::Release);
+        for vcpu in 0..self.irqchip.vcpus() {
+            self.irqchip.request(vcpu, STOP);
+        }
+        first
+    }
+
+    /// The stop, if the machine has stopped.
+    pub fn stopped(&self) -> Option<Stop> {
+        if self.stopping.load(Ordering::Acquire) {
+            *self.stop.lock()
+        } else {
+            None
+        }
+    }
+}
+
+/// The width of a physical address on this processor (CPUID 8000_0008h EAX bits 7:0).
+fn physical_bits(processor: &Cpuid) -> u8 {
+    match processor.query(0x8000_0008, 0)[0] as u8 {
+        0 => 36,
+        bits => bits.clamp(32, 52),
+    }
+}

@@ -1,0 +1,487 @@
+//! The exit loop of one vCPU.
+//!
+//! Everything a vCPU owns is here and needs no lock: its registers, its half of the local APIC,
+//! its model-specific registers. Before each entry the loop looks at one atomic word; if it is
+//! zero and nothing happened that could matter, it enters at once.
+
+use testudo_arch::regs::{Gprs, SystemRegisters};
+use testudo_arch::segment::SegmentAttributes;
+use testudo_arch::{Event, Exception, Gpa, GuestMemory, Msr, Segment};
+
+use crate::boot::BootState;
+use crate::device::PowerEvent;
+use crate::emulate::{self, EmulateError, Outcome};
+use crate::guest_cpu::GuestCpu;
+use crate::irq::{Lapic, request};
+use crate::machine::Machine;
+use crate::policy::cpuid::CpuidState;
+use crate::policy::msr::MsrPolicy;
+use crate::stats::ExitStats;
+use crate::stop::{Stop, StopReason};
+use crate::vcpu::{MemoryAccess, PortAccess, Vcpu, VmExit};
+
+/// What a vCPU does at present.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Activity {
+    /// It executes.
+    Running,
+    /// It has halted and waits for an interrupt.
+    Halted,
+    /// It waits for a start-up IPI, as application processors do after reset and INIT.
+    WaitsForStartup,
+}
+
+/// A vCPU and everything that it alone uses.
+pub struct VcpuLoop<'m, V, M> {
+    machine: &'m Machine<M>,
+    vcpu: V,
+    lapic: Lapic,
+    msrs: MsrPolicy,
+    index: usize,
+    activity: Activity,
+    /// Something happened that may need an interrupt delivered or a timer set.
+    attention: bool,
+    /// An NMI was sent and the vCPU could not take it yet.
+    nmi: bool,
+    /// The guest's IA32_TSC_ADJUST.
+    tsc_adjust: u64,
+    /// What the host's timer was last set to.
+    timer: Option<u64>,
+    stats: Option<ExitStats>,
+}
+
+impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
+    /// The loop of the vCPU that `lapic` belongs to. vCPU 0 starts in `boot`; the others wait for
+    /// a start-up IPI.
+    pub fn new(
+        machine: &'m Machine<M>,
+        mut vcpu: V,
+        lapic: Lapic,
+        boot: Option<&BootState>,
+    ) -> Self {
+        let activity = match boot {
+            Some(boot) => {
+                vcpu.set_system(&boot.system);
+                *vcpu.gprs_mut() = boot.gprs;
+                Activity::Running
+            }
+            None => Activity::WaitsForStartup,
+        };
+        Self {
+            index: lapic.id() as usize,
+            machine,
+            vcpu,
+            lapic,
+            msrs: MsrPolicy::new(u32::from(machine.physical_bits)),
+            activity,
+            attention: true,
+            nmi: false,
+            tsc_adjust: 0,
+            timer: None,
+            stats: None,
+        }
+    }
+
+    /// Has what the exits cost counted.
+    #[must_use]
+    pub fn with_stats(mut self) -> Self {
+        self.stats = Some(ExitStats::default());
+        self
+    }
+
+    /// What the exits cost, if it was counted.
+    pub fn stats(&self) -> Option<&ExitStats> {
+        self.stats.as_ref()
+    }
+
+    /// Runs until the machine stops.
+    pub fn run(&mut self) -> Stop {
+        loop {
+            if self.attention || self.requests() != 0 {
+                if let Some(stop) = self.machine.stopped() {
+                    return stop;
+                }
+                self.service();
+                if self.activity != Activity::Running {
+                    let host = &self.machine.host;
+                    self.vcpu.outside(|| host.wait());
+                    self.attention = true;
+                    continue;
+                }
+            }
+            let exit = match self.vcpu.run(self.lapic.requests()) {
+                Ok(exit) => exit,
+                Err(error) => return self.stop(StopReason::Backend(error)),
+            };
+            if self.stats.is_some() {
+                self.handle_counted(exit);
+            } else {
+                self.handle(exit);
+            }
+        }
+    }
+
+    #[inline]
+    fn requests(&self) -> u32 {
+        self.lapic
+            .requests()
+            .load(core::sync::atomic::Ordering::Acquire)
+    }
+
+    #[cold]
+    fn handle_counted(&mut self, exit: VmExit) {
+        let start = self.machine.host.tsc();
+        self.handle(exit);
+        let ticks = self.machine.host.tsc().wrapping_sub(start);
+        if let Some(stats) = &mut self.stats {
+            stats.record(&exit, ticks);
+        }
+    }
+
+    /// Stops the machine, unless somebody else did first; gives the stop that counts.
+    fn stop(&mut self, reason: StopReason) -> Stop {
+        let (gprs, system) = (*self.vcpu.gprs(), self.vcpu.system());
+        self.machine.stop(Stop {
+            reason,
+            vcpu: self.index,
+            gprs,
+            system,
+        })
+    }
+
+    /// Looks at requests, timers and interrupts before an entry.
+    fn service(&mut self) {
+        self.attention = false;
+        self.lapic.sync();
+        let requests = self.lapic.requests();
+        requests.fetch_and(
+            !request::DEVICE_TIMERS,
+            core::sync::atomic::Ordering::Acquire,
+        );
+        self.poll_timers();
+        if self.lapic.take_init() {
+            self.init();
+        }
+        if let Some(page) = self.lapic.take_startup()
+            && self.activity == Activity::WaitsForStartup
+        {
+            self.start_up(page);
+        }
+        self.nmi |= self.lapic.take_nmi();
+        if self.activity != Activity::WaitsForStartup {
+            self.deliver();
+        }
+    }
+
+    /// Lets due timers fire, and has the host wake this vCPU for the next.
+    fn poll_timers(&mut self) {
+        let next = |lapic: &Lapic, machine: &Machine<M>, first: bool| {
+            let devices = if first {
+                machine.timers.next_deadline()
+            } else {
+                None
+            };
+            [lapic.next_deadline(), devices].into_iter().flatten().min()
+        };
+        let first = self.index == 0;
+        let mut deadline = next(&self.lapic, self.machine, first);
+        if deadline.is_some() {
+            let now = self.machine.host.now();
+            if deadline.is_some_and(|at| at <= now) {
+                self.lapic.poll_timer(now);
+                if first {
+                    self.machine.timers.poll(now);
+                    self.lapic.sync();
+                }
+                deadline = next(&self.lapic, self.machine, first);
+                // The host's timer has fired or is about to: it must be set again.
+                self.timer = None;
+            }
+        }
+        if deadline != self.timer {
+            self.machine.host.set_timer(deadline);
+            self.timer = deadline;
+        }
+    }
+
+    /// INIT: the processor as after reset, but for what INIT leaves (SDM vol. 3A, 10.1.1).
+    fn init(&mut self) {
+        self.lapic.init();
+        self.nmi = false;
+        self.vcpu.set_system(&SystemRegisters::reset());
+        *self.vcpu.gprs_mut() = Gprs::default();
+        // The boot processor starts again at the reset vector, where no firmware is: it would
+        // fetch from outside memory. Nobody sends it INIT but to reset the machine.
+        if self.index == 0 {
+            self.machine.power.raise(PowerEvent::Reset);
+            self.check_power();
+        }
+        self.activity = Activity::WaitsForStartup;
+    }
+
+    /// The start-up IPI: real mode at the page it names (SDM vol. 3A, 9.4.4).
+    fn start_up(&mut self, page: u8) {
+        let selector = u16::from(page) << 8;
+        let system = SystemRegisters {
+            cs: Segment::real_mode(selector, SegmentAttributes::CODE16),
+            rip: 0,
+            ..SystemRegisters::reset()
+        };
+        self.vcpu.set_system(&system);
+        self.activity = Activity::Running;
+    }
+
+    /// Injects what can be taken now, and asks for a window for what cannot.
+    fn deliver(&mut self) {
+        self.lapic.set_cr8(self.vcpu.task_priority());
+        if self.nmi && self.vcpu.can_take_nmi() {
+            self.nmi = false;
+            self.activity = Activity::Running;
+            self.vcpu.inject(Event::Nmi);
+        }
+        if self.lapic.has_interrupt() && self.vcpu.can_take_interrupt() {
+            if let Some(vector) = self.lapic.acknowledge() {
+                self.activity = Activity::Running;
+                self.vcpu.inject(Event::Interrupt(vector));
+            }
+        }
+        self.vcpu.set_interrupt_window(self.lapic.awaited());
+    }
+
+    fn handle(&mut self, exit: VmExit) {
+        match exit {
+            VmExit::Cpuid => self.cpuid(),
+            VmExit::Interrupted | VmExit::InterruptWindow => self.attention = true,
+            VmExit::Halt => {
+                self.vcpu.advance();
+                self.activity = Activity::Halted;
+                self.attention = true;
+            }
+            VmExit::Idle => self.vcpu.advance(),
+            VmExit::ReadMsr(msr) => self.read_msr(msr),
+            VmExit::WriteMsr(msr, value) => self.write_msr(msr, value),
+            VmExit::SetXcr { index, value } => {
+                let done = self.vcpu.system().cpl() == 0 && self.vcpu.set_xcr(index, value);
+                self.complete(done);
+            }
+            VmExit::Port(access) => self.port(access),
+            VmExit::StringPort(_) => self.emulate(),
+            VmExit::Memory(access) => self.memory(access),
+            VmExit::Mmio {
+                gpa,
+                data,
+                size,
+                write,
+            } => self.mmio(gpa, data, size, write),
+            VmExit::Hypercall => self.hypercall(),
+            VmExit::CacheFlush => self.vcpu.advance(),
+            VmExit::Forbidden | VmExit::ControlRegister => self.vcpu.inject(Event::UD),
+            VmExit::Exception { vector, error_code } => {
+                self.vcpu.inject(Event::Exception { vector, error_code });
+            }
+            VmExit::Shutdown => self.fail(StopReason::TripleFault),
+            VmExit::InvalidState => self.fail(StopReason::InvalidState),
+            VmExit::Unknown { code, info } => self.fail(StopReason::UnknownExit { code, info }),
+        }
+    }
+
+    #[cold]
+    fn fail(&mut self, reason: StopReason) {
+        self.stop(reason);
+        self.attention = true;
+    }
+
+    /// Ends an instruction that was executed, or raises #GP(0) for one that was refused.
+    #[inline]
+    fn complete(&mut self, done: bool) {
+        if done {
+            self.vcpu.advance();
+        } else {
+            self.vcpu.inject(Event::GP0);
+        }
+    }
+
+    #[inline]
+    fn cpuid(&mut self) {
+        let Gprs { rax, rcx, .. } = *self.vcpu.gprs();
+        let state = CpuidState {
+            apic_id: self.index as u32,
+            cr4: self.vcpu.cr4(),
+            xcr0: self.vcpu.xcr0(),
+        };
+        let [eax, ebx, ecx, edx] = self.machine.cpuid.query(rax as u32, rcx as u32, &state);
+        let gprs = self.vcpu.gprs_mut();
+        (gprs.rax, gprs.rbx) = (u64::from(eax), u64::from(ebx));
+        (gprs.rcx, gprs.rdx) = (u64::from(ecx), u64::from(edx));
+        self.vcpu.advance();
+    }
+
+    fn read_msr(&mut self, msr: Msr) {
+        let value = if Lapic::owns_msr(msr) {
+            self.lapic.read_msr(msr).ok()
+        } else if let Some(value) = self.vcpu.read_msr(msr) {
+            Some(value)
+        } else {
+            match msr {
+                Msr::TSC => Some(self.vcpu.guest_tsc(self.machine.host.tsc())),
+                Msr::TSC_ADJUST => Some(self.tsc_adjust),
+                _ => self.msrs.read(msr).ok(),
+            }
+        };
+        if let Some(value) = value {
+            let gprs = self.vcpu.gprs_mut();
+            (gprs.rax, gprs.rdx) = (value & 0xFFFF_FFFF, value >> 32);
+        }
+        self.complete(value.is_some());
+    }
+
+    #[inline]
+    fn write_msr(&mut self, msr: Msr, value: u64) {
+        let done = if Lapic::owns_msr(msr) {
+            self.attention = true;
+            let (vcpu, host) = (&self.vcpu, &self.machine.host);
+            let guest_tsc = || vcpu.guest_tsc(host.tsc());
+            self.lapic.write_msr(msr, value, guest_tsc).is_ok()
+        } else if let Some(done) = self.vcpu.write_msr(msr, value) {
+            done
+        } else {
+            match msr {
+                Msr::TSC => {
+                    let host_tsc = self.machine.host.tsc();
+                    let moved = value.wrapping_sub(self.vcpu.guest_tsc(host_tsc));
+                    self.tsc_adjust = self.tsc_adjust.wrapping_add(moved);
+                    self.set_tsc(host_tsc, value);
+                    true
+                }
+                // "If an execution of WRMSR to the IA32_TSC_ADJUST MSR adds (or subtracts) value X
+                // ..., the logical processor also adds (or subtracts) value X from the TSC" (SDM
+                // vol. 3B, 18.17.3).
+                Msr::TSC_ADJUST => {
+                    let moved = value.wrapping_sub(self.tsc_adjust);
+                    self.tsc_adjust = value;
+                    if moved != 0 {
+                        let host_tsc = self.machine.host.tsc();
+                        let guest_tsc = self.vcpu.guest_tsc(host_tsc).wrapping_add(moved);
+                        self.set_tsc(host_tsc, guest_tsc);
+                    }
+                    true
+                }
+                _ => self.msrs.write(msr, value).is_ok(),
+            }
+        };
+        self.complete(done);
+    }
+
+    fn set_tsc(&mut self, host_tsc: u64, guest_tsc: u64) {
+        self.vcpu.set_guest_tsc(host_tsc, guest_tsc);
+        self.lapic.tsc_changed(guest_tsc);
+        self.attention = true;
+    }
+
+    #[inline]
+    fn port(&mut self, access: PortAccess) {
+        let size = usize::from(access.size).min(4);
+        if access.write {
+            let data = (self.vcpu.gprs().rax as u32).to_le_bytes();
+            self.machine.ports.write(access.port, &data[..size]);
+            self.check_power();
+        } else {
+            let mut data = [0; 4];
+            self.machine.ports.read(access.port, &mut data[..size]);
+            let value = u64::from(u32::from_le_bytes(data));
+            let rax = &mut self.vcpu.gprs_mut().rax;
+            // IN to EAX clears the upper half, as every 32-bit result does.
+            *rax = match size {
+                1 => (*rax & !0xFF) | value,
+                2 => (*rax & !0xFFFF) | value,
+                _ => value,
+            };
+        }
+        self.vcpu.advance();
+    }
+
+    fn memory(&mut self, access: MemoryAccess) {
+        if access.fetch && !self.machine.mmio.claims(access.gpa.0) {
+            return self.fail(StopReason::FetchOutsideMemory(access.gpa));
+        }
+        self.emulate();
+    }
+
+    /// An access that the backend took apart.
+    fn mmio(&mut self, gpa: Gpa, data: u64, size: u8, write: bool) {
+        let size = usize::from(size).min(8);
+        let mut bytes = data.to_le_bytes();
+        let offset = gpa.0 & 0xFFF;
+        let is_lapic = self
+            .lapic
+            .mmio_window()
+            .is_some_and(|page| page.0 == gpa.0 - offset);
+        match (is_lapic, write) {
+            (true, true) => self.lapic.write_mmio(offset, &bytes[..size]),
+            (true, false) => self.lapic.read_mmio(offset, &mut bytes[..size]),
+            (false, true) => self.machine.mmio.write(gpa.0, &bytes[..size]),
+            (false, false) => self.machine.mmio.read(gpa.0, &mut bytes[..size]),
+        }
+        if !write {
+            bytes[size..].fill(0);
+            self.vcpu.complete_read(u64::from_le_bytes(bytes));
+        }
+        self.attention = true;
+        self.check_power();
+    }
+
+    /// Executes the instruction at RIP by software.
+    fn emulate(&mut self) {
+        let machine = self.machine;
+        let mut cpu = GuestCpu::new(
+            &mut self.vcpu,
+            &machine.memory,
+            (&machine.mmio, &machine.ports),
+            &mut self.lapic,
+            machine.physical_bits,
+        );
+        let result = emulate::step(&mut cpu);
+        self.attention = true;
+        if !cpu.finish() {
+            return;
+        }
+        match result {
+            Ok(Outcome::Done | Outcome::Continue) => {}
+            Ok(Outcome::SingleStep) => self.vcpu.inject(Event::fault(Exception::Debug)),
+            Err(EmulateError::Fault(fault)) => {
+                if let Some(address) = fault.cr2 {
+                    self.vcpu.set_cr2(address);
+                }
+                self.vcpu.inject(fault.event);
+            }
+            Err(EmulateError::Unsupported { bytes, .. }) => {
+                self.fail(StopReason::Unemulated { bytes });
+            }
+        }
+        self.check_power();
+    }
+
+    /// No hypercalls are offered: RAX says so, as KVM's and Xen's interfaces do for an unknown one
+    /// (-ENOSYS). User mode gets #UD.
+    fn hypercall(&mut self) {
+        const NOT_IMPLEMENTED: i64 = -38;
+        if self.vcpu.cpl() == 0 {
+            self.vcpu.gprs_mut().rax = NOT_IMPLEMENTED as u64;
+            self.vcpu.advance();
+        } else {
+            self.vcpu.inject(Event::UD);
+        }
+    }
+
+    /// Whether a device was told to end the run.
+    #[inline]
+    fn check_power(&mut self) {
+        let reason = match self.machine.power.get() {
+            None => return,
+            Some(PowerEvent::PowerOff) => StopReason::PowerOff,
+            Some(PowerEvent::Reset) => StopReason::Reset,
+            Some(PowerEvent::Exit(status)) => StopReason::Exit(status),
+        };
+        self.fail(reason);
+    }
+}
