@@ -162,7 +162,7 @@ impl Cpu for TestCpu {
     }
     fn port_in(&mut self, port: u16, data: &mut [u8]) {
         for (index, byte) in data.iter_mut().enumerate() {
-            *byte = port as u8 + index as u8;
+            *byte = (port as u8).wrapping_add(index as u8);
         }
         self.ports.push((port, Vec::new()));
     }
