@@ -23,6 +23,8 @@ pub mod event;
 pub mod exit;
 pub mod fake;
 pub mod fields;
+#[cfg(feature = "hw")]
+pub mod hw;
 pub mod image;
 pub mod state;
 mod vmcs;

@@ -1,0 +1,282 @@
+//! The registers of a guest that stay in the processor across exits: moved only when another guest
+//! needs the processor, or this guest another processor.
+
+use core::arch::asm;
+
+use testudo_arch::Msr;
+use testudo_arch::cpuid::Cpuid;
+
+use super::instructions::{rdmsr, wrmsr};
+
+/// Memory for XSAVE in its standard format.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[repr(C, align(64))]
+pub struct XsaveArea([u8; XsaveArea::SIZE]);
+
+impl XsaveArea {
+    /// Enough for x87, SSE, AVX, MPX, AVX-512 and PKRU.
+    pub const SIZE: usize = 4096;
+
+    /// Every component in its initial state: XSTATE_BV is 0, FCW and MXCSR as after reset.
+    const INITIAL: Self = {
+        let mut bytes = [0; Self::SIZE];
+        [bytes[0], bytes[1]] = 0x037F_u16.to_le_bytes();
+        [bytes[24], bytes[25]] = 0x1F80_u16.to_le_bytes();
+        Self(bytes)
+    };
+
+    /// The bytes, in the layout of the standard format (SDM vol. 1, 13.4).
+    pub fn bytes(&self) -> &[u8; Self::SIZE] {
+        &self.0
+    }
+
+    /// The bytes, to be replaced by an image that [`Self::bytes`] gave on a like processor. An
+    /// image from elsewhere may raise #GP when it is loaded.
+    pub fn bytes_mut(&mut self) -> &mut [u8; Self::SIZE] {
+        &mut self.0
+    }
+}
+
+/// Why the resident registers of a processor cannot be moved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ResidentUnsupported {
+    /// The host did not enable XSAVE.
+    #[error("the processor has XSAVE, but CR4.OSXSAVE is clear: the host must set it")]
+    OsxsaveClear,
+    /// The processor has more state than [`XsaveArea`] holds.
+    #[error(
+        "the processor's XSAVE area takes {size} bytes, more than {}",
+        XsaveArea::SIZE
+    )]
+    TooLarge {
+        /// CPUID.(0DH,0):ECX.
+        size: u32,
+    },
+}
+
+/// The MSRs of system calls, which VMX does not switch.
+const SYSCALL_MSRS: [Msr; 5] = [
+    Msr::STAR,
+    Msr::LSTAR,
+    Msr::CSTAR,
+    Msr::SFMASK,
+    Msr::KERNEL_GS_BASE,
+];
+
+/// The CET MSRs of user mode and of stack switches, which VMX does not switch.
+const CET_MSRS: [Msr; 5] = [
+    Msr::U_CET,
+    Msr::PL0_SSP,
+    Msr::PL1_SSP,
+    Msr::PL2_SSP,
+    Msr::PL3_SSP,
+];
+
+/// A guest's x87, YMM, ZMM, PKRU, XCR0, DR0 to DR3, DR6, and the MSRs that VMX does not switch.
+///
+/// XMM and MXCSR are in the image too, but [`GuestRegisters`](super::GuestRegisters) has the values
+/// that count.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ResidentRegisters {
+    /// The image of XSAVE, or of FXSAVE on processors without XSAVE.
+    pub area: XsaveArea,
+    /// XCR0.
+    pub xcr0: u64,
+    /// DR0 to DR3.
+    pub dr: [u64; 4],
+    /// DR6.
+    pub dr6: u64,
+    /// STAR, LSTAR, CSTAR, FMASK and KERNEL_GS_BASE.
+    pub syscall: [u64; 5],
+    /// TSC_AUX.
+    pub tsc_aux: u32,
+    /// U_CET, PL0_SSP to PL3_SSP.
+    pub cet: [u64; 5],
+    support: Support,
+}
+
+/// What there is to move on the processors of this machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Support {
+    /// All components that XCR0 can enable; 0 without XSAVE.
+    xcr0: u64,
+    tsc_aux: bool,
+    cet: bool,
+}
+
+impl ResidentRegisters {
+    /// The state after reset, for processors with this CPUID table.
+    ///
+    /// # Errors
+    ///
+    /// See [`ResidentUnsupported`].
+    pub fn reset(cpuid: &Cpuid) -> Result<Self, ResidentUnsupported> {
+        let [_, _, ecx, _] = cpuid.query(1, 0);
+        let mut xcr0 = 0;
+        if ecx & (1 << 26) != 0 {
+            if ecx & (1 << 27) == 0 {
+                return Err(ResidentUnsupported::OsxsaveClear);
+            }
+            let [low, _, size, high] = cpuid.query(0xD, 0);
+            if size as usize > XsaveArea::SIZE {
+                return Err(ResidentUnsupported::TooLarge { size });
+            }
+            xcr0 = u64::from(high) << 32 | u64::from(low);
+        }
+        Ok(Self {
+            area: XsaveArea::INITIAL,
+            xcr0: 1,
+            dr: [0; 4],
+            dr6: 0xFFFF_0FF0,
+            syscall: [0; 5],
+            tsc_aux: 0,
+            cet: [0; 5],
+            support: Support {
+                xcr0,
+                tsc_aux: cpuid.query(0x8000_0001, 0)[3] & (1 << 27) != 0,
+                cet: cpuid.query(7, 0)[2] & (1 << 7) != 0,
+            },
+        })
+    }
+
+    /// Takes the guest's registers out of this processor.
+    ///
+    /// # Safety
+    ///
+    /// CPL 0, CR0.TS and CR0.EM clear, CR4.OSFXSR set, on a processor with the CPUID table that
+    /// [`Self::reset`] was given; the registers in the processor are this guest's.
+    pub unsafe fn save(&mut self) {
+        let area = self.area.0.as_mut_ptr();
+        let [dr0, dr1, dr2, dr3] = &mut self.dr;
+        // SAFETY: every register read exists, by `support`; the area is large enough and aligned.
+        unsafe {
+            if self.support.xcr0 != 0 {
+                self.xcr0 = xgetbv();
+                // With all components enabled, XSAVE writes what the guest's XCR0 hides too.
+                xsetbv(self.support.xcr0);
+                asm!("xsave64 [{}]", in(reg) area, in("eax") self.support.xcr0 as u32,
+                    in("edx") (self.support.xcr0 >> 32) as u32, options(nostack, preserves_flags));
+            } else {
+                asm!("fxsave64 [{}]", in(reg) area, options(nostack, preserves_flags));
+            }
+            asm!("mov {0}, dr0", "mov {1}, dr1", "mov {2}, dr2", "mov {3}, dr3", "mov {4}, dr6",
+                out(reg) *dr0, out(reg) *dr1, out(reg) *dr2, out(reg) *dr3, out(reg) self.dr6,
+                options(nomem, nostack, preserves_flags));
+            self.syscall = SYSCALL_MSRS.map(|msr| rdmsr(msr));
+            if self.support.tsc_aux {
+                self.tsc_aux = rdmsr(Msr::TSC_AUX) as u32;
+            }
+            if self.support.cet {
+                self.cet = CET_MSRS.map(|msr| rdmsr(msr));
+            }
+        }
+    }
+
+    /// Puts the guest's registers into this processor. Due before the first entry.
+    ///
+    /// # Safety
+    ///
+    /// As for [`Self::save`]; the host uses none of these registers, SYSCALL included; and the
+    /// fields hold what [`Self::reset`] or [`Self::save`] put there, or values that the processor
+    /// takes.
+    pub unsafe fn load(&self) {
+        let area = self.area.0.as_ptr();
+        let [dr0, dr1, dr2, dr3] = self.dr;
+        // SAFETY: every register written exists, by `support`, and takes its value, says the
+        // caller. Of all these host code depends on MXCSR only, which gets its value again.
+        unsafe {
+            if self.support.xcr0 != 0 {
+                xsetbv(self.support.xcr0);
+                asm!("xrstor64 [{}]", in(reg) area, in("eax") self.support.xcr0 as u32,
+                    in("edx") (self.support.xcr0 >> 32) as u32,
+                    clobber_abi("sysv64"), options(nostack));
+                xsetbv(self.xcr0);
+            } else {
+                asm!("fxrstor64 [{}]", in(reg) area, clobber_abi("sysv64"), options(nostack));
+            }
+            #[cfg(target_feature = "sse2")]
+            asm!("ldmxcsr [rip + {}]", sym super::switch::HOST_MXCSR,
+                options(nostack, preserves_flags));
+            asm!("mov dr0, {0}", "mov dr1, {1}", "mov dr2, {2}", "mov dr3, {3}", "mov dr6, {4}",
+                in(reg) dr0, in(reg) dr1, in(reg) dr2, in(reg) dr3, in(reg) self.dr6,
+                options(nomem, nostack, preserves_flags));
+            for (msr, value) in SYSCALL_MSRS.into_iter().zip(self.syscall) {
+                wrmsr(msr, value);
+            }
+            if self.support.tsc_aux {
+                wrmsr(Msr::TSC_AUX, self.tsc_aux.into());
+            }
+            if self.support.cet {
+                for (msr, value) in CET_MSRS.into_iter().zip(self.cet) {
+                    wrmsr(msr, value);
+                }
+            }
+        }
+    }
+}
+
+/// XGETBV of XCR0.
+///
+/// # Safety
+///
+/// CR4.OSXSAVE is set.
+pub(super) unsafe fn xgetbv() -> u64 {
+    let (low, high): (u32, u32);
+    // SAFETY: XCR0 exists, says the caller.
+    unsafe {
+        asm!("xgetbv", in("ecx") 0, out("eax") low, out("edx") high,
+            options(nomem, nostack, preserves_flags));
+    }
+    u64::from(high) << 32 | u64::from(low)
+}
+
+/// XSETBV of XCR0.
+///
+/// # Safety
+///
+/// CPL 0, CR4.OSXSAVE is set, and XCR0 takes this value.
+pub(super) unsafe fn xsetbv(value: u64) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!("xsetbv", in("ecx") 0, in("eax") value as u32, in("edx") (value >> 32) as u32,
+            options(nostack, preserves_flags));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use testudo_arch::cpuid::CpuidEntry;
+
+    fn cpuid(ecx1: u32, area_size: u32) -> Cpuid {
+        let mut table = Cpuid::new();
+        let one = CpuidEntry {
+            leaf: 1,
+            ecx: ecx1,
+            ..CpuidEntry::default()
+        };
+        let thirteen = CpuidEntry {
+            leaf: 0xD,
+            indexed: true,
+            eax: 7,
+            ecx: area_size,
+            ..CpuidEntry::default()
+        };
+        assert!(table.set(one) && table.set(thirteen));
+        table
+    }
+
+    #[test]
+    fn what_cannot_be_moved_is_named() {
+        let closed = ResidentRegisters::reset(&cpuid(1 << 26, 832));
+        assert_eq!(closed.unwrap_err(), ResidentUnsupported::OsxsaveClear);
+        let tiles = ResidentRegisters::reset(&cpuid(3 << 26, 11008));
+        assert_eq!(
+            tiles.unwrap_err(),
+            ResidentUnsupported::TooLarge { size: 11008 }
+        );
+        let vectors = ResidentRegisters::reset(&cpuid(3 << 26, 832)).unwrap();
+        assert_eq!((vectors.xcr0, vectors.support.xcr0), (1, 7));
+    }
+}
