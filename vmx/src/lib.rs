@@ -15,6 +15,7 @@
 #[cfg(test)]
 extern crate std;
 
+pub mod bitmap;
 pub mod caps;
 pub mod controls;
 pub mod encoding;
@@ -27,6 +28,7 @@ pub mod fields;
 pub mod hw;
 pub mod image;
 pub mod state;
+pub mod structures;
 mod vmcs;
 
 pub use caps::VmxCaps;
