@@ -211,6 +211,18 @@ impl<'t, M: FrameAlloc + FrameMem, T> Flush<'t, M, T> {
         &mut self.value
     }
 
+    /// Takes over the obligation of another token of the same table. The value is still locked up:
+    /// what the caller gets must not leave the crate before the discharge.
+    pub(crate) fn absorb<U>(&mut self, other: Flush<'t, M, U>) -> U {
+        if let Some(more) = other.scope {
+            self.cover(more.first, more.last, more.leaves_only);
+        }
+        let (dead, replaced) = (Link::Entry(self.absent), Link::Software(self.software));
+        self.dead.append(self.frames, dead, other.dead);
+        self.replaced.append(self.frames, replaced, other.replaced);
+        other.value
+    }
+
     /// What has to be forgotten, or `None` if the edit changed nothing.
     #[inline]
     pub fn scope(&self) -> Option<Invalidation> {
@@ -234,14 +246,7 @@ impl<'t, M: FrameAlloc + FrameMem, T> Flush<'t, M, T> {
         if self.root != other.root {
             return Err((Mixed(self.root, other.root), self, other));
         }
-        if let Some(more) = other.scope {
-            self.cover(more.first, more.last, more.leaves_only);
-        }
-        self.dead
-            .append(self.frames, Link::Entry(self.absent), other.dead);
-        let link = Link::Software(self.software);
-        self.replaced.append(self.frames, link, other.replaced);
-        let second = other.value;
+        let second = self.absorb(other);
         Ok(self.map(|first| (first, second)))
     }
 

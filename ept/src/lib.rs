@@ -28,8 +28,11 @@ extern crate alloc;
 #[cfg(test)]
 extern crate std;
 
+#[cfg(feature = "alloc")]
+pub mod compose;
 mod flush;
 pub mod format;
+pub mod guest_table;
 mod lock;
 #[cfg(feature = "alloc")]
 mod pool;

@@ -91,6 +91,54 @@ impl<M: FrameAlloc + FrameMem> Drop for Spare<'_, M> {
     }
 }
 
+/// A path of new tables down to one entry, built apart and linked with one compare-exchange.
+/// What is not linked goes back.
+struct Branch<'a, F: Format, M: FrameAlloc + FrameMem> {
+    format: &'a F,
+    frames: &'a M,
+    tables: ArrayVec<Hpa, 6>,
+}
+
+impl<'a, F: Format, M: FrameAlloc + FrameMem> Branch<'a, F, M> {
+    fn new(format: &'a F, frames: &'a M) -> Self {
+        Self {
+            format,
+            frames,
+            tables: ArrayVec::new_const(),
+        }
+    }
+
+    /// The entry of a table of level `top` that leads to `entry` at level `bottom`. May be called
+    /// again with another `top` when linking has failed.
+    fn build(&mut self, top: u8, bottom: u8, offset: u64, entry: u64) -> Result<u64, EditError> {
+        let mut link = entry;
+        for level in bottom..top {
+            let number = usize::from(level - bottom);
+            if number == self.tables.len() {
+                let table = self.frames.alloc().ok_or(EditError::OutOfFrames)?;
+                blank(self.format, self.frames, table);
+                self.tables.push(table);
+            }
+            let table = self.tables[number];
+            self.frames.store(place(table, level, offset), link);
+            link = self.format.table_entry(table, level + 1);
+        }
+        Ok(link)
+    }
+
+    fn linked(&mut self, top: u8, bottom: u8) {
+        self.tables.drain(..usize::from(top - bottom));
+    }
+}
+
+impl<F: Format, M: FrameAlloc + FrameMem> Drop for Branch<'_, F, M> {
+    fn drop(&mut self) {
+        for &table in &self.tables {
+            self.frames.free(table);
+        }
+    }
+}
+
 impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
     /// Maps `len` bytes from `start` to `frame` with the largest pages that fit.
     ///
@@ -273,48 +321,60 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
     }
 
     /// Puts `entry` into the place for `offset` at `level` if nothing is mapped there.
-    pub(super) fn insert(&self, offset: u64, level: u8, entry: u64) -> Result<(), MapError> {
-        let mut spare = ArrayVec::<Hpa, 6>::new();
-        let result = loop {
+    fn insert(&self, offset: u64, level: u8, entry: u64) -> Result<(), MapError> {
+        let mut spare = Branch::new(&self.format, &self.frames);
+        loop {
             let found = self.find_to(offset, level);
             if self.format.is_present(found.entry) {
-                break Err(MapError::Occupied(offset));
+                return Err(MapError::Occupied(offset));
             }
-            let missing = usize::from(found.level - level);
-            while spare.len() < missing {
-                match self.frames.alloc() {
-                    Some(frame) => {
-                        blank(&self.format, &self.frames, frame);
-                        spare.push(frame);
-                    }
-                    None => break,
-                }
+            let top = spare.build(found.level, level, offset, entry)?;
+            let linked = self.frames.compare_exchange(found.at, found.entry, top);
+            if linked.is_ok() {
+                spare.linked(found.level, level);
+                return Ok(());
             }
-            if spare.len() < missing {
-                break Err(EditError::OutOfFrames.into());
-            }
-            let mut top = entry;
-            for (&table, level) in spare[..missing].iter().zip(level..) {
-                self.frames.store(place(table, level, offset), top);
-                top = self.format.table_entry(table, level + 1);
-            }
-            if self
-                .frames
-                .compare_exchange(found.at, found.entry, top)
-                .is_ok()
-            {
-                spare.drain(..missing);
-                break Ok(());
-            }
-            for (&table, level) in spare[..missing].iter().zip(level..) {
-                let absent = self.format.absent();
-                self.frames.store(place(table, level, offset), absent);
-            }
-        };
-        for table in spare {
-            self.frames.free(table);
         }
-        result
+    }
+
+    /// As [`Self::map_page`], but replaces a page of the same size or a larger one that holds the
+    /// address. Smaller pages below it are in the way.
+    #[cfg(feature = "alloc")]
+    pub(crate) fn put<T>(
+        &self,
+        flush: &mut crate::Flush<'_, M, T>,
+        address: F::Input,
+        size: PageSize,
+        frame: Hpa,
+        flags: F::Flags,
+    ) -> Result<(), MapError> {
+        let offset = self.range(address, size.bytes())?;
+        self.check_output(frame, size.bytes(), flags)?;
+        let level = level_of(size);
+        let entry = self.format.leaf_entry(frame, level, flags);
+        let _editor = self.lock.shared();
+        let mut spare = Branch::new(&self.format, &self.frames);
+        loop {
+            let found = self.find_to(offset, level);
+            let present = self.format.is_present(found.entry);
+            if present && !self.format.is_leaf(found.entry, found.level) {
+                return Err(MapError::Occupied(offset));
+            }
+            let top = spare.build(found.level, level, offset, entry)?;
+            if top == found.entry {
+                return Ok(());
+            }
+            let linked = self.frames.compare_exchange(found.at, found.entry, top);
+            if linked.is_ok() {
+                spare.linked(found.level, level);
+                if present {
+                    let span = 1u64 << shift_of(found.level);
+                    let first = offset & !(span - 1);
+                    flush.cover(first, first | (span - 1), found.level == level);
+                }
+                return Ok(());
+            }
+        }
     }
 
     /// As [`Self::find`], but stops at `level` at the latest.

@@ -169,7 +169,7 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
         }
     }
 
-    fn token<T>(&self, value: T) -> Flush<'_, M, T> {
+    pub(crate) fn token<T>(&self, value: T) -> Flush<'_, M, T> {
         Flush::new(
             &self.frames,
             self.root,

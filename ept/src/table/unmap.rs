@@ -84,6 +84,20 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
         }
     }
 
+    /// Removes whole pages, and tables that become empty, into a token that covers more already.
+    /// `len` of `None` means everything.
+    #[cfg(feature = "alloc")]
+    pub(crate) fn drop_pages<'t>(
+        &'t self,
+        flush: &mut Flush<'t, M>,
+        offset: u64,
+        len: Option<u64>,
+    ) {
+        let _editor = self.lock.exclusive();
+        let len = len.unwrap_or(1 << self.format.input_bits());
+        self.clear(self.root, self.format.levels(), offset, len, flush);
+    }
+
     fn remove<S: Sink<F>>(
         &self,
         start: F::Input,
