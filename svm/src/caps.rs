@@ -139,6 +139,8 @@ pub struct SvmCaps {
     pub long_mode: bool,
     /// CPUID Fn8000_001F EAX: SEV (bit 1), SEV-ES (bit 3) and their kin.
     pub encryption: u32,
+    /// CPUID Fn8000_000A ECX bit 6: x2AVIC tables of up to 4,096 entries rather than 512.
+    pub x2avic_extended: bool,
 }
 
 impl SvmCaps {
@@ -152,7 +154,7 @@ impl SvmCaps {
         if ecx & 1 << 2 == 0 {
             return Err(SvmUnavailable::NoSvm { ecx });
         }
-        let [svm_eax, svm_ebx, _, svm_edx] = cpuid.query(0x8000_000A, 0);
+        let [svm_eax, svm_ebx, svm_ecx, svm_edx] = cpuid.query(0x8000_000A, 0);
         let [sizes, _, _, _] = cpuid.query(0x8000_0008, 0);
         // Without the leaf: the first processors with SVM had 40 and 48 bits.
         let or = |bits: u32, default: u8| match bits as u8 {
@@ -169,6 +171,7 @@ impl SvmCaps {
             efer_valid: efer_bits(cpuid),
             long_mode: edx & 1 << 29 != 0,
             encryption: cpuid.query(0x8000_001F, 0)[0],
+            x2avic_extended: svm_ecx & 1 << 6 != 0,
         })
     }
 
@@ -203,6 +206,7 @@ impl SvmCaps {
         efer_valid: 0x7D01,
         long_mode: true,
         encryption: 0,
+        x2avic_extended: false,
     };
 
     /// EPYC Rome, 2019 (Zen 2).
@@ -216,6 +220,7 @@ impl SvmCaps {
         efer_valid: 0x0004_FD01,
         long_mode: true,
         encryption: 0x0001_000F,
+        x2avic_extended: false,
     };
 
     /// EPYC Genoa, 2022 (Zen 4).
@@ -229,6 +234,7 @@ impl SvmCaps {
         efer_valid: 0x0026_FD01,
         long_mode: true,
         encryption: 0x0101_FD3F,
+        x2avic_extended: false,
     };
 
     /// QEMU 7.2's interpreter with `-cpu max,+svm,+npt`: nested paging, virtual GIF and address
@@ -243,6 +249,7 @@ impl SvmCaps {
         efer_valid: 0x5D01,
         long_mode: true,
         encryption: 0,
+        x2avic_extended: false,
     };
 
     /// Bochs 2.7 with `cpu: model=ryzen`.
@@ -256,6 +263,7 @@ impl SvmCaps {
         efer_valid: 0x7D01,
         long_mode: true,
         encryption: 0,
+        x2avic_extended: false,
     };
 }
 

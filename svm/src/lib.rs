@@ -33,6 +33,7 @@ extern crate std;
 
 pub mod asid;
 pub mod caps;
+pub mod check;
 pub mod event;
 pub mod exit;
 #[cfg(feature = "hw")]

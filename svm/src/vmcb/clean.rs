@@ -9,7 +9,8 @@ bitflags! {
     /// Setters of [`Vmcb`](super::Vmcb) clear the bit of what they change;
     /// [`Vmcb::mark_clean`](super::Vmcb::mark_clean) sets them all after an exit, and
     /// [`Vmcb::mark_dirty`](super::Vmcb::mark_dirty) is due before the first entry on another
-    /// processor or from another physical address.
+    /// processor or from another physical address. Bits that are not defined stay clear: "If any
+    /// VMCB fields […] have been modified, all clean bits that are undefined […] must be cleared".
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
     pub struct CleanBits: u32 {
         /// I: intercept vectors, TSC offset, pause filter.
@@ -38,7 +39,6 @@ bitflags! {
         const AVIC = 1 << 11;
         /// CET: S_CET, SSP and the interrupt shadow-stack table.
         const CET = 1 << 12;
-        const _ = !0;
     }
 }
 
