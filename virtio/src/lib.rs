@@ -23,6 +23,8 @@ extern crate std;
 
 pub mod backend;
 pub mod device;
+#[cfg(any(test, feature = "driver"))]
+pub mod driver;
 mod feature;
 pub mod queue;
 pub mod transport;

@@ -292,7 +292,7 @@ impl<B: BlockBackend> Work<'_, B> {
         reader: &mut Reader<'_, '_, M>,
     ) -> Result<(), Refusal> {
         let bytes = reader.remaining();
-        if bytes == 0 || bytes % 16 != 0 || bytes / 16 > u64::from(MAX_RANGES) {
+        if bytes == 0 || !bytes.is_multiple_of(16) || bytes / 16 > u64::from(MAX_RANGES) {
             return Err(Refusal::Status(Status::IoError));
         }
         for _ in 0..bytes / 16 {
@@ -349,7 +349,7 @@ impl From<crate::queue::ReadError> for Refusal {
 fn span(sector: u64, len: u64) -> Result<(u64, u64), Refusal> {
     let offset = sector.checked_mul(SECTOR);
     match offset {
-        Some(offset) if len % SECTOR == 0 => Ok((offset, len)),
+        Some(offset) if len.is_multiple_of(SECTOR) => Ok((offset, len)),
         _ => Err(Refusal::Status(Status::IoError)),
     }
 }

@@ -323,7 +323,7 @@ impl<M: GuestMemory> Device<M> for Console {
                 self.send_messages(io)?;
                 Ok(next)
             }
-            _ if queue % 2 == 0 => self.receive(port_of(queue), io),
+            _ if queue.is_multiple_of(2) => self.receive(port_of(queue), io),
             _ => {
                 let Some(port) = self.ports.get_mut(port_of(queue)) else {
                     return Ok(Next::Idle);
@@ -346,7 +346,11 @@ impl<M: GuestMemory> Device<M> for Console {
     fn bounds(&self, queue: u16) -> crate::queue::Bounds {
         // What one notification can make the device copy is bounded.
         crate::queue::Bounds {
-            bytes: if queue % 2 == 0 { u32::MAX } else { 1 << 20 },
+            bytes: if queue.is_multiple_of(2) {
+                u32::MAX
+            } else {
+                1 << 20
+            },
             segments: QUEUE_SIZE,
         }
     }

@@ -179,7 +179,8 @@ impl<M: GuestMemory> Mmio<M> {
             register::QUEUE_NOTIFY => self.core.notify(value),
             register::INTERRUPT_ACK => self.acknowledge(value),
             register::STATUS => {
-                if self.core.write_status(value as u8) {
+                let reset = self.core.write_status(value as u8);
+                if reset {
                     self.acknowledge(u32::MAX);
                     (self.device_window, self.driver_window, self.queue) = (0, 0, 0);
                 }

@@ -302,7 +302,8 @@ impl<M: GuestMemory> Pci<M> {
             (common::DRIVER_FEATURE, 4) => core.write_features(self.driver_window, value),
             (common::CONFIG_MSIX_VECTOR, 2) => self.config_vector = self.vector(value as u16),
             (common::DEVICE_STATUS, 1) => {
-                if core.write_status(value as u8) {
+                let reset = core.write_status(value as u8);
+                if reset {
                     self.reset();
                 }
             }
@@ -375,7 +376,7 @@ impl<M: GuestMemory> Pci<M> {
             COMMON => self.write_common(within, data),
             DEVICE => self.core.write_config(within, data),
             // The address says which queue; the value says it too, and may carry more (4.1.5.2).
-            NOTIFY if within % u64::from(NOTIFY_MULTIPLIER) == 0 => {
+            NOTIFY if within.is_multiple_of(u64::from(NOTIFY_MULTIPLIER)) => {
                 let queue = within / u64::from(NOTIFY_MULTIPLIER);
                 self.core.notify_queue(queue as u32);
             }
@@ -443,7 +444,7 @@ impl<M: GuestMemory + Send> PciFunction for Pci<M> {
     }
 
     fn bar_read(&mut self, _bar: usize, offset: u64, data: &mut [u8]) {
-        if offset % data.len().max(1) as u64 != 0 {
+        if !offset.is_multiple_of(data.len().max(1) as u64) {
             return data.fill(0);
         }
         for (i, part) in data.chunks_mut(4).enumerate() {
@@ -452,7 +453,7 @@ impl<M: GuestMemory + Send> PciFunction for Pci<M> {
     }
 
     fn bar_write(&mut self, _bar: usize, offset: u64, data: &[u8]) {
-        if offset % data.len().max(1) as u64 == 0 {
+        if offset.is_multiple_of(data.len().max(1) as u64) {
             for (i, part) in data.chunks(4).enumerate() {
                 self.write_part(offset.wrapping_add(4 * i as u64), part);
             }
