@@ -477,7 +477,7 @@ mod tests {
             bus.add(0x7FFC..0x8001, cells(1, 5)).unwrap();
             bus.add(0x8001..0x8002, cells(2, 1)).unwrap();
             bus.add(0xFFF0..0x1_0000, cells(3, 16)).unwrap();
-            for port in [port, 0x7FF8 + port % 16, 0xFFF8 | port % 8] {
+            for port in [port, 0x7FF8 + port % 16, 0xFFF8 | (port % 8)] {
                 let mut data = vec![0; 1 << log];
                 bus.read(port, &mut data);
                 for (i, byte) in data.iter().enumerate() {

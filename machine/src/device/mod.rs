@@ -19,7 +19,7 @@ mod timers;
 pub mod uart;
 
 pub use power::{PowerEvent, PowerSignal};
-pub use timers::{Clocked, Deadline, DeviceTimers};
+pub use timers::{Clocked, Deadline, DeviceTimers, SharedClock};
 
 /// Reads from a device whose ports are 8 bits wide: wider accesses become accesses to
 /// consecutive ports, as on the ISA bus.

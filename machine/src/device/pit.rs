@@ -277,13 +277,12 @@ impl Channel {
         let falling = !gate && self.gate;
         self.gate = gate;
         match self.run {
+            // Without a count since the control word there is nothing to start.
+            Run::Idle if self.next_count.is_none() => {}
             _ if rising && self.triggered() => {
-                // Without a count since the control word there is nothing to start.
-                if self.run != Run::Idle || self.next_count.is_some() {
-                    let count = self.next_count.unwrap_or(self.count);
-                    self.take(count);
-                    self.run = Run::Since(tick);
-                }
+                let count = self.next_count.unwrap_or(self.count);
+                self.take(count);
+                self.run = Run::Since(tick);
             }
             Run::Since(start) if falling && !self.triggered() => {
                 self.run = Run::Stopped(tick.saturating_sub(start));
@@ -427,7 +426,7 @@ impl Pit {
         let now = self.host.now();
         let tick = self.advance(now);
         let value = self.port_61
-            | ((now / REFRESH & 1) as u8) << 4
+            | (((now / REFRESH) & 1) as u8) << 4
             | u8::from(self.channels[2].output(tick)) << 5;
         self.finish(tick);
         value

@@ -17,7 +17,11 @@ fn bench() -> Bench {
     window.write(0x10, &0x50u32.to_le_bytes());
     let irq = chip.line(Irqchip::TIMER_GSI).unwrap();
     let pit = Pit::new(&chip, irq);
-    Bench { host, pit, lapic: lapics.remove(0) }
+    Bench {
+        host,
+        pit,
+        lapic: lapics.remove(0),
+    }
 }
 
 impl Bench {
@@ -91,10 +95,16 @@ fn mode_2_interrupts_at_each_period() {
         assert!(b.interrupts());
         assert_eq!(b.read_word(0x40), 11_932);
         let next = b.pit.deadline.get().unwrap();
-        assert!((next - start).abs_diff(n * 10_000_000) < 2_000, "about 100 Hz");
+        assert!(
+            (next - start).abs_diff(n * 10_000_000) < 2_000,
+            "about 100 Hz"
+        );
     }
     b.ticks(50_000);
-    assert!(b.interrupts() && !b.interrupts(), "missed periods count once");
+    assert!(
+        b.interrupts() && !b.interrupts(),
+        "missed periods count once"
+    );
 }
 
 #[test]

@@ -200,7 +200,7 @@ impl Rtc {
         if self.reg_b() & control::BINARY != 0 {
             value
         } else {
-            (value / 10) << 4 | value % 10
+            ((value / 10) << 4) | (value % 10)
         }
     }
 
@@ -216,7 +216,7 @@ impl Rtc {
         if self.reg_b() & control::HOURS_24 != 0 {
             return self.encode(hour);
         }
-        let half = self.encode(if hour % 12 == 0 { 12 } else { hour % 12 });
+        let half = self.encode((hour + 11) % 12 + 1);
         if hour >= 12 { half | PM } else { half }
     }
 

@@ -48,10 +48,13 @@ pub trait Clocked: Send {
     fn poll(&mut self, now: u64);
 }
 
+/// A device with deadlines, as the machine holds it.
+pub type SharedClock = Arc<spin::Mutex<dyn Clocked>>;
+
 /// The deadlines of all devices of a machine.
 #[derive(Default)]
 pub struct DeviceTimers {
-    devices: Vec<(Arc<Deadline>, Arc<spin::Mutex<dyn Clocked>>)>,
+    devices: Vec<(Arc<Deadline>, SharedClock)>,
 }
 
 impl DeviceTimers {
@@ -61,7 +64,7 @@ impl DeviceTimers {
     }
 
     /// Adds a device.
-    pub fn add(&mut self, device: Arc<spin::Mutex<dyn Clocked>>) {
+    pub fn add(&mut self, device: SharedClock) {
         let deadline = device.lock().deadline().clone();
         self.devices.push((deadline, device));
     }
@@ -80,5 +83,60 @@ impl DeviceTimers {
                 device.lock().poll(now);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::irq::fake::machine;
+
+    struct Alarm {
+        deadline: Arc<Deadline>,
+        polled: usize,
+    }
+
+    impl Clocked for Alarm {
+        fn deadline(&self) -> &Arc<Deadline> {
+            &self.deadline
+        }
+
+        fn poll(&mut self, _: u64) {
+            self.polled += 1;
+            self.deadline.set(None);
+        }
+    }
+
+    #[test]
+    fn the_earliest_counts_and_only_those_due_are_polled() {
+        let (host, chip, lapics) = machine(2);
+        let mut timers = DeviceTimers::new();
+        let alarms: [_; 2] = core::array::from_fn(|_| {
+            let deadline = Deadline::new(&chip);
+            let alarm = Arc::new(spin::Mutex::new(Alarm {
+                deadline,
+                polled: 0,
+            }));
+            timers.add(alarm.clone());
+            alarm
+        });
+        assert_eq!(timers.next_deadline(), None);
+        alarms[0].lock().deadline.set(Some(500));
+        alarms[1].lock().deadline.set(Some(400));
+        assert_eq!(timers.next_deadline(), Some(400));
+        timers.poll(399);
+        timers.poll(499);
+        assert_eq!([0, 1].map(|i| alarms[i].lock().polled), [0, 1]);
+        assert_eq!(timers.next_deadline(), Some(500));
+        assert_eq!((host.kicks(0), host.kicks(1)), (1, 0));
+        lapics[0].requests().store(0, Ordering::Relaxed);
+        alarms[0].lock().deadline.set(Some(600));
+        assert_eq!(
+            host.kicks(0),
+            1,
+            "later: the timer that is set comes in time"
+        );
+        alarms[0].lock().deadline.set(Some(550));
+        assert_eq!(host.kicks(0), 2);
     }
 }

@@ -19,7 +19,11 @@ fn bench() -> Bench {
         chip.line(4).unwrap(),
         Box::new(move |byte| sink.lock().push(byte)),
     );
-    Bench { uart, output, _chip: chip }
+    Bench {
+        uart,
+        output,
+        _chip: chip,
+    }
 }
 
 impl Bench {

@@ -259,7 +259,12 @@ impl Irqchip {
                 self.post(vcpu, request::VECTORS, sender);
             }
             DeliveryMode::Nmi => self.post(vcpu, request::NMI, sender),
-            DeliveryMode::Init => self.post(vcpu, request::INIT, sender),
+            DeliveryMode::Init => {
+                // A start-up IPI that came before is void.
+                port.requests
+                    .fetch_and(!request::STARTUP, Ordering::Relaxed);
+                self.post(vcpu, request::INIT, sender);
+            }
             DeliveryMode::StartUp => {
                 port.set_startup(message.vector);
                 self.post(vcpu, request::STARTUP, sender);

@@ -181,6 +181,7 @@ impl Lapic {
             .fetch_and(!request::LAPIC, Ordering::Acquire);
         if taken & request::INIT != 0 {
             self.init = true;
+            // One that came before is void; one that was posted since is taken below.
             self.startup = None;
         }
         if taken & request::STARTUP != 0 {

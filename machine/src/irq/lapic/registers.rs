@@ -24,6 +24,7 @@ pub(super) mod register {
     pub(in super::super) const ICR: u16 = 0x300;
     pub(in super::super) const ICR_HIGH: u16 = 0x310;
     pub(in super::super) const LVT_TIMER: u16 = 0x320;
+    pub(in super::super) const LVT_THERMAL: u16 = 0x330;
     pub(in super::super) const LVT_ERROR: u16 = 0x370;
     pub(in super::super) const INITIAL_COUNT: u16 = 0x380;
     pub(in super::super) const CURRENT_COUNT: u16 = 0x390;
@@ -148,7 +149,7 @@ impl Lapic {
                 self.icr = self.icr & 0xFFFF_FFFF | u64::from(value & 0xFF00_0000) << 32;
             }
             LVT_TIMER => self.write_timer_entry(value),
-            LVT_TIMER..=LVT_ERROR => {
+            LVT_THERMAL..=LVT_ERROR => {
                 self.write_lvt(usize::from(register - LVT_TIMER) >> 4, value);
             }
             INITIAL_COUNT => {

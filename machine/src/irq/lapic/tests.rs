@@ -1,10 +1,10 @@
 use super::*;
+use crate::host::Host;
 use crate::irq::fake::{FakeHost, machine};
 use proptest::prelude::*;
 use std::vec::Vec;
-use crate::host::Host;
-use testudo_arch::irq::InterruptSink;
 use testudo_arch::Msr;
+use testudo_arch::irq::InterruptSink;
 
 fn write(lapic: &mut Lapic, register: u64, value: u32) {
     lapic.write_mmio(register, &value.to_le_bytes());
@@ -43,13 +43,22 @@ fn state_after_reset() {
     let (_, lapics) = Irqchip::new(FakeHost::new(), 2, LapicFeatures::default());
     let mut lapics = lapics.into_iter();
     let (mut bsp, mut ap) = (lapics.next().unwrap(), lapics.next().unwrap());
-    assert_eq!((bsp.apic_base(), ap.apic_base()), (0xFEE0_0900, 0xFEE0_0800));
+    assert_eq!(
+        (bsp.apic_base(), ap.apic_base()),
+        (0xFEE0_0900, 0xFEE0_0800)
+    );
     assert_eq!(read(&mut ap, 0x20), 1 << 24);
     assert_eq!(read(&mut ap, 0x30), 0x0105_0014);
     assert_eq!(read(&mut ap, 0xF0), 0xFF);
     assert_eq!(read(&mut ap, 0xE0), u32::MAX);
-    assert_eq!((read(&mut bsp, 0x350), read(&mut bsp, 0x360)), (0x700, 0x400));
-    assert_eq!((read(&mut ap, 0x350), read(&mut ap, 0x360)), (0x1_0000, 0x1_0000));
+    assert_eq!(
+        (read(&mut bsp, 0x350), read(&mut bsp, 0x360)),
+        (0x700, 0x400)
+    );
+    assert_eq!(
+        (read(&mut ap, 0x350), read(&mut ap, 0x360)),
+        (0x1_0000, 0x1_0000)
+    );
     assert_eq!(ap.mmio_window(), Some(Gpa(0xFEE0_0000)));
 }
 
@@ -140,7 +149,10 @@ fn init_startup_and_nmi() {
     assert_eq!(read(&mut l[1], 0xF0), 0xFF);
     write(&mut l[0], 0x300, 0x69A);
     l[1].sync();
-    assert_eq!((l[1].take_startup(), l[1].take_startup()), (Some(0x9A), None));
+    assert_eq!(
+        (l[1].take_startup(), l[1].take_startup()),
+        (Some(0x9A), None)
+    );
     write(&mut l[0], 0x300, 0x400);
     l[1].sync();
     assert!(l[1].take_nmi() && !l[1].take_nmi());
@@ -152,7 +164,10 @@ fn init_keeps_base_and_drops_what_waits() {
     self_ipi(&mut l[0], 0x41);
     write(&mut l[0], 0x320, 0x42);
     write(&mut l[0], 0x380, 1000);
-    chip.send_msi(testudo_arch::irq::Msi { address: 0xFEE0_0000, data: 0x43 });
+    chip.send_msi(testudo_arch::irq::Msi {
+        address: 0xFEE0_0000,
+        data: 0x43,
+    });
     l[0].init();
     assert_eq!(next(&mut l[0]), None);
     assert_eq!(l[0].next_deadline(), None);
@@ -187,7 +202,10 @@ fn every_divisor() {
     let l = &mut l[0];
     write(l, 0x320, 0x40);
     let configurations = [0, 1, 2, 3, 8, 9, 10, 11];
-    for (value, divisor) in configurations.into_iter().zip([2, 4, 8, 16, 32, 64, 128, 1]) {
+    for (value, divisor) in configurations
+        .into_iter()
+        .zip([2, 4, 8, 16, 32, 64, 128, 1])
+    {
         write(l, 0x3E0, value);
         write(l, 0x380, 100_000);
         assert_eq!(l.next_deadline(), Some(host.now() + 100_000 * divisor));
@@ -225,7 +243,11 @@ fn a_masked_timer_runs_but_is_silent() {
     assert_eq!(read(l, 0x390), 60_000);
     host.pass(70_000);
     write(l, 0x320, 0x40);
-    assert_eq!((l.acknowledge(), read(l, 0x390)), (None, 0), "it expired while masked");
+    assert_eq!(
+        (l.acknowledge(), read(l, 0x390)),
+        (None, 0),
+        "it expired while masked"
+    );
 }
 
 #[test]
@@ -246,14 +268,25 @@ fn tsc_deadline() {
     let (host, _, mut l) = machine(1);
     let l = &mut l[0];
     l.write_msr(Msr::TSC_DEADLINE, 5_000, || 0).unwrap();
-    assert_eq!(l.read_msr(Msr::TSC_DEADLINE), Ok(0), "another mode: ignored");
+    assert_eq!(
+        l.read_msr(Msr::TSC_DEADLINE),
+        Ok(0),
+        "another mode: ignored"
+    );
     write(l, 0x320, TSC_DEADLINE | 0x40);
     write(l, 0x380, 1_000);
-    assert_eq!(l.next_deadline(), None, "the initial count means nothing here");
+    assert_eq!(
+        l.next_deadline(),
+        None,
+        "the initial count means nothing here"
+    );
     let now = host.now();
     l.write_msr(Msr::TSC_DEADLINE, 5_001, || 1_000).unwrap();
     assert_eq!(l.next_deadline(), Some(now + 2_001), "2 GHz, rounded up");
-    assert_eq!((l.read_msr(Msr::TSC_DEADLINE), read(l, 0x390)), (Ok(5_001), 0));
+    assert_eq!(
+        (l.read_msr(Msr::TSC_DEADLINE), read(l, 0x390)),
+        (Ok(5_001), 0)
+    );
     l.tsc_changed(3_001);
     assert_eq!(l.next_deadline(), Some(now + 1_000));
     host.pass(1_000);
@@ -262,7 +295,11 @@ fn tsc_deadline() {
     assert_eq!(l.read_msr(Msr::TSC_DEADLINE), Ok(0));
     write(l, 0xB0, 0);
     l.write_msr(Msr::TSC_DEADLINE, 10, || 11).unwrap();
-    assert_eq!(l.acknowledge(), Some(0x40), "past deadlines are due at once");
+    assert_eq!(
+        l.acknowledge(),
+        Some(0x40),
+        "past deadlines are due at once"
+    );
     l.write_msr(Msr::TSC_DEADLINE, 1 << 40, || 0).unwrap();
     write(l, 0x320, 0x40);
     assert_eq!(l.next_deadline(), None, "a change of mode disarms");
@@ -296,7 +333,10 @@ fn software_disabling_masks_the_table_and_refuses_vectors() {
     assert_eq!(read(&mut l[0], 0x320), 0x1_0040);
     write(&mut l[0], 0x320, 0x40);
     assert_eq!(read(&mut l[0], 0x320), 0x1_0040);
-    chip.send_msi(testudo_arch::irq::Msi { address: 0xFEE0_0000, data: 0x61 });
+    chip.send_msi(testudo_arch::irq::Msi {
+        address: 0xFEE0_0000,
+        data: 0x61,
+    });
     assert_eq!(next(&mut l[0]), Some(0x41), "what had been accepted stays");
     assert_eq!(next(&mut l[0]), None);
 }
@@ -329,10 +369,14 @@ fn transitions_of_the_base_register() {
     for value in [XAPIC | 1, XAPIC | 1 << 9, XAPIC | 1 << 40] {
         assert_eq!(
             l[0].write_msr(Msr::APIC_BASE, value, || 0),
-            Err(ApicMsrError::Reserved { msr: Msr::APIC_BASE, value })
+            Err(ApicMsrError::Reserved {
+                msr: Msr::APIC_BASE,
+                value
+            })
         );
     }
-    l[0].write_msr(Msr::APIC_BASE, 0xFF_0000_0900, || 0).unwrap();
+    l[0].write_msr(Msr::APIC_BASE, 0xFF_0000_0900, || 0)
+        .unwrap();
     assert_eq!(l[0].mmio_window(), Some(Gpa(0xFF_0000_0000)));
     l[0].write_msr(Msr::APIC_BASE, DISABLED, || 0).unwrap();
     assert_eq!(l[0].mmio_window(), None);
@@ -341,12 +385,19 @@ fn transitions_of_the_base_register() {
 
 #[test]
 fn without_the_features_their_bits_are_reserved() {
-    let features = LapicFeatures { x2apic: false, tsc_deadline: false, address_bits: 36 };
+    let features = LapicFeatures {
+        x2apic: false,
+        tsc_deadline: false,
+        address_bits: 36,
+    };
     let (_, mut l) = Irqchip::new(FakeHost::new(), 1, features);
     let l = &mut l[0];
     assert!(l.write_msr(Msr::APIC_BASE, 0xFEE0_0D00, || 0).is_err());
     assert!(l.write_msr(Msr::APIC_BASE, 0x10_0000_0900, || 0).is_err());
-    assert_eq!(l.read_msr(Msr::TSC_DEADLINE), Err(ApicMsrError::Missing(Msr::TSC_DEADLINE)));
+    assert_eq!(
+        l.read_msr(Msr::TSC_DEADLINE),
+        Err(ApicMsrError::Missing(Msr::TSC_DEADLINE))
+    );
     write(l, 0xF0, 0x1FF);
     write(l, 0x320, TSC_DEADLINE | 0x40);
     assert_eq!(read(l, 0x320), 0x40);
@@ -365,7 +416,10 @@ fn x2apic_registers_and_their_reserved_bits() {
     assert_eq!(write(l, 0x808, 0x20), Ok(()));
     assert_eq!(
         write(l, 0x808, 0x100),
-        Err(ApicMsrError::Reserved { msr: Msr(0x808), value: 0x100 })
+        Err(ApicMsrError::Reserved {
+            msr: Msr(0x808),
+            value: 0x100
+        })
     );
     for (index, value) in [
         (0x80B, 1),
@@ -390,7 +444,10 @@ fn x2apic_registers_and_their_reserved_bits() {
     }
     for index in [0x800, 0x809, 0x80C, 0x80E, 0x82F, 0x831, 0x840, 0x8FF] {
         assert_eq!(write(l, index, 0), Err(ApicMsrError::Missing(Msr(index))));
-        assert_eq!(l.read_msr(Msr(index)), Err(ApicMsrError::Missing(Msr(index))));
+        assert_eq!(
+            l.read_msr(Msr(index)),
+            Err(ApicMsrError::Missing(Msr(index)))
+        );
     }
 }
 
@@ -408,7 +465,11 @@ fn x2apic_ipis() {
         got
     };
     assert_eq!(send(17 << 32 | 0x41), [17]);
-    assert_eq!(send(0xFF << 32 | 0x41), [] as [usize; 0], "an ordinary identification here");
+    assert_eq!(
+        send(0xFF << 32 | 0x41),
+        [] as [usize; 0],
+        "an ordinary identification here"
+    );
     assert_eq!(send(0xFFFF_FFFF << 32 | 0x41), (0..18).collect::<Vec<_>>());
     assert_eq!(send(0x0001_0003 << 32 | 1 << 11 | 0x41), [16, 17]);
     assert_eq!(send(0x0000_8002 << 32 | 1 << 11 | 0x41), [1, 15]);
