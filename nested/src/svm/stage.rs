@@ -1,0 +1,62 @@
+//! The seam to the second stage: L1's nested page table composed with L0's.
+
+use testudo_arch::{Gpa, Hpa};
+use testudo_svm::exit::NestedPageFault;
+
+/// How L1's nested page table is to be walked: as the processor that executed VMRUN translated its
+/// own addresses (APM vol. 2, 15.25.3).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NestedTable {
+    /// N_CR3: where L1 says the root is.
+    pub root: Gpa,
+    /// L1's CR4 at VMRUN: PAE and LA57 decide the format.
+    pub cr4: u64,
+    /// L1's EFER at VMRUN: LMA decides the format, NXE whether bit 63 is reserved.
+    pub efer: u64,
+}
+
+/// What became of a nested page fault of L2.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NestedFault {
+    /// The translation has been made: L2 goes on.
+    Resolved,
+    /// L1's own table stops the access: L1 gets the fault, with what its processor would tell.
+    Reflect(NestedPageFault),
+    /// L1's table allows the access, but what it maps is not memory that L0 has mapped: L0
+    /// handles the access at this address of L1's.
+    Host(Gpa),
+}
+
+/// Tables that translate L2's physical addresses to the host's, made from L1's nested page table.
+///
+/// The answers never let L2 reach what L1 cannot reach itself: every address that L1's table names
+/// is one of L1's guest-physical ones and goes through L0's table.
+pub trait SecondStage {
+    /// Makes the composition of this table of L1's the current one, and returns its root for
+    /// N_CR3 of L2's control block. Without one, L1's VMRUN fails with VMEXIT_INVALID.
+    fn activate(&mut self, table: NestedTable) -> Option<Hpa>;
+
+    /// L1 flushed translations (of one of its address spaces, or all of them): what was derived
+    /// from its table is to be derived anew, unless the implementation saw every change of the
+    /// table already.
+    fn flush(&mut self);
+
+    /// Handles a nested page fault of L2 under the current composition.
+    fn fault(&mut self, fault: NestedPageFault) -> NestedFault;
+}
+
+/// For an L1 that is not offered nested paging: it shadows its guests' page tables itself.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NoSecondStage;
+
+impl SecondStage for NoSecondStage {
+    fn activate(&mut self, _: NestedTable) -> Option<Hpa> {
+        None
+    }
+
+    fn flush(&mut self) {}
+
+    fn fault(&mut self, fault: NestedPageFault) -> NestedFault {
+        NestedFault::Reflect(fault)
+    }
+}
