@@ -23,6 +23,9 @@ pub const EBDA: Gpa = Gpa(0x9_FC00);
 pub const VIDEO_HOLE: Range<u64> = 0xA_0000..0xE_0000;
 /// The firmware area, where systems search the RSDP (ACPI 6.5, 5.2.5.1) and where the tables are.
 pub const FIRMWARE_AREA: Range<u64> = 0xE_0000..0x10_0000;
+/// The end of the firmware area holds what little code a PC without a BIOS needs, up to the reset
+/// vector's sixteen bytes; the tables end before it.
+pub const FIRMWARE_CODE: Gpa = Gpa(0xF_FFE0);
 /// Where memory continues above the firmware area.
 pub const HIGH_MEMORY: Gpa = Gpa(0x10_0000);
 

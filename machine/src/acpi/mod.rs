@@ -15,7 +15,7 @@ use acpi_tables::{Aml, mcfg::MCFG};
 use alloc::vec::Vec;
 use testudo_arch::{Gpa, GuestMemory, MemoryFault};
 
-use crate::layout::{self, FIRMWARE_AREA, Layout};
+use crate::layout::{self, FIRMWARE_AREA, FIRMWARE_CODE, Layout};
 
 const OEM: [u8; 6] = *b"TSTUDO";
 const OEM_TABLE: [u8; 8] = *b"TESTUDO ";
@@ -131,7 +131,7 @@ impl<M: GuestMemory + ?Sized> Writer<'_, M> {
     fn put(&mut self, table: &[u8]) -> Result<Gpa, AcpiError> {
         let start = Gpa(self.next);
         let end = start.0 + table.len() as u64;
-        if end > FIRMWARE_AREA.end {
+        if end > FIRMWARE_CODE.0 {
             return Err(AcpiError::TooLong(end - FIRMWARE_AREA.start));
         }
         self.memory.write(start, table)?;

@@ -4,10 +4,12 @@
 //! [`detect`] tells which protocol an image speaks and [`load`] places it. The image is a slice of
 //! the host's memory that nobody has checked: whatever is wrong with it is a [`LoadError`] that
 //! names the defect, and nothing is ever written outside the memory that [`Layout::memory_map`]
-//! declares usable.
+//! declares usable, but for the few bytes by which a BIOS would be known: its data area, and
+//! interrupt services that all answer "not supported".
 
 mod bzimage;
 mod elf;
+mod firmware;
 mod multiboot1;
 mod multiboot2;
 mod pvh;
@@ -17,7 +19,7 @@ use testudo_arch::regs::SystemRegisters;
 use testudo_arch::segment::SegmentAttributes;
 use testudo_arch::{Gpa, Gprs, GuestMemory, MemoryFault, Segment};
 
-use crate::layout::{self, Layout};
+use crate::layout::{LOW_RAM_LIMIT, Layout};
 use elf::Elf;
 pub use elf::{ElfError, MAX_SEGMENTS};
 use space::Space;
@@ -27,10 +29,10 @@ use space::Space;
 pub enum Protocol {
     /// Linux's own: a bzImage, entered in 64-bit mode (Linux, Documentation/arch/x86/boot.rst).
     Linux64,
-    /// Multiboot 2 (specification 2.0, its own header in the first 32 KiB).
-    Multiboot2,
     /// Multiboot (specification 0.6.96, its own header in the first 8 KiB).
     Multiboot1,
+    /// Multiboot 2 (specification 2.0, its own header in the first 32 KiB).
+    Multiboot2,
     /// An ELF file with Xen's note for a 32-bit physical entry (Xen, docs/misc/pvh.pandoc).
     Pvh,
 }
@@ -175,8 +177,6 @@ pub enum LoadError {
 pub const MAX_MODULES: usize = 128;
 /// The longest command line that is passed where the protocol sets no limit.
 pub const MAX_COMMAND_LINE: usize = 64 << 10;
-/// Who loaded the kernel, for protocols that tell it.
-const LOADER_NAME: &[u8] = b"Testudo";
 
 /// Which protocol an image speaks; the first of [`Protocol`]'s order that it qualifies for.
 ///
@@ -190,11 +190,11 @@ pub fn detect(kernel: &[u8]) -> Result<Protocol, LoadError> {
     if bzimage::is_bzimage(kernel) {
         return Ok(Protocol::Linux64);
     }
-    if multiboot2::find_header(kernel).is_some() {
-        return Ok(Protocol::Multiboot2);
-    }
     if multiboot1::find_header(kernel).is_some() {
         return Ok(Protocol::Multiboot1);
+    }
+    if multiboot2::find_header(kernel).is_some() {
+        return Ok(Protocol::Multiboot2);
     }
     if Elf::is_elf(kernel) {
         let elf = Elf::parse(kernel)?;
@@ -255,7 +255,7 @@ pub fn load_as<M: GuestMemory + ?Sized>(
         check_string("a module's string", module.arguments, MAX_COMMAND_LINE)?;
     }
     let mut space = Space::new(memory, layout);
-    write_bios_data(memory)?;
+    firmware::write(memory)?;
     match protocol {
         Protocol::Linux64 => bzimage::load(&mut space, image),
         Protocol::Multiboot2 => multiboot2::load(&mut space, image),
@@ -277,13 +277,6 @@ fn check_string(what: &'static str, bytes: &[u8], max: usize) -> Result<(), Load
     Ok(())
 }
 
-/// The two words of the BIOS data area by which kernels find the end of conventional memory: the
-/// segment of the extended BIOS data area (40Eh) and the size in KiB (413h).
-fn write_bios_data<M: GuestMemory + ?Sized>(memory: &M) -> Result<(), MemoryFault> {
-    memory.write(Gpa(0x40E), &((layout::EBDA.0 >> 4) as u16).to_le_bytes())?;
-    memory.write(Gpa(0x413), &((layout::EBDA.0 >> 10) as u16).to_le_bytes())
-}
-
 /// The modules, each at a page of its own, as high below 4 GiB as there is room.
 fn place_modules<M: GuestMemory + ?Sized>(
     space: &mut Space<'_, M>,
@@ -292,7 +285,7 @@ fn place_modules<M: GuestMemory + ?Sized>(
     let mut placed = alloc::vec::Vec::with_capacity(modules.len());
     for module in modules {
         let len = module.data.len() as u64;
-        let gpa = space.place_high("a module", len, 4096, layout::LOW_RAM_LIMIT)?;
+        let gpa = space.place_high("a module", len, 4096, LOW_RAM_LIMIT)?;
         space.memory().write(gpa, module.data)?;
         placed.push((gpa, len));
     }

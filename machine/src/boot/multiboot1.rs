@@ -5,9 +5,7 @@ use testudo_arch::{Gpa, Gprs, GuestMemory};
 
 use super::elf::{Elf, ElfError};
 use super::space::Space;
-use super::{
-    BootImage, BootState, Fields, LOADER_NAME, LoadError, flat_protected_mode, place_modules,
-};
+use super::{BootImage, BootState, Fields, LoadError, flat_protected_mode, place_modules};
 use crate::layout::{EBDA, HIGH_MEMORY, LOW_RAM_LIMIT};
 
 const HEADER_MAGIC: u32 = 0x1BAD_B002;
@@ -15,6 +13,10 @@ const LOADER_MAGIC: u64 = 0x2BAD_B002;
 /// "The Multiboot header must be contained completely within the first 8192 bytes".
 const SEARCH: usize = 8192;
 const HEADER_SIZE: usize = 12;
+const LOADER_NAME: &[u8] = b"Testudo";
+/// The first word of a command line names the kernel, as with every loader of this version but
+/// GRUB 2; Xen takes the word away unless that is the loader's name.
+const KERNEL_NAME: &[u8] = b"kernel ";
 
 /// Header flags that this loader satisfies: modules on pages, memory information, addresses given.
 const WANT_ALIGNED: u32 = 1 << 0;
@@ -181,7 +183,7 @@ fn write_info<M: GuestMemory + ?Sized>(
         entry[8..12].copy_from_slice(&(name.0 as u32).to_le_bytes());
         memory.write(list.wrapping_add(index as u64 * 16), &entry)?;
     }
-    let command_line = string(space, image.command_line)?;
+    let command_line = string(space, &[KERNEL_NAME, image.command_line].concat())?;
     let loader_name = string(space, LOADER_NAME)?;
 
     let map = space.layout().memory_map();

@@ -7,9 +7,7 @@ use testudo_arch::{Gpa, Gprs, GuestMemory};
 use super::elf::{Elf, ElfError};
 use super::multiboot1::{Addresses, basic_memory};
 use super::space::Space;
-use super::{
-    BootImage, BootState, Fields, LOADER_NAME, LoadError, flat_protected_mode, place_modules,
-};
+use super::{BootImage, BootState, Fields, LoadError, flat_protected_mode, place_modules};
 use crate::layout::LOW_RAM_LIMIT;
 
 const HEADER_MAGIC: u32 = 0xE852_50D6;
@@ -18,6 +16,9 @@ const ARCHITECTURE_I386: u32 = 0;
 /// "It must be contained completely within the first 32768 bytes of the OS image".
 const SEARCH: usize = 32768;
 const HEADER_SIZE: usize = 16;
+/// Kernels that know both habits (Xen) look here for the loader whose command lines do not begin
+/// with the kernel's name.
+const LOADER_NAME: &[u8] = b"Testudo, with the conventions of GRUB 2";
 /// A tag that may be ignored when the loader does not support it.
 const OPTIONAL: u16 = 1 << 0;
 
