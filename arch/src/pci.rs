@@ -28,7 +28,8 @@ pub struct PciWindow {
 /// The host bridge has already checked that an access lies inside the configuration space or
 /// window; `data` is one access of 1, 2, 4 or 8 bytes in guest order (little endian), in the
 /// configuration space at most 4 and naturally aligned. As with
-/// [`BusDevice`](crate::bus::BusDevice), every access is answered.
+/// [`BusDevice`](crate::bus::BusDevice), every access is answered: offsets in the configuration
+/// space are below 4096, and a function without the extended part reads zeros from 256 on.
 pub trait PciFunction: Send {
     /// Reads from the configuration space at `offset`.
     fn config_read(&mut self, offset: u16, data: &mut [u8]);

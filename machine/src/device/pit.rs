@@ -3,6 +3,8 @@
 //!
 //! Nothing counts: each channel knows when its count was loaded, and what its counter and output
 //! are follows from the time that has passed. Counts are loaded at once, not with the next clock.
+//! Of the interrupts that a guest could not be given in time only one is delivered: what counts
+//! them as time must look at a counter.
 
 use alloc::sync::Arc;
 

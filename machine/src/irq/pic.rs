@@ -1,6 +1,8 @@
 //! The pair of 8259A interrupt controllers (Intel 8259A data sheet, order number 231468; edge and
 //! level control as in the PIIX chipsets).
 
+use crate::layout;
+
 /// Where an initialization sequence stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Init {
@@ -234,11 +236,13 @@ impl PicPair {
     const ELCR_MASTER: u8 = 0xF8;
     const CASCADE: u8 = 2;
 
-    /// The pair as firmware leaves it: all masked, vectors 0x08 and 0x70.
+    /// The pair as firmware leaves it: all masked, vectors 0x08 and 0x70, and the SCI a level.
     pub(super) const fn new() -> Self {
+        let mut slave = Pic::new(0x70, 0);
+        slave.elcr = 1 << (layout::SCI_GSI - 8);
         Self {
             master: Pic::new(0x08, 1 << Self::CASCADE),
-            slave: Pic::new(0x70, 0),
+            slave,
         }
     }
 

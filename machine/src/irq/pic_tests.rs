@@ -11,6 +11,8 @@ fn pair(icw4: u8) -> PicPair {
         pics.write(port + 1, icw4);
         pics.write(port + 1, 0);
     }
+    assert_eq!(pics.read_elcr(0x4D1), 1 << 1, "the SCI");
+    pics.write_elcr(0x4D1, 0);
     pics
 }
 

@@ -356,10 +356,13 @@ impl Lapic {
         self.tpr >> 4
     }
 
-    /// A move to CR8 of a value up to 15 (SDM vol. 3A, 11.8.6).
+    /// Takes note that CR8 holds `value`, at most 15 (SDM vol. 3A, 11.8.6). The lower half of the
+    /// task priority, which CR8 does not show, stays if the upper half does.
     #[inline]
     pub fn set_cr8(&mut self, value: u8) {
-        self.set_tpr(value << 4);
+        if value != self.cr8() {
+            self.set_tpr(value << 4);
+        }
     }
 
     #[inline]

@@ -100,6 +100,8 @@ fn the_task_priority_holds_back_and_is_cr8() {
     assert_eq!(l.acknowledge(), Some(0x60));
     write(l, 0xB0, 0);
     assert_eq!(read(l, 0xA0), 0x5F, "the whole task priority shows");
+    l.set_cr8(5);
+    assert_eq!(read(l, 0x80), 0x5F, "CR8 does not tell the lower half");
     l.set_cr8(4);
     assert_eq!(read(l, 0x80), 0x40);
     assert_eq!(l.acknowledge(), Some(0x5F));
