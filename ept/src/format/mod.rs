@@ -1,8 +1,10 @@
 //! How entries are coded: one file per format, and nothing about a format outside its file.
 
+pub mod amdvi;
 pub mod ept;
 pub mod long_mode;
 pub mod npt;
+pub mod vtd;
 
 use core::fmt;
 
@@ -115,6 +117,9 @@ pub trait Format: Clone + fmt::Debug {
     const NAME: &'static str;
     /// Bits that hardware ignores in every present entry, at least four of them.
     const SOFTWARE: u64;
+    /// Whether a page may take several entries, each of which says where the whole page lies: see
+    /// [`Self::sized_entry`].
+    const SIZED_PAGES: bool = false;
 
     /// The number of levels.
     fn levels(&self) -> u8;
@@ -178,6 +183,13 @@ pub trait Format: Clone + fmt::Debug {
 
     /// The entry of `level` that maps a page.
     fn leaf_entry(&self, frame: Hpa, level: u8, flags: Self::Flags) -> u64;
+
+    /// The entry for a page of `1 << shift` bytes that fills several entries of one table, in each of
+    /// them; `None` where the format has no such pages.
+    #[inline]
+    fn sized_entry(&self, _frame: Hpa, _shift: u32, _flags: Self::Flags) -> Option<u64> {
+        None
+    }
 
     /// The bit of a leaf entry that hardware sets on the first access, or 0.
     fn accessed_bit(&self) -> u64;

@@ -3,7 +3,7 @@
 use testudo_arch::{FrameAlloc, FrameMem, Hpa, PageSize};
 
 use super::map::Spare;
-use super::{EditError, PageTable, place};
+use super::{EditError, Found, PageTable, place};
 use crate::Flush;
 use crate::format::{Format, Leaf, Rights, level_of, shift_of};
 
@@ -87,7 +87,7 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
             if !self.format.is_present(entry) {
                 // Nothing to change.
             } else if self.format.is_leaf(entry, level) {
-                if self.rewrite_leaf(at, entry, level, change) {
+                if self.rewrite_leaf(at, entry, level, offset, change) {
                     first = first.min(offset);
                     last = offset | (span - 1);
                 }
@@ -110,11 +110,12 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
         at: Hpa,
         mut entry: u64,
         level: u8,
+        offset: u64,
         change: &impl Fn(F::Flags) -> F::Flags,
     ) -> bool {
         let settled = self.format.accessed_bit() | self.format.dirty_bit();
         loop {
-            let leaf = self.format.leaf(entry, level);
+            let leaf = self.slot(entry, level, offset);
             let new = self
                 .format
                 .leaf_entry(leaf.frame, level, change(leaf.flags));
@@ -151,6 +152,10 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
             let found = self.find(offset);
             if !self.format.is_present(found.entry) {
                 return flush;
+            }
+            if self.is_sized(&found) {
+                self.single(&mut flush, offset);
+                continue;
             }
             let old = self.format.leaf(found.entry, found.level);
             let new = change(old);
@@ -240,14 +245,19 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
         flush: &mut Flush<'_, M>,
     ) {
         let span = 1u64 << shift_of(level);
-        while len > 0 && level > to {
+        while len > 0 && (level > to || F::SIZED_PAGES) {
             let at = place(table, level, offset);
             let entry = self.frames.load(at);
             let piece = len.min(span - (offset & (span - 1)));
-            if self.format.is_present(entry) {
+            if level <= to {
+                let found = Found { at, level, entry };
+                if self.is_sized(&found) {
+                    self.single(flush, offset);
+                }
+            } else if self.format.is_present(entry) {
                 let (child, below) = if self.format.is_leaf(entry, level) {
                     let child = spare.take();
-                    self.break_up(at, entry, level, child);
+                    self.break_up(at, level, offset, child);
                     let first = offset & !(span - 1);
                     flush.cover(first, first | (span - 1), false);
                     (child, level - 1)
@@ -262,10 +272,11 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
     }
 
     /// Replaces the leaf at `at` by `table`, a zeroed frame, filled with leaves that say the same.
-    pub(super) fn break_up(&self, at: Hpa, mut entry: u64, level: u8, table: Hpa) {
+    pub(super) fn break_up(&self, at: Hpa, level: u8, offset: u64, table: Hpa) {
+        let mut entry = self.frames.load(at);
         loop {
-            let leaf = self.format.leaf(entry, level);
-            let first = self.reencode(&leaf, level - 1, 0);
+            let leaf = self.slot(entry, level, offset);
+            let first = self.format.leaf_entry(leaf.frame, level - 1, leaf.flags);
             let step = 1 << shift_of(level - 1);
             self.frames.fill(table, 512, first, step);
             let link = self.format.table_entry(table, level);
@@ -355,7 +366,7 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
             }
             union |= entry;
         }
-        let mut large = self.reencode(&leaf, level + 1, 0);
+        let mut large = self.format.leaf_entry(leaf.frame, level + 1, leaf.flags);
         let [accessed, dirty] = [self.format.accessed_bit(), self.format.dirty_bit()];
         large |= union & (accessed | dirty);
         if large & self.format.write_bit() != 0 {

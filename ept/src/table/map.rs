@@ -4,7 +4,7 @@ use arrayvec::ArrayVec;
 use testudo_arch::{FrameAlloc, FrameMem, Hpa, PageSize};
 
 use super::{EditError, PageTable, blank, place};
-use crate::format::{Format, Leaf, level_of, shift_of};
+use crate::format::{Format, level_of, shift_of};
 
 /// A mapping that cannot be made. The table is as before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -267,8 +267,7 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
                 if fresh || level == 1 {
                     let room = 512 - ((at.0 >> 3) & 0x1FF);
                     let count = (job.len >> shift_of(level)).min(room);
-                    let first = self.format.leaf_entry(Hpa(job.frame), level, job.flags);
-                    self.frames.fill(at, count as usize, first, span);
+                    self.fill_run(at, level, count, &job);
                     job.advance(count << shift_of(level));
                     continue;
                 }
@@ -291,6 +290,34 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
                 self.frames.store(at, self.format.table_entry(child, level));
             }
             job.advance(part.len);
+        }
+    }
+
+    /// Writes `count` entries of a table from `at` on.
+    #[inline]
+    fn fill_run(&self, mut at: Hpa, level: u8, mut count: u64, job: &Job<F::Flags>) {
+        let shift = shift_of(level);
+        let mut frame = job.frame;
+        while F::SIZED_PAGES && count > 0 {
+            // The largest power of two that place, frame and count allow, short of a whole table.
+            let index = at.0 >> 3 & 0x1FF | 0x100;
+            let order = (index | frame >> shift).trailing_zeros().min(count.ilog2());
+            let page = self
+                .format
+                .sized_entry(Hpa(frame), shift + order, job.flags);
+            let entry = match page {
+                Some(entry) if order > 0 => entry,
+                Some(_) => self.format.leaf_entry(Hpa(frame), level, job.flags),
+                None => break,
+            };
+            self.frames.fill(at, 1 << order, entry, 0);
+            at.0 += 8 << order;
+            frame += 1 << (shift + order);
+            count -= 1 << order;
+        }
+        if count > 0 {
+            let first = self.format.leaf_entry(Hpa(frame), level, job.flags);
+            self.frames.fill(at, count as usize, first, 1 << shift);
         }
     }
 
@@ -390,12 +417,5 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
             }
             (table, level) = self.format.child(entry, level);
         }
-    }
-
-    /// Makes the entry for `leaf` at `level`, for edits that replace one leaf by others.
-    #[inline]
-    pub(super) fn reencode(&self, leaf: &Leaf<F::Flags>, level: u8, within: u64) -> u64 {
-        let frame = Hpa(leaf.frame.0 | within);
-        self.format.leaf_entry(frame, level, leaf.flags)
     }
 }

@@ -148,6 +148,52 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
         }
     }
 
+    /// The part of a leaf that one entry of `level` maps: all of it, except for pages that fill
+    /// several entries.
+    #[inline]
+    fn slot(&self, entry: u64, level: u8, offset: u64) -> Leaf<F::Flags> {
+        let mut leaf = self.format.leaf(entry, level);
+        if F::SIZED_PAGES {
+            let span = 1u64 << shift_of(level);
+            leaf.frame.0 |= offset & (leaf.bytes() - 1) & !(span - 1);
+            leaf.shift = shift_of(level);
+        }
+        leaf
+    }
+
+    /// Makes single pages of a page that fills several entries, of which `found` is one.
+    fn single<T>(&self, flush: &mut Flush<'_, M, T>, offset: u64) {
+        let found = self.find(offset);
+        if !F::SIZED_PAGES || !self.format.is_present(found.entry) {
+            return;
+        }
+        let leaf = self.format.leaf(found.entry, found.level);
+        let span = 1u64 << shift_of(found.level);
+        let first = offset & !(leaf.bytes() - 1);
+        let table = Hpa(found.at.0 & !0xFFF);
+        for slot in (first..=first | (leaf.bytes() - 1)).step_by(span as usize) {
+            let at = place(table, found.level, slot);
+            let mut entry = self.frames.load(at);
+            while self.format.is_present(entry) {
+                let part = self.slot(entry, found.level, slot);
+                let new = self.format.leaf_entry(part.frame, found.level, part.flags);
+                match self.frames.compare_exchange(at, entry, new) {
+                    Ok(_) => break,
+                    Err(now) => entry = now,
+                }
+            }
+        }
+        flush.cover(first, first | (leaf.bytes() - 1), true);
+    }
+
+    /// Whether the page that holds `offset` fills several entries.
+    #[inline]
+    fn is_sized(&self, found: &Found) -> bool {
+        F::SIZED_PAGES
+            && self.format.is_present(found.entry)
+            && self.format.leaf(found.entry, found.level).shift != shift_of(found.level)
+    }
+
     /// The range as an offset into the table, if it is aligned and lies in one piece.
     fn range(&self, start: F::Input, len: u64) -> Result<u64, EditError> {
         use crate::format::Input;

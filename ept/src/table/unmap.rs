@@ -71,6 +71,10 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
             if !self.format.is_present(found.entry) {
                 return flush;
             }
+            if self.is_sized(&found) {
+                self.single(&mut flush, offset);
+                continue;
+            }
             let replaced =
                 self.frames
                     .compare_exchange(found.at, found.entry, self.format.absent());
@@ -131,19 +135,23 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
             usize::from(present) * usize::from(found.level.saturating_sub(aligned))
         };
         let needed = offsets.map(steps);
-        if needed == [0, 0] {
+        if !F::SIZED_PAGES && needed == [0, 0] {
             return Ok(());
         }
         let mut spare = Spare::new(&self.frames, needed[0] + needed[1])?;
         for offset in offsets.into_iter().filter(|offset| *offset < end) {
             loop {
                 let found = self.find(offset);
+                if self.is_sized(&found) {
+                    self.single(flush, offset);
+                    continue;
+                }
                 let span = 1u64 << shift_of(found.level);
                 if !self.format.is_present(found.entry) || offset & (span - 1) == 0 {
                     break;
                 }
                 let first = offset & !(span - 1);
-                self.break_up(found.at, found.entry, found.level, spare.take());
+                self.break_up(found.at, found.level, offset, spare.take());
                 flush.cover(first, first | (span - 1), false);
             }
         }
@@ -190,16 +198,13 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
 
     #[inline]
     fn clear_leaf<S: Sink<F>>(&self, at: Hpa, level: u8, offset: u64, flush: &mut Flush<'_, M, S>) {
-        let leaf = if S::WANTED {
-            let leaf = self.format.leaf(self.swap(at, self.format.absent()), level);
+        if S::WANTED {
+            let leaf = self.slot(self.swap(at, self.format.absent()), level, offset);
             flush.value_mut().take(self.format.address(offset), leaf);
-            leaf
         } else {
-            let leaf = self.format.leaf(self.frames.load(at), level);
             self.frames.store(at, self.format.absent());
-            leaf
-        };
-        flush.cover(offset, offset | (leaf.bytes() - 1), true);
+        }
+        flush.cover(offset, offset | ((1 << shift_of(level)) - 1), true);
     }
 
     /// Hands a table that is unlinked, and all below it, to the token.
@@ -216,7 +221,7 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
                     let (child, below) = self.format.child(entry, level);
                     self.retire(child, below, offset, flush);
                 } else if S::WANTED {
-                    let leaf = self.format.leaf(self.swap(at, self.format.absent()), level);
+                    let leaf = self.slot(self.swap(at, self.format.absent()), level, offset);
                     flush.value_mut().take(self.format.address(offset), leaf);
                 }
             }
