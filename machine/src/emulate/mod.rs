@@ -5,6 +5,11 @@
 //! the finished iterations of a repeated string instruction, exactly as the architecture restarts
 //! them. [`length`] only measures an instruction, for processors that do not tell its length.
 //!
+//! Covered are moves of all kinds (also SSE's), arithmetic, bit operations, exchanges, string
+//! instructions, stack and branch operands, and ports. Not covered are the x87 FPU, MMX and AVX,
+//! multiplication and division, and far branches: [`EmulateError::Unsupported`]. Alignment checks
+//! (`#AC`) are not made.
+//!
 //! Work is bounded: one call executes at most [`MAX_ITERATIONS`] iterations, and no guest input
 //! makes it panic.
 
