@@ -41,6 +41,11 @@ pub(crate) struct Payload {
 }
 
 impl Payload {
+    /// Bytes in all modules.
+    pub(crate) fn size(&self) -> u64 {
+        self.modules.iter().map(|(_, data)| data.len() as u64).sum()
+    }
+
     /// The archive that carries the modules, and the command line too if `with_command_line`.
     pub(crate) fn container(&self, with_command_line: bool) -> Vec<u8> {
         let mut archive = Archive::new();

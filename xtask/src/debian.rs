@@ -236,7 +236,11 @@ pub(crate) fn kernel() -> Result<Kernel> {
     };
     Ok(Kernel {
         image: folder.join("boot").join(format!("vmlinuz-{release}")),
-        modules: modules.join("lib/modules").join(&release),
+        modules: ["lib/modules", "usr/lib/modules"]
+            .iter()
+            .map(|path| modules.join(path).join(&release))
+            .find(|path| path.is_dir())
+            .with_context(|| format!("{package} has no modules"))?,
         release,
     })
 }

@@ -6,14 +6,14 @@
 /bin/busybox --install -s /bin
 export PATH=/bin HOME=/root TERM=${TERM:-vt100}
 for module in $(cat /etc/modules); do
-    modprobe "$module" || echo "init: no module $module"
+    grep -q "^$module.ko:" "/lib/modules/$(uname -r)/modules.dep" || continue # built in
+    modprobe "$module" || echo "init: cannot load $module"
 done
 cd /root
 if [ -f /run.sh ]; then
     sh /run.sh
     status=$?
-    # The debug-exit port takes the status out of the machine.
-    printf "\\$(printf %03o $status)" | dd of=/dev/port bs=1 seek=244 conv=notrunc 2>/dev/null
+    exit-port $status
 else
     echo "A guest of Testudo. 'exit' or Ctrl-D powers it off."
     setsid cttyhack sh

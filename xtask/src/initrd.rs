@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
+use crate::bare;
 use crate::cpio::Archive;
 use crate::debian::{self, Kernel};
 
@@ -46,9 +47,18 @@ impl Initrd {
         archive.device("dev/null", 1, 3);
         archive.file("bin/busybox", 0o755, &fs::read(debian::busybox()?)?);
         archive.link("bin/sh", "busybox");
+        archive.file(
+            "bin/exit-port",
+            0o755,
+            &fs::read(bare::build("exit-port")?)?,
+        );
         let init = self.init.as_deref().unwrap_or(include_str!("init.sh"));
         archive.file("init", 0o755, init.as_bytes());
-        archive.file("etc/modules", 0o644, self.load.join("\n").as_bytes());
+        archive.file(
+            "etc/modules",
+            0o644,
+            self.load.join("\n").replace('-', "_").as_bytes(),
+        );
         if let Some(commands) = &self.run {
             archive.file("run.sh", 0o644, commands.as_bytes());
         }
@@ -65,11 +75,7 @@ impl Initrd {
         archive.folder(&folder);
         let mut dependencies = String::new();
         if !(self.load.is_empty() && self.carry.is_empty()) {
-            let mut modules = Modules {
-                available: BTreeMap::new(),
-                chosen: Vec::new(),
-            };
-            modules.scan(&kernel.modules)?;
+            let mut modules = Modules::of(&kernel.modules)?;
             for name in self.load.iter().chain(&self.carry) {
                 modules.choose(name)?;
             }
@@ -101,10 +107,32 @@ struct Module {
 /// The kernel's modules by name, and those chosen so far.
 struct Modules {
     available: BTreeMap<String, PathBuf>,
+    /// Those that the kernel contains, which need no file.
+    built_in: Vec<String>,
     chosen: Vec<Module>,
 }
 
 impl Modules {
+    fn of(folder: &Path) -> Result<Self> {
+        // One path on each line, such as `kernel/drivers/block/virtio_blk.ko`.
+        let list = fs::read_to_string(folder.join("modules.builtin")).unwrap_or_default();
+        let name = |path: &str| {
+            Some(
+                path.rsplit('/')
+                    .next()?
+                    .strip_suffix(".ko")?
+                    .replace('-', "_"),
+            )
+        };
+        let mut modules = Self {
+            available: BTreeMap::new(),
+            built_in: list.lines().filter_map(name).collect(),
+            chosen: Vec::new(),
+        };
+        modules.scan(folder)?;
+        Ok(modules)
+    }
+
     fn scan(&mut self, folder: &Path) -> Result<()> {
         let entries =
             fs::read_dir(folder).with_context(|| format!("no modules in {}", folder.display()))?;
@@ -129,6 +157,9 @@ impl Modules {
         if let Some(module) = self.chosen.iter().find(|module| module.name == name) {
             return Ok(module.needs.clone());
         }
+        if self.built_in.contains(&name) {
+            return Ok(Vec::new());
+        }
         let Some(path) = self.available.get(&name) else {
             bail!("the kernel has no module {name}");
         };
@@ -138,7 +169,7 @@ impl Modules {
             // `modules.dep` names what is needed directly first and what that needs after it.
             let further = self.choose(&direct)?;
             for need in std::iter::once(direct.replace('-', "_")).chain(further) {
-                if !needs.contains(&need) {
+                if !needs.contains(&need) && !self.built_in.contains(&need) {
                     needs.push(need);
                 }
             }

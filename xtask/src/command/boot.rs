@@ -2,23 +2,23 @@
 
 use std::fs;
 use std::io::IsTerminal;
-use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
 use crate::bare::{self, Payload};
 use crate::debian;
-use crate::emulator::{Cpu, Kind, Machine};
+use crate::emulator::{Cpu, Kind, Machine, Program};
 use crate::initrd::Initrd;
 use crate::run;
+use crate::workplace::RunFolder;
 
 /// The hypervisor's package.
 pub(super) const HYPERVISOR: &str = "linux-vmm";
 /// Memory in MiB that the hypervisor has beyond its guest's.
 const OWN_MEMORY: u64 = 192;
-/// MiB below 4 GiB that a PC leaves to devices; a large guest's memory must fit above it in one piece.
-const BELOW_4G: u64 = 3584;
+/// MiB of memory that a PC has below 4 GiB; a larger guest's must fit above it in one piece.
+const BELOW_4G: u64 = 3072;
 
 /// What makes the guest's processors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -29,6 +29,8 @@ pub(crate) enum Backend {
     Vmx,
     /// Linux's /dev/kvm
     Kvm,
+    /// No hypervisor: the kernel on the emulator itself, for comparison
+    None,
 }
 
 impl Backend {
@@ -37,6 +39,7 @@ impl Backend {
         match self {
             Self::Svm => Ok(Cpu::Svm),
             Self::Vmx => bail!("--backend vmx is not in this version yet; there is svm"),
+            Self::None => bail!("without a hypervisor there is nothing to run here"),
             Self::Kvm => bail!("--backend kvm is not in this version yet; there is svm"),
         }
     }
@@ -44,7 +47,7 @@ impl Backend {
     /// The emulator that has this processor.
     pub(super) fn emulator(self) -> Kind {
         match self {
-            Self::Svm | Self::Kvm => Kind::Qemu,
+            Self::Svm | Self::Kvm | Self::None => Kind::Qemu,
             Self::Vmx => Kind::Bochs,
         }
     }
@@ -103,7 +106,6 @@ pub(crate) struct Boot {
 impl Boot {
     pub(crate) fn run(&self) -> Result<u8> {
         run::set_verbose(self.verbose);
-        let cpu = self.backend.cpu()?;
         if self.run.is_some() && !self.initrd.is_empty() {
             bail!("--run needs the default initial RAM disk, and --initrd replaces it");
         }
@@ -114,12 +116,10 @@ impl Boot {
             .timeout
             .map(|seconds| Duration::try_from_secs_f64(seconds).context("--timeout takes seconds"))
             .transpose()?;
-        let payload = self.payload()?;
-        let program = bare::build(HYPERVISOR)?;
-        let machine = Machine {
-            cpu,
+        let guest = self.guest()?;
+        let mut machine = Machine {
             processors: self.processors.unwrap_or(self.vcpus),
-            memory: machine_memory(self.memory),
+            memory: self.memory,
             exact: self.exact,
             input: self.run.is_none(),
             timeout,
@@ -128,74 +128,132 @@ impl Boot {
         if self.run.is_none() && self.kernel.is_none() && std::io::stdin().is_terminal() {
             run::progress("booting to a shell; Ctrl-A X ends the emulator");
         }
-        machine.run(&program, &payload)
-    }
-
-    /// The hypervisor's command line and modules.
-    fn payload(&self) -> Result<Payload> {
-        let mut modules = Vec::new();
+        if self.backend == Backend::None {
+            return guest.run_directly(&machine);
+        }
+        machine.cpu = self.backend.cpu()?;
         let mut command_line = format!("memory={} vcpus={}", self.memory, self.vcpus);
         if self.stats {
             command_line.push_str(" stats");
         }
-        let quiet = if self.run.is_some() { " quiet" } else { "" };
-        match &self.cmdline {
-            Some(line) => command_line.push_str(&format!(" -- {line}")),
-            None => command_line.push_str(&format!(" -- console=ttyS0{quiet}")),
-        }
+        let payload = guest.payload(&command_line);
+        machine.memory = machine_memory(self.memory, &payload);
+        machine.run(&bare::build(HYPERVISOR)?, &payload)
+    }
 
-        let given = self
-            .kernel
-            .as_ref()
-            .map(|file| Ok::<_, anyhow::Error>((file, read(file)?)))
-            .transpose()?;
+    fn guest(&self) -> Result<Guest> {
+        let quiet = if self.run.is_some() { " quiet" } else { "" };
+        let command_line = self
+            .cmdline
+            .clone()
+            .unwrap_or_else(|| format!("console=ttyS0{quiet}"));
+        let given = self.kernel.as_ref().map(|file| named(file)).transpose()?;
         // A Linux kernel without a RAM disk gets ours; what other kernels take as modules is theirs to say.
         let is_linux = given
             .as_ref()
-            .is_none_or(|(_, data)| data.get(0x202..0x206) == Some(b"HdrS"));
-        let distribution =
-            if given.is_none() || self.initrd.is_empty() && (is_linux || self.run.is_some()) {
-                Some(debian::kernel()?)
-            } else {
-                None
-            };
-        match (given, &distribution) {
-            (Some((file, data)), _) => modules.push((format!("kernel {file}"), data)),
-            (None, Some(kernel)) => {
-                let file = kernel.image.to_string_lossy();
-                modules.push((format!("kernel {file}"), read(&file)?));
+            .is_none_or(|kernel| kernel.data.get(0x202..0x206) == Some(b"HdrS"));
+        let default_disk = self.initrd.is_empty() && (is_linux || self.run.is_some());
+        let mut initrds = self
+            .initrd
+            .iter()
+            .map(|file| named(file))
+            .collect::<Result<Vec<_>>>()?;
+        let kernel = match given {
+            Some(kernel) if !default_disk => kernel,
+            given => {
+                let distribution = debian::kernel()?;
+                if default_disk {
+                    let disk = Initrd {
+                        run: self.run.clone(),
+                        load: self.modules.clone(),
+                        ..Initrd::default()
+                    };
+                    initrds.push(Named {
+                        string: "default".into(),
+                        data: disk.build(&distribution)?,
+                    });
+                }
+                match given {
+                    Some(kernel) => kernel,
+                    None => named(&distribution.image.to_string_lossy())?,
+                }
             }
-            (None, None) => bail!("there is no kernel to boot"),
-        }
-        for string in &self.initrd {
-            let file = string.split(' ').next().unwrap_or(string);
-            modules.push((format!("initrd {string}"), read(file)?));
-        }
-        if self.initrd.is_empty()
-            && let Some(kernel) = &distribution
-        {
-            let initrd = Initrd {
-                run: self.run.clone(),
-                load: self.modules.clone(),
-                ..Initrd::default()
-            };
-            modules.push(("initrd default".into(), initrd.build(kernel)?));
-        }
-        Ok(Payload {
+        };
+        Ok(Guest {
             command_line,
-            modules,
+            kernel,
+            initrds,
         })
     }
 }
 
-fn read(file: &str) -> Result<Vec<u8>> {
-    fs::read(Path::new(file)).with_context(|| format!("cannot read {file}"))
+/// What the guest is made of.
+struct Guest {
+    command_line: String,
+    kernel: Named,
+    initrds: Vec<Named>,
 }
 
-/// The memory in MiB of a machine whose hypervisor can give its guest `guest` MiB in one piece.
-pub(super) fn machine_memory(guest: u64) -> u64 {
-    let needed = guest.saturating_add(OWN_MEMORY);
-    if needed > BELOW_4G / 2 {
+/// A file's contents under the words that named it: its path, and for a module its arguments.
+struct Named {
+    string: String,
+    data: Vec<u8>,
+}
+
+/// Reads a file that is named by the first of some words.
+fn named(string: &str) -> Result<Named> {
+    let file = string.split(' ').next().unwrap_or(string);
+    let data = fs::read(file).with_context(|| format!("cannot read {file}"))?;
+    Ok(Named {
+        string: string.to_owned(),
+        data,
+    })
+}
+
+impl Guest {
+    /// What the hypervisor is given.
+    fn payload(self, command_line: &str) -> Payload {
+        let kernel = (format!("kernel {}", self.kernel.string), self.kernel.data);
+        let initrds = self
+            .initrds
+            .into_iter()
+            .map(|file| (format!("initrd {}", file.string), file.data));
+        Payload {
+            command_line: format!("{command_line} -- {}", self.command_line),
+            modules: std::iter::once(kernel).chain(initrds).collect(),
+        }
+    }
+
+    /// Runs the guest on the emulator with no hypervisor in between.
+    fn run_directly(&self, machine: &Machine) -> Result<u8> {
+        let folder = RunFolder::new()?;
+        let kernel = folder.file("kernel");
+        fs::write(&kernel, &self.kernel.data)?;
+        let initrd = (!self.initrds.is_empty()).then(|| folder.file("initrd"));
+        if let Some(file) = &initrd {
+            let parts: Vec<&[u8]> = self
+                .initrds
+                .iter()
+                .map(|part| part.data.as_slice())
+                .collect();
+            fs::write(file, parts.concat())?;
+        }
+        let command_line = self.command_line.clone();
+        machine.run_program(&Program {
+            kernel,
+            initrd,
+            command_line,
+        })
+    }
+}
+
+/// The memory in MiB of a machine whose hypervisor holds `payload` and can give its guest `guest` MiB in
+/// one piece.
+pub(super) fn machine_memory(guest: u64, payload: &Payload) -> u64 {
+    let needed = guest
+        .saturating_add(OWN_MEMORY)
+        .saturating_add(payload.size() >> 20);
+    if needed > BELOW_4G {
         needed.saturating_add(BELOW_4G)
     } else {
         needed

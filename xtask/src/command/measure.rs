@@ -69,17 +69,17 @@ impl Measure {
         let hypervisor = bare::build(HYPERVISOR)?;
         let folder = workplace::RunFolder::new()?;
         let console = folder.file("console");
+        let payload = Payload {
+            command_line: format!("memory={MEMORY} vcpus=1 -- "),
+            modules: vec![("kernel meter".into(), fs::read(&meter)?)],
+        };
         let machine = Machine {
             cpu: self.backend.cpu()?,
-            memory: machine_memory(MEMORY),
+            memory: machine_memory(MEMORY, &payload),
             exact: true,
             capture: Some(console.clone()),
             timeout: Some(PATIENCE),
             ..Machine::new(self.backend.emulator())
-        };
-        let payload = Payload {
-            command_line: format!("memory={MEMORY} vcpus=1 -- "),
-            modules: vec![("kernel meter".into(), fs::read(&meter)?)],
         };
         let status = machine.run(&hypervisor, &payload)?;
         let output = String::from_utf8_lossy(&fs::read(&console)?).into_owned();
@@ -109,9 +109,8 @@ impl Measure {
         // The first process says that it runs, ends a guest by its debug-exit port, and otherwise halts.
         let script = format!(
             "#!/bin/busybox sh\n\
-             /bin/busybox mount -t devtmpfs dev /dev\n\
              echo '{MARK}'\n\
-             /bin/busybox printf '\\000' | /bin/busybox dd of=/dev/port bs=1 seek=244 conv=notrunc 2>/dev/null\n\
+             /bin/exit-port 0\n\
              /bin/busybox halt -f\n",
         );
         let disk = Initrd {
@@ -152,7 +151,7 @@ impl Measure {
         fs::write(&modules, payload.container(false))?;
         let hypervisor = bare::build(HYPERVISOR)?;
         run::progress("booting under the hypervisor");
-        let under = machine(machine_memory(MEMORY)).count(
+        let under = machine(machine_memory(MEMORY, &payload)).count(
             &Program {
                 kernel: hypervisor,
                 initrd: Some(modules),

@@ -92,6 +92,12 @@ impl Machine {
         }
     }
 
+    /// Runs what `program` says on QEMU to its end; the status is what it wrote to the debug-exit port, or 0
+    /// when it powered the machine off.
+    pub(crate) fn run_program(&self, program: &Program) -> Result<u8> {
+        qemu::run_program(self, program)
+    }
+
     /// Runs what `program` says on QEMU until the console has shown `mark` and the processors have
     /// halted for good; returns how many instructions they executed.
     pub(crate) fn count(&self, program: &Program, mark: &str) -> Result<u64> {

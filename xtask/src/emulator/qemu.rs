@@ -4,12 +4,12 @@ use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, ExitStatus};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use super::{Cpu, Loader, Machine, Program, iso, status_in};
+use super::{Cpu, Kind, Loader, Machine, Program, iso, status_in};
 use crate::bare::Payload;
 use crate::debian::{self, Tool};
 use crate::run;
@@ -67,25 +67,52 @@ pub(super) fn run(machine: &Machine, kernel: &Path, payload: &Payload) -> Result
             qemu.arg("-cdrom").arg(iso::make(&folder, kernel, payload)?);
         }
         Loader::Direct => {
-            let mut program = Program {
-                kernel: kernel.to_owned(),
-                initrd: None,
-                command_line: payload.command_line.clone(),
-            };
-            if !payload.modules.is_empty() {
-                let container = folder.file("modules");
-                fs::write(&container, payload.container(false))?;
-                program.initrd = Some(container);
+            let container = (!payload.modules.is_empty()).then(|| folder.file("modules"));
+            if let Some(file) = &container {
+                fs::write(file, payload.container(false))?;
             }
-            load(&mut qemu, &program);
+            let command_line = payload.command_line.clone();
+            load(
+                &mut qemu,
+                &Program {
+                    kernel: kernel.to_owned(),
+                    initrd: container,
+                    command_line,
+                },
+            );
         }
     }
-    qemu.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=1"]);
     qemu.args([
         "-chardev",
         &format!("file,id=status,path={}", status_file.display()),
     ]);
     qemu.args(["-device", "isa-debugcon,iobase=0xe9,chardev=status"]);
+    let Some(ended) = finish(machine, qemu)? else {
+        return Ok(machine.timed_out());
+    };
+    let console = fs::read(&status_file).unwrap_or_default();
+    match status_in(&String::from_utf8_lossy(&console)).or_else(|| debug_exit(ended)) {
+        Some(status) => Ok(status),
+        None => bail!("the emulator ended without a status from the program: {ended}"),
+    }
+}
+
+pub(super) fn run_program(machine: &Machine, program: &Program) -> Result<u8> {
+    if machine.kind != Kind::Qemu {
+        bail!("only QEMU starts a kernel without help");
+    }
+    let mut qemu = command(machine)?;
+    load(&mut qemu, program);
+    match finish(machine, qemu)? {
+        None => Ok(machine.timed_out()),
+        Some(ended) if ended.success() => Ok(0),
+        Some(ended) => debug_exit(ended).with_context(|| format!("the emulator failed: {ended}")),
+    }
+}
+
+/// Adds the debug-exit device and the console, and runs the machine; `None` if it took too long.
+fn finish(machine: &Machine, mut qemu: Command) -> Result<Option<ExitStatus>> {
+    qemu.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=1"]);
     match &machine.capture {
         Some(file) => qemu.args(["-serial", &format!("file:{}", file.display())]),
         // With the monitor on the same terminal, Ctrl-C reaches the guest and Ctrl-A X ends QEMU.
@@ -93,19 +120,14 @@ pub(super) fn run(machine: &Machine, kernel: &Path, payload: &Payload) -> Result
         None => qemu.args(["-serial", "stdio"]),
     };
     let mut child = run::spawn(qemu.stdin(machine.stdin()))?;
-    let Some(ended) = run::wait_until(&mut child, machine.deadline())? else {
-        return Ok(machine.timed_out());
-    };
-    let console = fs::read(&status_file).unwrap_or_default();
-    match status_in(&String::from_utf8_lossy(&console)) {
-        Some(status) => Ok(status),
-        // `isa-debug-exit` makes odd numbers; a status that came only that way has seven bits.
-        None if ended.code().is_some_and(|code| code > 1 && code % 2 == 1) => Ok(ended
-            .code()
-            .and_then(|code| u8::try_from(code >> 1).ok())
-            .unwrap_or(u8::MAX)),
-        None => bail!("the emulator ended without a status from the program: {ended}"),
-    }
+    run::wait_until(&mut child, machine.deadline())
+}
+
+/// The status in QEMU's own: `isa-debug-exit` shifts it left and adds one, so it has seven bits, and 0
+/// cannot be told from QEMU's own failures.
+fn debug_exit(ended: ExitStatus) -> Option<u8> {
+    let code = u8::try_from(ended.code()?).ok()?;
+    (code > 1 && code % 2 == 1).then_some(code >> 1)
 }
 
 /// Runs a program until the console has shown `mark` and the processors have stopped for good; returns
