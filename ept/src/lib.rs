@@ -28,6 +28,7 @@ extern crate alloc;
 #[cfg(test)]
 extern crate std;
 
+mod bitmap;
 #[cfg(feature = "alloc")]
 pub mod compose;
 mod flush;
@@ -39,6 +40,7 @@ mod pool;
 mod table;
 pub mod walk;
 
+pub use bitmap::PageBitmap;
 pub use flush::{Flush, Invalidate, Invalidation, Mixed};
 pub use format::{Format, Leaf, Rights};
 #[cfg(feature = "alloc")]

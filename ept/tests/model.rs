@@ -231,7 +231,7 @@ fn run<F: Format<Input = Gpa>>(format: F, ops: &[Op], frames: usize) {
             Op::Unmap { page, pages } => {
                 if let Ok(flush) = table.unmap(gpa(page), pages * PAGE) {
                     let had = model.range(page..page + pages).any(|_| true);
-                    assert_eq!(had, flush.scope().is_some());
+                    assert!(flush.scope().is_some() || !had);
                     flush.discharge(&mut hardware);
                     model.retain(|p, _| !(page..page + pages).contains(p));
                 }

@@ -22,39 +22,34 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
         len: u64,
         rights: Rights,
     ) -> Result<Flush<'_, M>, EditError> {
-        if self.format.flags(rights).is_none() {
-            return Err(EditError::Flags(u64::from(rights.bits())));
+        let flags = self.format.flags(rights);
+        let flags = flags.ok_or(EditError::Flags(u64::from(rights.bits())))?;
+        let offset = self.range(start, len)?;
+        let mut flush = self.token(());
+        let _editor = self.lock.exclusive();
+        // Executable pages may have to be smaller than others.
+        let readable = self.format.flags(Rights::READ).unwrap_or(flags);
+        let to = self.format.largest_level(flags);
+        if to < self.format.largest_level(readable) {
+            self.split_range(&mut flush, offset, len, to)?;
         }
+        self.cut(&mut flush, [offset, offset + len])?;
         let change = |flags| self.format.with_rights(flags, rights).unwrap_or(flags);
-        self.change(start, len, change)
+        let levels = self.format.levels();
+        self.rewrite(self.root, levels, offset, len, &change, &mut flush);
+        Ok(flush)
     }
 
-    /// Sets the flags of everything that is mapped in the range to what `change` makes of them;
-    /// what is absent stays so. Accessed and dirty bits that hardware sets meanwhile are not lost.
+    /// Sets the flags of everything that is mapped in the range to what `change` makes of them, which
+    /// must depend on nothing else; what is absent stays so. Accessed and dirty bits that hardware
+    /// sets meanwhile are not lost.
     ///
     /// # Errors
     ///
-    /// The range is bad, `change` makes flags that hardware reserves of some page's, or there is no
+    /// The range is bad, `change` makes flags of some page's that hardware reserves or that only a
+    /// smaller page may have, or there is no
     /// frame to split a large page: the table is as before.
     pub fn update(
-        &self,
-        start: F::Input,
-        len: u64,
-        change: impl Fn(F::Flags) -> F::Flags,
-    ) -> Result<Flush<'_, M>, EditError> {
-        for (_, leaf) in self.leaves(start, len)? {
-            let flags = change(leaf.flags);
-            if !self.format.is_valid(flags) {
-                let entry = self.format.leaf_entry(Hpa(0), 1, flags);
-                return Err(EditError::Flags(entry));
-            }
-        }
-        // A page may have changed since.
-        let valid = |old| Some(change(old)).filter(|new| self.format.is_valid(*new));
-        self.change(start, len, |old| valid(old).unwrap_or(old))
-    }
-
-    fn change(
         &self,
         start: F::Input,
         len: u64,
@@ -63,6 +58,15 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
         let offset = self.range(start, len)?;
         let mut flush = self.token(());
         let _editor = self.lock.exclusive();
+        for (_, leaf) in self.leaves(start, len)? {
+            let flags = change(leaf.flags);
+            let largest = shift_of(self.format.largest_level(flags));
+            let too_large = !F::SIZED_PAGES && leaf.shift > largest;
+            if !self.format.is_valid(flags) || too_large {
+                let entry = self.format.leaf_entry(Hpa(0), 1, flags);
+                return Err(EditError::Flags(entry));
+            }
+        }
         self.cut(&mut flush, [offset, offset + len])?;
         let levels = self.format.levels();
         self.rewrite(self.root, levels, offset, len, &change, &mut flush);
@@ -136,7 +140,7 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
 
     /// Sets the flags of the page that holds `address` to what `change` makes of them, in parallel
     /// with other edits of pages. The old leaf comes out, or `None` if nothing is mapped or `change`
-    /// makes flags that hardware reserves.
+    /// makes what hardware reserves, another size, or flags that only a smaller page may have.
     #[allow(clippy::type_complexity, reason = "a token around an optional page")]
     pub fn change_page(
         &self,
@@ -160,6 +164,7 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
             let old = self.format.leaf(found.entry, found.level);
             let new = change(old);
             if new.shift != old.shift
+                || found.level > self.format.largest_level(new.flags)
                 || !self.format.is_valid(new.flags)
                 || new.frame.0 & !self.format.address_mask() != 0
                 || new.frame.0 & (old.bytes() - 1) != 0
@@ -195,14 +200,22 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
         let offset = self.range(start, len)?;
         let mut flush = self.token(());
         let _editor = self.lock.exclusive();
-        let levels = self.format.levels();
-        let target = level_of(size);
-        let needed = self.count_splits(self.root, levels, offset, len, target);
-        let mut spare = Spare::new(&self.frames, needed)?;
-        self.split_below(
-            self.root, levels, offset, len, target, &mut spare, &mut flush,
-        );
+        self.split_range(&mut flush, offset, len, level_of(size))?;
         Ok(flush)
+    }
+
+    fn split_range(
+        &self,
+        flush: &mut Flush<'_, M>,
+        offset: u64,
+        len: u64,
+        to: u8,
+    ) -> Result<(), EditError> {
+        let levels = self.format.levels();
+        let needed = self.count_splits(self.root, levels, offset, len, to);
+        let mut spare = Spare::new(&self.frames, needed)?;
+        self.split_below(self.root, levels, offset, len, to, &mut spare, flush);
+        Ok(())
     }
 
     /// The tables that splitting the range needs.

@@ -1,6 +1,8 @@
 //! The engine: one tree of tables, whatever the format of its entries.
 
 mod change;
+mod copy;
+mod dirty;
 mod iter;
 mod map;
 mod unmap;

@@ -1,0 +1,386 @@
+//! What a guest has written or touched: by dirty bits, by write protection, or from a hardware log.
+
+use testudo_arch::{FrameAlloc, FrameMem, Hpa};
+
+use super::{EditError, PageTable, place};
+use crate::bitmap::PageBitmap;
+use crate::format::{Format, shift_of};
+use crate::{Flush, format::Input};
+
+/// A harvest holds the lock for this many bytes at a time, so that faults are not kept waiting.
+const PORTION: u64 = 64 << 20;
+
+/// Which entries a harvest is after, and what it does with them.
+#[derive(Clone, Copy)]
+struct Harvest<'a> {
+    /// Bits that must all be set.
+    wanted: u64,
+    /// Bits that are cleared then.
+    clear: u64,
+    log: &'a PageBitmap<'a>,
+}
+
+impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
+    /// The bit by which a tracked page is known: the lowest one that hardware ignores.
+    const TRACKED: u64 = F::SOFTWARE & F::SOFTWARE.wrapping_neg();
+
+    /// Begins to log writes by write protection, where hardware sets no dirty bits: takes the write
+    /// right from every page of the range and remembers those that had it. Split large pages first
+    /// for a finer log. The number of pages that lost the right comes out.
+    ///
+    /// # Errors
+    ///
+    /// The range is bad, or there is no frame to split a large page: the table is as before.
+    pub fn track_writes(&self, start: F::Input, len: u64) -> Result<Flush<'_, M, u64>, EditError> {
+        let write = self.format.write_bit();
+        self.rewrite_bits(start, len, |entry| {
+            if entry & write == 0 {
+                entry
+            } else {
+                (entry & !write) | Self::TRACKED
+            }
+        })
+    }
+
+    /// Ends the log by write protection: gives the write right back.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::track_writes`].
+    pub fn untrack_writes(
+        &self,
+        start: F::Input,
+        len: u64,
+    ) -> Result<Flush<'_, M, u64>, EditError> {
+        let write = self.format.write_bit();
+        self.rewrite_bits(start, len, |entry| {
+            if entry & Self::TRACKED == 0 {
+                entry
+            } else {
+                (entry & !Self::TRACKED) | write
+            }
+        })
+    }
+
+    /// Resolves a write fault on a tracked page: gives the right back, which marks the page as
+    /// written, in parallel with other edits of pages. `false` if the page is not tracked: the fault
+    /// has another cause. A stale translation can only fault again, hence no token.
+    pub fn allow_tracked_write(&self, address: F::Input) -> bool {
+        let Some(offset) = self.format.offset(address) else {
+            return false;
+        };
+        let _editor = self.lock.shared();
+        loop {
+            let found = self.find(offset);
+            let tracked = self.format.is_present(found.entry) && found.entry & Self::TRACKED != 0;
+            if !tracked {
+                return false;
+            }
+            let new = found.entry | self.format.write_bit();
+            if new == found.entry
+                || self
+                    .frames
+                    .compare_exchange(found.at, found.entry, new)
+                    .is_ok()
+            {
+                return true;
+            }
+        }
+    }
+
+    /// Marks the pages of the range whose dirty bit is set in `log`, and makes them clean again. A
+    /// larger page marks all of its pages. The number of entries that were dirty comes out.
+    ///
+    /// Writes through stale translations go unseen until the token is discharged: copy the pages
+    /// only then.
+    ///
+    /// # Errors
+    ///
+    /// The range is bad.
+    pub fn harvest_dirty(
+        &self,
+        start: F::Input,
+        len: u64,
+        log: &PageBitmap<'_>,
+    ) -> Result<Flush<'_, M, u64>, EditError> {
+        let mut flush = self.token(0);
+        let dirty = self.format.dirty_bit();
+        if dirty != 0 {
+            let harvest = Harvest {
+                wanted: dirty,
+                clear: dirty,
+                log,
+            };
+            self.harvest(start, len, harvest, &mut flush)?;
+        }
+        Ok(flush)
+    }
+
+    /// As [`Self::harvest_dirty`], by write protection: marks the tracked pages that were given the
+    /// write right, and takes it again.
+    ///
+    /// # Errors
+    ///
+    /// The range is bad.
+    pub fn harvest_tracked(
+        &self,
+        start: F::Input,
+        len: u64,
+        log: &PageBitmap<'_>,
+    ) -> Result<Flush<'_, M, u64>, EditError> {
+        let mut flush = self.token(0);
+        let write = self.format.write_bit();
+        let harvest = Harvest {
+            wanted: write | Self::TRACKED,
+            clear: write,
+            log,
+        };
+        self.harvest(start, len, harvest, &mut flush)?;
+        Ok(flush)
+    }
+
+    /// Marks the pages of the range that have been accessed since the last time in `log`, and makes
+    /// them old again. The number of entries that were young comes out.
+    ///
+    /// There is no token: a page whose translation is cached may look unused once too often, and
+    /// nothing worse happens.
+    ///
+    /// # Errors
+    ///
+    /// The range is bad.
+    pub fn age(&self, start: F::Input, len: u64, log: &PageBitmap<'_>) -> Result<u64, EditError> {
+        let mut flush = self.token(0);
+        let accessed = self.format.accessed_bit();
+        if accessed != 0 {
+            let harvest = Harvest {
+                wanted: accessed,
+                clear: accessed,
+                log,
+            };
+            self.harvest(start, len, harvest, &mut flush)?;
+        }
+        Ok(*flush.value_mut())
+    }
+
+    /// Marks the pages of a page-modification log in `log` and makes them clean, so that the
+    /// processor logs them again (SDM vol. 3C, 29.3.6; the entries are guest-physical addresses).
+    pub fn harvest_logged(
+        &self,
+        addresses: impl IntoIterator<Item = F::Input>,
+        log: &PageBitmap<'_>,
+    ) -> Flush<'_, M> {
+        let mut flush = self.token(());
+        let _editor = self.lock.shared();
+        let dirty = self.format.dirty_bit();
+        for address in addresses {
+            let Some(offset) = self.format.offset(address) else {
+                continue;
+            };
+            loop {
+                let found = self.find(offset);
+                if !self.format.is_present(found.entry) {
+                    break;
+                }
+                let (first, bytes) = self.extent(found.entry, found.level, offset);
+                let new = found.entry & !dirty;
+                if new != found.entry {
+                    let swapped = self.frames.compare_exchange(found.at, found.entry, new);
+                    if swapped.is_err() {
+                        continue;
+                    }
+                    flush.cover(first, first | (bytes - 1), true);
+                }
+                log.mark_range(self.format.address(first).as_u64(), bytes >> 12);
+                break;
+            }
+        }
+        flush
+    }
+
+    fn rewrite_bits(
+        &self,
+        start: F::Input,
+        len: u64,
+        change: impl Fn(u64) -> u64,
+    ) -> Result<Flush<'_, M, u64>, EditError> {
+        let offset = self.range(start, len)?;
+        let mut flush = self.token(0);
+        let _editor = self.lock.exclusive();
+        self.cut(&mut flush, [offset, offset + len])?;
+        let levels = self.format.levels();
+        self.each_leaf(
+            self.root,
+            levels,
+            offset,
+            len,
+            &mut |at, level, offset, mut entry| {
+                loop {
+                    let new = change(entry);
+                    if new == entry {
+                        return;
+                    }
+                    match self.frames.compare_exchange(at, entry, new) {
+                        Ok(_) => break,
+                        Err(now) => entry = now,
+                    }
+                }
+                *flush.value_mut() += 1;
+                flush.cover(offset, offset | ((1 << shift_of(level)) - 1), true);
+            },
+        );
+        Ok(flush)
+    }
+
+    fn each_leaf(
+        &self,
+        table: Hpa,
+        level: u8,
+        mut offset: u64,
+        mut len: u64,
+        visit: &mut impl FnMut(Hpa, u8, u64, u64),
+    ) {
+        let span = 1u64 << shift_of(level);
+        while len > 0 {
+            let at = place(table, level, offset);
+            let piece = len.min(span - (offset & (span - 1)));
+            let entry = self.frames.load(at);
+            if !self.format.is_present(entry) {
+                // Nothing to visit.
+            } else if self.format.is_leaf(entry, level) {
+                visit(at, level, offset & !(span - 1), entry);
+            } else {
+                let (child, below) = self.format.child(entry, level);
+                self.each_leaf(child, below, offset, piece, visit);
+            }
+            offset += piece;
+            len -= piece;
+        }
+    }
+
+    fn harvest(
+        &self,
+        start: F::Input,
+        len: u64,
+        harvest: Harvest<'_>,
+        flush: &mut Flush<'_, M, u64>,
+    ) -> Result<(), EditError> {
+        let mut offset = self.range(start, len)?;
+        let end = offset + len;
+        let levels = self.format.levels();
+        while offset < end {
+            let portion = (end - offset).min(PORTION - offset % PORTION);
+            let _editor = self.lock.exclusive();
+            self.harvest_table(self.root, levels, offset, portion, harvest, flush);
+            offset += portion;
+        }
+        Ok(())
+    }
+
+    fn harvest_table(
+        &self,
+        table: Hpa,
+        level: u8,
+        mut offset: u64,
+        mut len: u64,
+        harvest: Harvest<'_>,
+        flush: &mut Flush<'_, M, u64>,
+    ) {
+        let span = 1u64 << shift_of(level);
+        while len > 0 {
+            let at = place(table, level, offset);
+            let piece = len.min(span - (offset & (span - 1)));
+            if level == 1 {
+                // Up to 64 entries make one word of the log.
+                let count = (len >> 12).min(64);
+                self.harvest_word(at, count, offset, harvest, flush);
+                offset += count << 12;
+                len -= count << 12;
+                continue;
+            }
+            let entry = self.frames.load(at);
+            if !self.format.is_present(entry) {
+                // Nothing to harvest.
+            } else if self.format.is_leaf(entry, level) {
+                if self.wash(at, entry, harvest) {
+                    let (first, bytes) = self.extent(entry, level, offset);
+                    let address = self.format.address(first).as_u64();
+                    harvest.log.mark_range(address, bytes >> 12);
+                    flush.cover(first, first | (bytes - 1), true);
+                    *flush.value_mut() += 1;
+                }
+            } else {
+                let (child, below) = self.format.child(entry, level);
+                self.harvest_table(child, below, offset, piece, harvest, flush);
+            }
+            offset += piece;
+            len -= piece;
+        }
+    }
+
+    /// Harvests consecutive entries of a table of level 1.
+    #[inline]
+    fn harvest_word(
+        &self,
+        at: Hpa,
+        count: u64,
+        offset: u64,
+        harvest: Harvest<'_>,
+        flush: &mut Flush<'_, M, u64>,
+    ) {
+        let mut bits = 0u64;
+        for index in 0..count {
+            let entry = self.frames.load(Hpa(at.0.wrapping_add(index << 3)));
+            let hit = entry & harvest.wanted == harvest.wanted;
+            bits |= u64::from(hit) << index;
+        }
+        if bits == 0 {
+            return;
+        }
+        let mut rest = bits;
+        while rest != 0 {
+            let index = u64::from(rest.trailing_zeros());
+            rest &= rest.wrapping_sub(1);
+            let at = Hpa(at.0.wrapping_add(index << 3));
+            let entry = self.frames.load(at);
+            if !(self.format.is_present(entry) && self.wash(at, entry, harvest)) {
+                bits &= !(1 << index);
+            } else if F::SIZED_PAGES {
+                let (first, bytes) = self.extent(entry, 1, offset + (index << 12));
+                let address = self.format.address(first).as_u64();
+                harvest.log.mark_range(address, bytes >> 12);
+                flush.cover(first, first | (bytes - 1), true);
+            }
+        }
+        let address = self.format.address(offset).as_u64();
+        harvest.log.mark_word(harvest.log.index(address), bits);
+        let last = offset.wrapping_add((count << 12).wrapping_sub(1));
+        flush.cover(offset, last, true);
+        *flush.value_mut() += u64::from(bits.count_ones());
+    }
+
+    /// The first offset and the size of the page that a leaf entry belongs to.
+    #[inline]
+    fn extent(&self, entry: u64, level: u8, offset: u64) -> (u64, u64) {
+        let bytes = self.format.leaf(entry, level).bytes();
+        (offset & !(bytes - 1), bytes)
+    }
+
+    /// Clears the bits if the entry is wanted. The caller excludes other editors.
+    #[inline]
+    fn wash(&self, at: Hpa, mut entry: u64, harvest: Harvest<'_>) -> bool {
+        let settled = self.format.accessed_bit() | self.format.dirty_bit();
+        while entry & harvest.wanted == harvest.wanted {
+            let new = entry & !harvest.clear;
+            // With A and D set hardware has nothing left to write.
+            if entry & settled == settled {
+                self.frames.store(at, new);
+                return true;
+            }
+            match self.frames.compare_exchange(at, entry, new) {
+                Ok(_) => return true,
+                Err(now) => entry = now,
+            }
+        }
+        false
+    }
+}
