@@ -1,8 +1,8 @@
 //! Taking, walking and returning chains: our queues, split and packed, and rust-vmm's
 //! `virtio-queue` over `vm-memory`, on the same rings in the same memory.
 //!
-//! Time is per chain, or per descriptor where a row says so. Each measured pass works on rings
-//! that were just restored, because returning a chain changes a packed ring.
+//! Rates are per chain, or per descriptor where a row says so. A driver fills the rings before
+//! each measured pass.
 #![allow(unsafe_code, reason = "guest memory is mapped once, below")]
 
 use std::hint::black_box;
@@ -54,12 +54,12 @@ struct Shape {
     indirect: bool,
 }
 
-/// A ring with chains in it, and a copy of its bytes to restore it from.
+/// A ring of one shape, with the driver that fills it again and again.
 struct Ring {
     driver: DriverQueue,
     base: Gpa,
-    image: Vec<u8>,
     packed: bool,
+    shape: Shape,
 }
 
 impl Ring {
@@ -67,7 +67,18 @@ impl Ring {
         let base = Gpa(index * STRIDE);
         let bytes = ring_bytes(QUEUE) as usize;
         guest.ours.write(base, &vec![0; bytes]).unwrap();
-        let mut driver = DriverQueue::new(base, QUEUE, packed);
+        Self {
+            driver: DriverQueue::new(base, QUEUE, packed),
+            base,
+            packed,
+            shape,
+        }
+    }
+
+    /// Takes back what the device returned, and offers all chains anew.
+    fn refill(&mut self, guest: &Guest) {
+        while self.driver.take_used(&guest.ours).unwrap().is_some() {}
+        let shape = self.shape;
         for chain in 0..shape.chains {
             let readable: Vec<_> = (0..shape.descriptors)
                 .map(|i| Segment {
@@ -75,30 +86,20 @@ impl Ring {
                     len: 0x1000,
                 })
                 .collect();
-            let at = base.0 + TABLES + 16 * shape.descriptors * chain;
+            let at = self.base.0 + TABLES + 16 * shape.descriptors * chain;
             let table = shape.indirect.then_some(Gpa(at));
-            let offered = driver.offer(&guest.ours, &readable, &[], table);
+            let offered = self.driver.offer(&guest.ours, &readable, &[], table);
             offered.unwrap().unwrap();
         }
-        let mut image = vec![0; bytes];
-        guest.ours.read(base, &mut image).unwrap();
-        Self {
-            driver,
-            base,
-            image,
-            packed,
-        }
-    }
-
-    fn restore(&self, guest: &Guest) {
-        guest.ours.write(self.base, &self.image).unwrap();
     }
 
     fn queue(&self, guest: &Guest) -> Queue {
         let mut features = Features::VERSION_1 | Features::INDIRECT_DESC;
         features.set(Features::RING_PACKED, self.packed);
         let config = self.driver.config();
-        config.activate(features, Bounds::for_queue(QUEUE), &guest.ours).unwrap()
+        config
+            .activate(features, Bounds::for_queue(QUEUE), &guest.ours)
+            .unwrap()
     }
 
     fn peer_queue(&self) -> virtio_queue::Queue {
@@ -113,33 +114,49 @@ impl Ring {
     }
 }
 
-/// Times `work` on fresh rings, `iterations` times.
-fn timed<Q>(
-    guest: &Guest,
-    rings: &[Ring],
-    iterations: u64,
-    make: impl Fn(&Ring) -> Q,
-    mut work: impl FnMut(&mut Q),
-) -> Duration {
-    let mut total = Duration::ZERO;
-    let mut left = iterations;
-    while left > 0 {
-        let pass = left.min(RINGS) as usize;
-        let mut queues: Vec<_> = rings[..pass]
-            .iter()
-            .map(|ring| {
-                ring.restore(guest);
-                make(ring)
-            })
-            .collect();
-        let start = Instant::now();
-        for queue in &mut queues {
-            work(queue);
-        }
-        total += start.elapsed();
-        left -= pass as u64;
+/// Rings with the queues that serve them.
+struct Bench<Q>(Vec<(Ring, Q)>);
+
+impl<Q> Bench<Q> {
+    fn new(guest: &Guest, packed: bool, shape: Shape, make: impl Fn(&Ring) -> Q) -> Self {
+        let rings = (0..RINGS).map(|i| Ring::new(guest, i, packed, shape));
+        Self(
+            rings
+                .map(|ring| (make(&ring), ring))
+                .map(|(q, r)| (r, q))
+                .collect(),
+        )
     }
-    total
+
+    /// Times `work` on rings that were just filled, `iterations` times. What `before` makes of a
+    /// queue is not timed.
+    fn time<T>(
+        &mut self,
+        guest: &Guest,
+        iterations: u64,
+        mut before: impl FnMut(&mut Q) -> T,
+        mut work: impl FnMut(&mut Q, &mut T),
+    ) -> Duration {
+        let mut total = Duration::ZERO;
+        let mut left = iterations;
+        while left > 0 {
+            let pass = left.min(RINGS) as usize;
+            let mut prepared: Vec<T> = self.0[..pass]
+                .iter_mut()
+                .map(|(ring, queue)| {
+                    ring.refill(guest);
+                    before(queue)
+                })
+                .collect();
+            let start = Instant::now();
+            for ((_, queue), prepared) in self.0.iter_mut().zip(&mut prepared) {
+                work(queue, prepared);
+            }
+            total += start.elapsed();
+            left -= pass as u64;
+        }
+        total
+    }
 }
 
 /// One chain after the other: taken, walked, returned; all shown at the end.
@@ -164,7 +181,6 @@ fn ours_batched(guest: &Guest, queue: &mut Queue, batch: &mut Batch) {
             }
             queue.complete(memory, chain.into_token(), 0x100).unwrap();
         }
-        batch.clear();
     }
     black_box(queue.publish(memory).unwrap());
 }
@@ -209,7 +225,11 @@ fn shapes(c: &mut Criterion) {
     };
     let rows = [
         ("one-descriptor chains", one(CHAINS, 1, false), CHAINS),
-        ("128-descriptor chain, per descriptor", one(1, 128, false), 128),
+        (
+            "128-descriptor chain, per descriptor",
+            one(1, 128, false),
+            128,
+        ),
         ("indirect chains of 1", one(CHAINS, 1, true), CHAINS),
         ("indirect chains of 8", one(CHAINS, 8, true), CHAINS),
     ];
@@ -217,30 +237,33 @@ fn shapes(c: &mut Criterion) {
         let mut group = c.benchmark_group(name);
         group.throughput(Throughput::Elements(elements));
         for packed in [false, true] {
-            let rings: Vec<_> = (0..RINGS).map(|i| Ring::new(&guest, i, packed, shape)).collect();
             let label = if packed { "packed" } else { "split" };
+            let mut bench = Bench::new(&guest, packed, shape, |ring| ring.queue(&guest));
             group.bench_function(label, |b| {
                 b.iter_custom(|n| {
-                    let make = |ring: &Ring| ring.queue(&guest);
-                    timed(&guest, &rings, n, make, |q| ours_one_by_one(&guest, q))
+                    bench.time(&guest, n, |_| (), |q, ()| ours_one_by_one(&guest, q))
                 });
             });
+            let mut bench = Bench::new(&guest, packed, shape, |ring| ring.queue(&guest));
+            let mut batch = Batch::new(64, 1024);
             group.bench_function(format!("{label}, batched"), |b| {
-                let mut batch = Batch::new(64, 1024);
                 b.iter_custom(|n| {
-                    let make = |ring: &Ring| ring.queue(&guest);
-                    timed(&guest, &rings, n, make, |q| ours_batched(&guest, q, &mut batch))
+                    bench.time(
+                        &guest,
+                        n,
+                        |_| (),
+                        |q, ()| ours_batched(&guest, q, &mut batch),
+                    )
                 });
             });
         }
-        let rings: Vec<_> = (0..RINGS).map(|i| Ring::new(&guest, i, false, shape)).collect();
+        let mut bench = Bench::new(&guest, false, shape, Ring::peer_queue);
         group.bench_function("rust-vmm", |b| {
-            b.iter_custom(|n| timed(&guest, &rings, n, Ring::peer_queue, |q| peer(&guest, q)));
+            b.iter_custom(|n| bench.time(&guest, n, |_| (), |q, ()| peer(&guest, q)));
         });
+        let mut bench = Bench::new(&guest, false, shape, Ring::peer_queue);
         group.bench_function("rust-vmm, drained", |b| {
-            b.iter_custom(|n| {
-                timed(&guest, &rings, n, Ring::peer_queue, |q| peer_drained(&guest, q))
-            });
+            b.iter_custom(|n| bench.time(&guest, n, |_| (), |q, ()| peer_drained(&guest, q)));
         });
         group.finish();
     }
@@ -257,18 +280,17 @@ fn returning(c: &mut Criterion) {
     let mut group = c.benchmark_group("return chains");
     group.throughput(Throughput::Elements(CHAINS));
     for packed in [false, true] {
-        let rings: Vec<_> = (0..RINGS).map(|i| Ring::new(&guest, i, packed, shape)).collect();
+        let mut bench = Bench::new(&guest, packed, shape, |ring| ring.queue(&guest));
+        let take = |queue: &mut Queue| {
+            let mut tokens = Vec::new();
+            while let Some(chain) = queue.pop(&guest.ours).unwrap() {
+                tokens.push(chain.into_token());
+            }
+            tokens
+        };
         group.bench_function(if packed { "packed" } else { "split" }, |b| {
             b.iter_custom(|n| {
-                let make = |ring: &Ring| {
-                    let mut queue = ring.queue(&guest);
-                    let mut tokens = Vec::new();
-                    while let Some(chain) = queue.pop(&guest.ours).unwrap() {
-                        tokens.push(chain.into_token());
-                    }
-                    (queue, tokens)
-                };
-                timed(&guest, &rings, n, make, |(queue, tokens)| {
+                bench.time(&guest, n, take, |queue, tokens| {
                     for token in tokens.drain(..) {
                         queue.complete(&guest.ours, token, 0x1000).unwrap();
                     }
@@ -277,11 +299,18 @@ fn returning(c: &mut Criterion) {
             });
         });
     }
-    let rings: Vec<_> = (0..RINGS).map(|i| Ring::new(&guest, i, false, shape)).collect();
+    let mut bench = Bench::new(&guest, false, shape, Ring::peer_queue);
+    let take = |queue: &mut virtio_queue::Queue| -> Vec<u16> {
+        queue
+            .iter(&guest.peer)
+            .unwrap()
+            .map(|chain| chain.head_index())
+            .collect()
+    };
     group.bench_function("rust-vmm", |b| {
         b.iter_custom(|n| {
-            timed(&guest, &rings, n, Ring::peer_queue, |queue| {
-                for head in 0..CHAINS as u16 {
+            bench.time(&guest, n, take, |queue, heads| {
+                for head in heads.drain(..) {
                     queue.add_used(&guest.peer, head, 0x1000).unwrap();
                 }
                 black_box(queue.needs_notification(&guest.peer).unwrap());

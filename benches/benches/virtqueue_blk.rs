@@ -137,7 +137,10 @@ fn random_reads(c: &mut Criterion) {
         let image = image();
         let mut driver = DriverQueue::new(RING, QUEUE, packed);
         let bounds = Bounds::for_queue(QUEUE);
-        let mut queue = driver.config().activate(features, bounds, &guest.ram).unwrap();
+        let mut queue = driver
+            .config()
+            .activate(features, bounds, &guest.ram)
+            .unwrap();
         group.bench_function(format!("limit, {label}"), |b| {
             b.iter_custom(|iterations| {
                 let mut total = Duration::ZERO;

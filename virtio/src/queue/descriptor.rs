@@ -2,7 +2,7 @@
 
 use testudo_arch::{Gpa, GuestMemory};
 
-use super::{QueueError, Segment, Walk};
+use super::{Limits, QueueError, Segment};
 
 /// The chain continues in another descriptor.
 pub(super) const NEXT: u16 = 1;
@@ -70,52 +70,59 @@ impl Descriptor {
 }
 
 /// What was taken from a ring: its number, the ring places it occupies, and how many of the
-/// collected segments are readable, then writable.
-#[derive(Clone, Copy, Debug, Default)]
+/// collected segments there are, the readable ones first.
+#[derive(Clone, Copy, Debug)]
 pub(super) struct Taken {
     pub(super) id: u16,
     pub(super) descriptors: u16,
-    pub(super) readable: u16,
-    pub(super) writable: u16,
+    pub(super) readable: usize,
+    pub(super) segments: usize,
 }
 
 /// Collects the segments of one chain and enforces the bounds.
+///
+/// The counters are whole words, and everything is inlined into the walk, so that they live in
+/// registers: this is the innermost loop of every device.
 pub(super) struct Collector<'w> {
-    walk: &'w mut Walk,
-    seen: u16,
-    readable: u16,
-    writable: u16,
+    segments: &'w mut [Segment],
+    limits: Limits,
+    /// Descriptors met, empty ones included.
+    seen: usize,
+    collected: usize,
+    /// The readable segments, once a writable one has been met.
+    readable: Option<usize>,
     bytes: u64,
 }
 
 impl<'w> Collector<'w> {
-    #[inline]
-    pub(super) fn new(walk: &'w mut Walk) -> Self {
+    #[inline(always)]
+    pub(super) fn new(segments: &'w mut [Segment], limits: Limits) -> Self {
         Self {
-            walk,
+            segments,
+            limits,
             seen: 0,
-            readable: 0,
-            writable: 0,
+            collected: 0,
+            readable: None,
             bytes: 0,
         }
     }
 
-    #[inline]
+    #[inline(always)]
     pub(super) fn finish(self, id: u16, descriptors: u16) -> Taken {
         Taken {
             id,
             descriptors,
-            readable: self.readable,
-            writable: self.writable,
+            readable: self.readable.unwrap_or(self.collected),
+            segments: self.collected,
         }
     }
 
     /// Adds one buffer. Empty ones count as descriptors, which bounds every loop, but make no
     /// segment.
-    #[inline]
+    #[inline(always)]
     pub(super) fn push(&mut self, descriptor: Descriptor, flags: u16) -> Result<(), QueueError> {
-        let limit = self.walk.segments.len();
-        if usize::from(self.seen) >= limit {
+        let limit = self.segments.len();
+        if self.seen >= limit {
             return Err(QueueError::TooManySegments(limit as u16));
         }
         self.seen += 1;
@@ -124,23 +131,20 @@ impl<'w> Collector<'w> {
             return Err(QueueError::Wraps { gpa, len });
         }
         self.bytes += u64::from(len);
-        if self.bytes > u64::from(self.walk.max_bytes) {
-            return Err(QueueError::TooManyBytes(self.walk.max_bytes));
+        if self.bytes > self.limits.max_bytes {
+            return Err(QueueError::TooManyBytes(self.limits.max_bytes as u32));
         }
-        if flags & WRITE == 0 && self.writable > 0 {
-            return Err(QueueError::ReadableAfterWritable);
+        match (flags & WRITE != 0, self.readable) {
+            (true, None) => self.readable = Some(self.collected),
+            (false, Some(_)) => return Err(QueueError::ReadableAfterWritable),
+            _ => {}
         }
-        if len == 0 {
-            return Ok(());
-        }
-        let place = usize::from(self.readable + self.writable);
-        if flags & WRITE == 0 {
-            self.readable += 1;
-        } else {
-            self.writable += 1;
-        }
-        if let Some(segment) = self.walk.segments.get_mut(place) {
+        // There is a place, since no more were collected than seen.
+        if len != 0
+            && let Some(segment) = self.segments.get_mut(self.collected)
+        {
             *segment = Segment { gpa, len };
+            self.collected += 1;
         }
         Ok(())
     }
@@ -154,7 +158,7 @@ impl<'w> Collector<'w> {
         flags: u16,
     ) -> Result<u16, QueueError> {
         let Descriptor { gpa, len, .. } = descriptor;
-        if !self.walk.indirect {
+        if !self.limits.indirect {
             return Err(QueueError::IndirectNotNegotiated);
         }
         if flags & NEXT != 0 {

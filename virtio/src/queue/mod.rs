@@ -22,6 +22,7 @@ use alloc::vec::Vec;
 use testudo_arch::{Gpa, GuestMemory, MemoryFault};
 
 use crate::Features;
+use descriptor::Taken;
 use packed::Packed;
 use split::Split;
 
@@ -249,9 +250,9 @@ impl QueueConfig {
             }
         }
         // A bound of zero would make every chain an error, and no device wants that.
-        let walk = Walk {
-            segments: vec![Segment::default(); usize::from(bounds.segments.max(1))].into(),
-            max_bytes: bounds.bytes,
+        let segments = vec![Segment::default(); usize::from(bounds.segments.max(1))];
+        let limits = Limits {
+            max_bytes: bounds.bytes.into(),
             indirect: features.contains(Features::INDIRECT_DESC),
         };
         let event_idx = features.contains(Features::EVENT_IDX);
@@ -261,7 +262,8 @@ impl QueueConfig {
             } else {
                 Ring::Split(Split::new(self, event_idx))
             },
-            walk,
+            segments: segments.into(),
+            limits,
             in_flight: InFlight::new(if packed { 1 << 16 } else { self.size.into() }),
             in_order: features.contains(Features::IN_ORDER),
             popped: 0,
@@ -300,11 +302,10 @@ impl InFlight {
     }
 }
 
-/// Where the descriptors of the chain being taken are collected, and what they may be.
-#[derive(Debug)]
-struct Walk {
-    segments: Box<[Segment]>,
-    max_bytes: u32,
+/// What a chain may be, besides its number of segments.
+#[derive(Clone, Copy, Debug)]
+struct Limits {
+    max_bytes: u64,
     indirect: bool,
 }
 
@@ -323,7 +324,9 @@ enum Ring {
 #[derive(Debug)]
 pub struct Queue {
     ring: Ring,
-    walk: Walk,
+    /// Where the segments of the chain being taken are collected.
+    segments: Box<[Segment]>,
+    limits: Limits,
     in_flight: InFlight,
     in_order: bool,
     popped: u16,
@@ -354,27 +357,35 @@ impl Queue {
     #[inline]
     pub fn pop<M: GuestMemory>(&mut self, memory: &M) -> Result<Option<Chain<'_>>, QueueError> {
         let taken = match &mut self.ring {
-            Ring::Split(ring) => ring.pop(memory, &mut self.walk)?,
-            Ring::Packed(ring) => ring.pop(memory, &mut self.walk)?,
+            Ring::Split(ring) => ring.pop(memory, &mut self.segments, self.limits)?,
+            Ring::Packed(ring) => ring.pop(memory, &mut self.segments, self.limits)?,
         };
         let Some(taken) = taken else {
             return Ok(None);
         };
-        if !self.in_flight.insert(taken.id) {
-            return Err(QueueError::InFlight(taken.id));
-        }
-        let token = Token {
-            id: taken.id,
-            descriptors: taken.descriptors,
-            sequence: self.popped,
-        };
-        self.popped = self.popped.wrapping_add(1);
-        let (readable, rest) = self.walk.segments.split_at(usize::from(taken.readable));
+        let token = self.take(&taken)?;
+        let segments = &self.segments[..taken.segments];
+        let (readable, writable) = segments.split_at(taken.readable);
         Ok(Some(Chain {
             token,
             readable,
-            writable: &rest[..usize::from(taken.writable)],
+            writable,
         }))
+    }
+
+    /// Counts a chain as being with the device.
+    #[inline]
+    fn take(&mut self, taken: &Taken) -> Result<Token, QueueError> {
+        if !self.in_flight.insert(taken.id) {
+            return Err(QueueError::InFlight(taken.id));
+        }
+        let sequence = self.popped;
+        self.popped = sequence.wrapping_add(1);
+        Ok(Token {
+            id: taken.id,
+            descriptors: taken.descriptors,
+            sequence,
+        })
     }
 
     /// Whether a chain is available. A hostile driver may take the answer back, so a loop must not
@@ -404,24 +415,31 @@ impl Queue {
         memory: &M,
         batch: &mut Batch,
     ) -> Result<usize, QueueError> {
+        if batch.chains.is_empty() {
+            batch.filled = 0;
+        }
         let before = batch.chains.len();
-        while batch.chains.len() < batch.chains.capacity()
-            && batch.segments.capacity() - batch.segments.len() >= self.walk.segments.len()
-        {
-            let Some(chain) = self.pop(memory)? else {
+        let bound = self.segments.len();
+        while batch.chains.len() < batch.chains.capacity() {
+            let start = batch.filled;
+            let Some(segments) = batch.segments.get_mut(start..start + bound) else {
                 break;
             };
-            let start = batch.segments.len();
-            batch.segments.extend_from_slice(chain.readable);
-            let writable = batch.segments.len();
-            batch.segments.extend_from_slice(chain.writable);
-            let end = batch.segments.len();
-            batch.chains.push(Some(BatchChain {
-                token: chain.token,
+            let taken = match &mut self.ring {
+                Ring::Split(ring) => ring.pop(memory, segments, self.limits)?,
+                Ring::Packed(ring) => ring.pop(memory, segments, self.limits)?,
+            };
+            let Some(taken) = taken else {
+                break;
+            };
+            let token = self.take(&taken)?;
+            batch.filled += taken.segments;
+            batch.chains.push(BatchChain {
+                token,
                 start,
-                writable,
-                end,
-            }));
+                writable: start + taken.readable,
+                end: batch.filled,
+            });
         }
         Ok(batch.chains.len() - before)
     }
@@ -513,8 +531,9 @@ impl Queue {
 /// Chains taken together, in storage that is allocated once.
 #[derive(Debug)]
 pub struct Batch {
-    chains: Vec<Option<BatchChain>>,
-    segments: Vec<Segment>,
+    chains: Vec<BatchChain>,
+    segments: Box<[Segment]>,
+    filled: usize,
 }
 
 #[derive(Debug)]
@@ -532,26 +551,18 @@ impl Batch {
     pub fn new(chains: usize, segments: usize) -> Self {
         Self {
             chains: Vec::with_capacity(chains),
-            segments: Vec::with_capacity(segments),
+            segments: vec![Segment::default(); segments].into(),
+            filled: 0,
         }
     }
 
     /// Takes the chains out in order; afterwards the batch is empty.
     pub fn drain(&mut self) -> impl Iterator<Item = Chain<'_>> {
         let segments = &self.segments;
-        self.chains.iter_mut().filter_map(move |chain| {
-            let chain = chain.take()?;
-            Some(Chain {
-                token: chain.token,
-                readable: &segments[chain.start..chain.writable],
-                writable: &segments[chain.writable..chain.end],
-            })
+        self.chains.drain(..).map(move |chain| Chain {
+            token: chain.token,
+            readable: &segments[chain.start..chain.writable],
+            writable: &segments[chain.writable..chain.end],
         })
-    }
-
-    /// Forgets what was taken out, so that the batch can be filled again.
-    pub fn clear(&mut self) {
-        self.chains.clear();
-        self.segments.clear();
     }
 }

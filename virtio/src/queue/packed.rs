@@ -10,7 +10,7 @@ use core::sync::atomic::{Ordering, fence};
 use testudo_arch::{Gpa, GuestMemory};
 
 use super::descriptor::{Collector, Descriptor, INDIRECT, NEXT, Taken, WRITE};
-use super::{QueueConfig, QueueError, Walk};
+use super::{Limits, QueueConfig, QueueError, Segment};
 
 /// The descriptor is available when this equals the wrap counter.
 const AVAIL: u16 = 1 << 7;
@@ -140,7 +140,8 @@ impl Packed {
     pub(super) fn pop<M: GuestMemory>(
         &mut self,
         memory: &M,
-        walk: &mut Walk,
+        segments: &mut [Segment],
+        limits: Limits,
     ) -> Result<Option<Taken>, QueueError> {
         // Until the device returns something, a full ring has nothing more to offer, whatever the
         // flags say.
@@ -151,7 +152,7 @@ impl Packed {
             return Ok(None);
         };
         let room = self.size - self.in_flight;
-        let mut collector = Collector::new(walk);
+        let mut collector = Collector::new(segments, limits);
         let mut index = self.next_available.index;
         let mut count = 0;
         let id = loop {

@@ -5,7 +5,7 @@ use core::sync::atomic::{Ordering, fence};
 use testudo_arch::{Gpa, GuestMemory};
 
 use super::descriptor::{Collector, Descriptor, INDIRECT, NEXT, Taken};
-use super::{QueueConfig, QueueError, Walk};
+use super::{Limits, QueueConfig, QueueError, Segment};
 
 /// Offset of the index in both the available and the used ring; the flags are at 0.
 const INDEX: u64 = 2;
@@ -83,7 +83,8 @@ impl Split {
     pub(super) fn pop<M: GuestMemory>(
         &mut self,
         memory: &M,
-        walk: &mut Walk,
+        segments: &mut [Segment],
+        limits: Limits,
     ) -> Result<Option<Taken>, QueueError> {
         if !self.more(memory)? {
             return Ok(None);
@@ -91,7 +92,7 @@ impl Split {
         let element = ELEMENTS + 2 * self.slot(self.next_available);
         let head = memory.load_u16(self.available.wrapping_add(element))?;
         self.next_available = self.next_available.wrapping_add(1);
-        let taken = collect(memory, self.table, self.size, head, walk)?;
+        let taken = collect(memory, self.table, self.size, head, segments, limits)?;
         Ok(Some(taken))
     }
 
@@ -171,9 +172,10 @@ fn collect<M: GuestMemory>(
     table: Gpa,
     size: u16,
     head: u16,
-    walk: &mut Walk,
+    segments: &mut [Segment],
+    limits: Limits,
 ) -> Result<Taken, QueueError> {
-    let mut collector = Collector::new(walk);
+    let mut collector = Collector::new(segments, limits);
     let mut index = head;
     loop {
         if index >= size {

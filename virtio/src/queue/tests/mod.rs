@@ -152,7 +152,6 @@ fn batches_are_shown_with_one_publish() {
             returned += 1;
         }
         assert_eq!(returned, 8);
-        batch.clear();
         assert_eq!(pair.queue.pop_batch(&pair.memory, &mut batch), Ok(2));
     });
 }
