@@ -124,12 +124,13 @@ impl NestedSvm {
         let all = Misc2::STGI | Misc2::CLGI | Misc2::VMLOAD | Misc2::VMSAVE;
         vmcb01.set_intercept_misc2((vmcb01.intercept_misc2() | all) - direct);
         if self.has_virtual_gif {
-            let word = vmcb01.virtual_interrupts().insert(VintrFlags::V_GIF_ENABLE);
-            vmcb01.set_virtual_interrupts(word);
-            if !self.is_enabled {
-                let word = word.insert(VintrFlags::V_GIF);
-                vmcb01.set_virtual_interrupts(word);
+            let mut word = vmcb01.virtual_interrupts();
+            let is_new = !word.contains(VintrFlags::V_GIF_ENABLE);
+            // Nobody could set it again while SVM is off.
+            if !self.is_enabled || (is_new && self.gif) {
+                word = word.insert(VintrFlags::V_GIF);
             }
+            vmcb01.set_virtual_interrupts(word.insert(VintrFlags::V_GIF_ENABLE));
         }
         let vmload = VirtualExtensions::VMSAVE_VMLOAD;
         let mut extensions = vmcb01.virtual_extensions();

@@ -4,6 +4,11 @@
 //! loads rather than a copy of a page, and why an exit writes nothing that the processor would
 //! not write (APM vol. 2, 15.5.1, 15.6 and table B-2).
 
+#![allow(
+    clippy::single_range_in_vec_init,
+    reason = "these are lists of byte ranges"
+)]
+
 use core::ops::Range;
 
 use testudo_arch::{Gpa, GuestMemory, MemoryFault};

@@ -27,6 +27,7 @@
 
 mod asid;
 mod caps;
+mod composed;
 mod entry;
 mod events;
 mod exit;
@@ -49,6 +50,7 @@ use testudo_svm::{Vmcb, event::RawEvent, vmcb::VirtualInterrupts};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
 pub use caps::{leaf_8000_000a, offer};
+pub use composed::{ComposedParts, ComposedStage};
 pub use events::{Acceptance, PhysicalEvent};
 pub use exit::{Handled, PredictorBarrier};
 pub use instruction::{Instruction, Outcome};
