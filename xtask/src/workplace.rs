@@ -33,9 +33,11 @@ impl RunFolder {
         use std::sync::atomic::{AtomicU32, Ordering};
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
-        let path = target()
-            .join("testudo-run")
-            .join(format!("{}-{number}", std::process::id()));
+        let all = target().join("testudo-run");
+        if number == 0 {
+            remove_orphans(&all);
+        }
+        let path = all.join(format!("{}-{number}", std::process::id()));
         fs::create_dir_all(&path).with_context(|| format!("cannot make {}", path.display()))?;
         Ok(Self(path))
     }
@@ -50,5 +52,22 @@ impl Drop for RunFolder {
     fn drop(&mut self) {
         // What cannot be removed is left for `cargo clean`.
         let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Removes the folders of runs that were killed: those whose process is gone.
+fn remove_orphans(all: &Path) {
+    if !Path::new("/proc/self").exists() {
+        return;
+    }
+    // There is nothing to remove before the first run, and what cannot be removed does no harm.
+    for folder in fs::read_dir(all).into_iter().flatten().flatten() {
+        let name = folder.file_name();
+        let process = name
+            .to_str()
+            .and_then(|name| name.split('-').next()?.parse::<u32>().ok());
+        if process.is_some_and(|id| !Path::new("/proc").join(id.to_string()).exists()) {
+            let _ = fs::remove_dir_all(folder.path());
+        }
     }
 }
