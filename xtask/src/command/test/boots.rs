@@ -3,9 +3,10 @@
 use std::fs;
 use std::process::{Command, Output, Stdio};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 
 use super::Tally;
+use crate::bare;
 use crate::debian;
 use crate::emulator::TIMED_OUT;
 use crate::run;
@@ -85,7 +86,14 @@ const BOOTS: &[Boot] = &[
         name: "boot::statistics_are_printed",
         arguments: &["--stats", "--run", "true"],
         expect: Status(0),
-        says: &["cpuid"],
+        says: &["CPUID"],
+        slow: false,
+    },
+    Boot {
+        name: "boot::test_kernel_passes_as_a_guest",
+        arguments: &["--kernel", "@selftest", "--vcpus", "2", "--cmdline", ""],
+        expect: Status(0),
+        says: &[" passed, 0 failed"],
         slow: false,
     },
     Boot {
@@ -180,6 +188,7 @@ pub(super) fn run(tally: &mut Tally, full: bool) -> Result<()> {
 /// The files that the boots name with `@`.
 fn files(folder: &RunFolder) -> Result<()> {
     let kernel = fs::read(debian::kernel()?.image).context("cannot read the kernel")?;
+    fs::copy(bare::build("selftest")?, folder.file("selftest"))?;
     fs::write(folder.file("empty"), [])?;
     fs::write(folder.file("text"), "This is no kernel.\n".repeat(100))?;
     fs::write(folder.file("truncated"), &kernel[..kernel.len() / 3])?;
@@ -205,7 +214,8 @@ impl Boot {
             command.args(["--timeout", "120"]);
         }
         let output = command.output().context("cannot run xtask")?;
-        self.judge(&output).with_context(|| text(&output))
+        self.judge(&output)
+            .map_err(|reason| anyhow!("{reason}; the output was:\n{}", text(&output)))
     }
 
     fn judge(&self, output: &Output) -> Result<()> {
