@@ -318,6 +318,7 @@ fn cr4_bits(cpuid: &Cpuid) -> u64 {
         (ebx7, 20, 21),   // SMAP
         (ecx7, 3, 22),    // PKE
         (ecx7, 7, 23),    // CET
+        (ecx7, 31, 24),   // PKS
         (eax7_1, 26, 28), // LAM_SUP
     ] {
         bits |= u64::from(word >> feature & 1) << control;

@@ -78,7 +78,7 @@ rules! {
     AvicMaxIndex = "15.29.4.3", "avic_physical_table", "the AVIC physical table must not be longer than its mode allows";
     VnmiNeedsIntercept = "15.21.10", "intercept_misc1", "NMI virtualization needs the NMI intercept";
     /// Checked by [`check_pdpes`](super::check_pdpes), because it reads the guest's memory.
-    PdpeReserved = "15.5.1", "cr3", "the PAE page-directory pointers must have no reserved bit";
+    PdpeReserved = "15.5.1", "pdpe", "the PAE page-directory pointers must have no reserved bit";
 }
 
 impl fmt::Display for Rule {

@@ -382,7 +382,8 @@ fn several_violations_are_all_named() {
 fn every_rule_is_about_a_field_that_exists() {
     for rule in Rule::ALL {
         let known = Vmcb::FIELDS.iter().any(|f| f.name == rule.field());
-        assert!(known || rule.field() == "cs", "{rule:?}");
+        // A segment, and a table in memory.
+        assert!(known || matches!(rule.field(), "cs" | "pdpe"), "{rule:?}");
         assert!(rule.section().starts_with("15."));
     }
 }

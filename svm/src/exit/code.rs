@@ -113,7 +113,16 @@ impl ExitCode {
     /// The code in a VMCB's field, whose high half an implementation may not have written.
     #[inline]
     pub const fn from_vmcb(raw: u64) -> Self {
-        // No code but the negative ones and UNUSED has bit 31 set.
+        if raw >> 31 == 0 {
+            Self(raw)
+        } else {
+            Self::with_sign(raw)
+        }
+    }
+
+    /// No code but the negative ones and UNUSED has bit 31 set.
+    #[cold]
+    const fn with_sign(raw: u64) -> Self {
         if raw >> 31 == 1 && raw != Self::UNUSED.0 {
             Self(raw as u32 as i32 as i64 as u64)
         } else {

@@ -213,6 +213,16 @@ impl HeldInterrupts<'_> {
         unsafe { xsetbv(value) };
     }
 
+    /// XCR0 of the guest whose registers are in this processor.
+    ///
+    /// # Safety
+    ///
+    /// The processor has XSAVE, and CR4.OSXSAVE of the host is set.
+    pub unsafe fn guest_xcr0(&self) -> u64 {
+        // SAFETY: the caller's promise.
+        unsafe { xgetbv() }
+    }
+
     /// PKRU of the guest whose registers are in this processor.
     ///
     /// # Safety
