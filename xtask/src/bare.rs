@@ -16,7 +16,12 @@ use crate::workplace;
 
 /// Builds a program with the profile `bare`; returns its ELF file.
 pub(crate) fn build(package: &str) -> Result<PathBuf> {
-    run::progress(format_args!("building {package}"));
+    build_binary(package, package)
+}
+
+/// As [`build`], for a package with several programs.
+pub(crate) fn build_binary(package: &str, binary: &str) -> Result<PathBuf> {
+    run::progress(format_args!("building {binary}"));
     run::check(
         Command::new(env!("CARGO"))
             .current_dir(workplace::root())
@@ -27,9 +32,11 @@ pub(crate) fn build(package: &str) -> Result<PathBuf> {
                 "bare",
                 "--package",
                 package,
+                "--bin",
+                binary,
             ]),
     )?;
-    Ok(workplace::target().join("bare").join(package))
+    Ok(workplace::target().join("bare").join(binary))
 }
 
 /// What a program is started with.

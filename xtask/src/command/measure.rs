@@ -1,6 +1,7 @@
 //! `cargo xtask measure`: what the hypervisor costs, in instructions.
 
 use std::fs;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -8,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use super::boot::{Backend, HYPERVISOR, machine_memory};
 use crate::bare::{self, Payload};
 use crate::debian;
-use crate::emulator::{Kind, Machine, Program};
+use crate::emulator::{Cpu, Kind, Machine, Program};
 use crate::initrd::Initrd;
 use crate::{run, workplace};
 
@@ -62,39 +63,29 @@ impl Measure {
         Ok(0)
     }
 
-    /// Runs the guest `meter` under the hypervisor.
+    /// Runs the guest `meter` under the hypervisor, and the world switch by itself.
     fn exits(&self) -> Result<Vec<(String, String)>> {
         const MEMORY: u64 = 64;
-        let meter = bare::build("meter")?;
-        let hypervisor = bare::build(HYPERVISOR)?;
-        let folder = workplace::RunFolder::new()?;
-        let console = folder.file("console");
-        let payload = Payload {
-            command_line: format!("memory={MEMORY} vcpus=1 -- "),
-            modules: vec![("kernel meter".into(), fs::read(&meter)?)],
-        };
-        let machine = Machine {
-            cpu: self.backend.cpu()?,
-            memory: machine_memory(MEMORY, &payload),
+        let cpu = self.backend.cpu()?;
+        let machine = || Machine {
+            cpu,
             exact: true,
-            capture: Some(console.clone()),
-            timeout: Some(PATIENCE),
             ..Machine::new(self.backend.emulator())
         };
-        let status = machine.run(&hypervisor, &payload)?;
-        let output = String::from_utf8_lossy(&fs::read(&console)?).into_owned();
-        if status != 0 {
-            bail!(
-                "the measuring guest ended with status {status}:\n{}",
-                output.trim_end()
-            );
-        }
-        let figures: Vec<(String, String)> = output.lines().filter_map(figure).collect();
-        if figures.is_empty() {
-            bail!(
-                "the measuring guest gave no figures:\n{}",
-                output.trim_end()
-            );
+        let payload = Payload {
+            command_line: format!("memory={MEMORY} vcpus=1 -- "),
+            modules: vec![("kernel meter".into(), fs::read(bare::build("meter")?)?)],
+        };
+        let mut under = machine();
+        under.memory = machine_memory(MEMORY, &payload);
+        let mut figures = figures_of(under, &bare::build(HYPERVISOR)?, &payload)?;
+        if cpu == Cpu::Svm {
+            let alone = Payload {
+                command_line: String::new(),
+                modules: Vec::new(),
+            };
+            let program = bare::build_binary("meter", "switch-cost")?;
+            figures.extend(figures_of(machine(), &program, &alone)?);
         }
         Ok(figures)
     }
@@ -166,6 +157,34 @@ impl Measure {
             ("instructions_direct".into(), direct.to_string()),
         ])
     }
+}
+
+/// Runs a program to its end and takes the figures from its output.
+fn figures_of(
+    mut machine: Machine,
+    program: &Path,
+    payload: &Payload,
+) -> Result<Vec<(String, String)>> {
+    let folder = workplace::RunFolder::new()?;
+    let console = folder.file("console");
+    machine.capture = Some(console.clone());
+    machine.timeout = Some(PATIENCE);
+    let status = machine.run(program, payload)?;
+    let output = String::from_utf8_lossy(&fs::read(&console)?).into_owned();
+    if status != 0 {
+        bail!(
+            "the measuring program ended with status {status}:\n{}",
+            output.trim_end()
+        );
+    }
+    let figures: Vec<(String, String)> = output.lines().filter_map(figure).collect();
+    if figures.is_empty() {
+        bail!(
+            "the measuring program gave no figures:\n{}",
+            output.trim_end()
+        );
+    }
+    Ok(figures)
 }
 
 /// A line `NAME NUMBER`.
