@@ -7,9 +7,10 @@ use testudo_svm::event::RawEvent;
 
 const IF: u64 = 0x200;
 
-/// A straight reading of APM vol. 2, 15.13, 15.17 and 15.21.1.
-#[allow(clippy::fn_params_excessive_bools, reason = "a truth table")]
-fn expected(
+/// What acceptance depends on.
+#[derive(Clone, Copy, Debug)]
+#[allow(clippy::struct_excessive_bools, reason = "a truth table")]
+struct Conditions {
     event: PhysicalEvent,
     l2: bool,
     gif: bool,
@@ -19,7 +20,21 @@ fn expected(
     l2_if: bool,
     shadow: bool,
     injecting: bool,
-) -> Acceptance {
+}
+
+/// A straight reading of APM vol. 2, 15.13, 15.17 and 15.21.1.
+fn expected(given: Conditions) -> Acceptance {
+    let Conditions {
+        event,
+        l2,
+        gif,
+        intercepted,
+        masking,
+        l1_if,
+        l2_if,
+        shadow,
+        injecting,
+    } = given;
     // 15.17: with GIF clear, interrupts, NMI, SMI and INIT are held pending.
     if !gif {
         return Acceptance::Blocked;
@@ -76,9 +91,8 @@ proptest! {
         let state = if shadow { InterruptState::INTERRUPT_SHADOW } else { InterruptState::empty() };
         runs.set_interrupt_state(state);
         runs.set_event_inj(if injecting { RawEvent::from(Event::UD) } else { RawEvent::NONE });
-        let expected =
-            expected(event, l2, gif, intercepted, masking, l1_if, l2_if, shadow, injecting);
-        prop_assert_eq!(vm.accepts(event), expected);
+        let given = Conditions { event, l2, gif, intercepted, masking, l1_if, l2_if, shadow, injecting };
+        prop_assert_eq!(vm.accepts(event), expected(given));
     }
 }
 
