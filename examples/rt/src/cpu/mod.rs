@@ -24,7 +24,7 @@ pub const MAX: usize = 32;
 #[repr(C)]
 pub(crate) struct PerCpu {
     /// Read through GS; must stay first.
-    id: usize,
+    id: AtomicUsize,
     apic_id: AtomicU32,
     segments: UnsafeCell<segments::Segments>,
 }
@@ -33,21 +33,14 @@ pub(crate) struct PerCpu {
 // afterwards only the processor itself reads it.
 unsafe impl Sync for PerCpu {}
 
-static CPUS: [PerCpu; MAX] = {
-    let mut cpus = [const {
-        PerCpu {
-            id: 0,
-            apic_id: AtomicU32::new(0),
-            segments: UnsafeCell::new(segments::Segments::new()),
-        }
-    }; MAX];
-    let mut id = 0;
-    while id < MAX {
-        cpus[id].id = id;
-        id += 1;
+/// All zero until a processor enters, so that the stacks take no room in the program's file.
+static CPUS: [PerCpu; MAX] = [const {
+    PerCpu {
+        id: AtomicUsize::new(0),
+        apic_id: AtomicU32::new(0),
+        segments: UnsafeCell::new(segments::Segments::new()),
     }
-    cpus
-};
+}; MAX];
 
 /// How many processors there are, the running one included.
 static COUNT: AtomicUsize = AtomicUsize::new(1);
@@ -91,6 +84,7 @@ pub fn halt() -> ! {
 /// Once on each processor, each with a number of its own, before anything uses GS or an interrupt arrives.
 pub(crate) unsafe fn enter(id: usize) {
     let cpu = &CPUS[id];
+    cpu.id.store(id, Ordering::Relaxed);
     // SAFETY: the caller gives each processor its own number and calls once, so nobody else refers to
     // these segments.
     unsafe { (*cpu.segments.get()).load() };

@@ -5,6 +5,8 @@
 //! NMI, double fault and machine check may interrupt the handlers of the rest; exceptions may happen
 //! in interrupt handlers.
 
+use core::mem::MaybeUninit;
+
 use x86_64::VirtAddr;
 use x86_64::instructions::tables::load_tss;
 use x86_64::registers::segmentation::{CS, DS, ES, FS, GS, SS, Segment};
@@ -30,16 +32,16 @@ struct StackMemory([u8; STACK_SIZE]);
 
 /// See the module.
 pub(super) struct Segments {
-    gdt: GlobalDescriptorTable,
-    tss: TaskStateSegment,
+    gdt: MaybeUninit<GlobalDescriptorTable>,
+    tss: MaybeUninit<TaskStateSegment>,
     stacks: [StackMemory; STACKS],
 }
 
 impl Segments {
     pub(super) const fn new() -> Self {
         Self {
-            gdt: GlobalDescriptorTable::new(),
-            tss: TaskStateSegment::new(),
+            gdt: MaybeUninit::uninit(),
+            tss: MaybeUninit::uninit(),
             stacks: [const { StackMemory([0; STACK_SIZE]) }; STACKS],
         }
     }
@@ -49,14 +51,16 @@ impl Segments {
     /// # Safety
     /// On the processor that these belong to, once.
     pub(super) unsafe fn load(&'static mut self) {
+        let tss = self.tss.write(TaskStateSegment::new());
         for (index, stack) in self.stacks.iter().enumerate() {
             let top = core::ptr::from_ref(stack) as u64 + STACK_SIZE as u64;
-            self.tss.interrupt_stack_table[index] = VirtAddr::new(top);
+            tss.interrupt_stack_table[index] = VirtAddr::new(top);
         }
-        let code = self.gdt.append(Descriptor::kernel_code_segment());
-        let data = self.gdt.append(Descriptor::kernel_data_segment());
-        let task = self.gdt.append(Descriptor::tss_segment(&self.tss));
-        self.gdt.load();
+        let gdt = self.gdt.write(GlobalDescriptorTable::new());
+        let code = gdt.append(Descriptor::kernel_code_segment());
+        let data = gdt.append(Descriptor::kernel_data_segment());
+        let task = gdt.append(Descriptor::tss_segment(tss));
+        gdt.load();
         // SAFETY: the selectors are those of the table just loaded, which is never dropped or changed;
         // flat segments change no address.
         unsafe {
