@@ -25,6 +25,8 @@ enum Cli {
     Run(command::bare_metal::Run),
     /// Run all tests: on the host, on emulated bare metal, and end to end
     Test(command::test::Test),
+    /// Compare what the crates decide with what a processor does
+    Diff(command::diff::Diff),
     /// Measure what the hypervisor costs, in instructions
     Measure(command::measure::Measure),
 }
@@ -35,6 +37,7 @@ fn main() -> ExitCode {
         Cli::Selftest(selftest) => selftest.run(),
         Cli::Run(run) => run.run(),
         Cli::Test(test) => test.run(),
+        Cli::Diff(diff) => diff.run(),
         Cli::Measure(measure) => measure.run(),
     };
     match result {

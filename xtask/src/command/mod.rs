@@ -2,5 +2,6 @@
 
 pub(crate) mod bare_metal;
 pub(crate) mod boot;
+pub(crate) mod diff;
 pub(crate) mod measure;
 pub(crate) mod test;
