@@ -89,6 +89,18 @@ pub trait GuestMemory {
     /// Whether all of `len` bytes at `gpa` are memory that can be read.
     fn contains(&self, gpa: Gpa, len: u64) -> bool;
 
+    /// The aligned 64-bit word at `gpa`, to be looked at again and again; `None` if there is no
+    /// memory, it is misaligned, or this kind of memory has no such words.
+    ///
+    /// This is the one reference into guest memory that there is. It is no view of contents: the
+    /// guest may store at any time, each load is a copy of its own, and only such a copy can be
+    /// checked. Nobody stores through it.
+    #[inline]
+    fn word(&self, gpa: Gpa) -> Option<&AtomicU64> {
+        let _ = gpa;
+        None
+    }
+
     /// Copies `parts` of the 4 KiB at `page` to the same offsets of `buf`, as one [`Self::read`]
     /// for each would; an implementation that finds the page once is faster.
     ///
@@ -204,6 +216,10 @@ impl<M: GuestMemory + ?Sized> GuestMemory for &M {
         (**self).contains(gpa, len)
     }
     #[inline]
+    fn word(&self, gpa: Gpa) -> Option<&AtomicU64> {
+        (**self).word(gpa)
+    }
+    #[inline]
     fn read_parts(
         &self,
         page: Gpa,
@@ -316,6 +332,17 @@ struct Region {
     writable: bool,
 }
 
+impl Region {
+    /// Where `len` bytes at `gpa` begin in this range, if all of them lie in it.
+    #[inline]
+    fn offset_of(&self, gpa: Gpa, len: u64) -> Option<u64> {
+        // Below the range this wraps to a number that no range is as long as.
+        let offset = gpa.0.wrapping_sub(self.gpa);
+        let room = self.len.checked_sub(len)?;
+        (offset <= room && offset < self.len).then_some(offset)
+    }
+}
+
 /// Guest memory made of a few ranges that this program has mapped, looked up in order.
 ///
 /// ```
@@ -425,25 +452,37 @@ mod ram {
 
         #[inline]
         fn locate(&self, gpa: Gpa, len: u64, write: bool) -> Result<*mut u8, MemoryFault> {
-            for region in &self.regions {
-                // Below the region this wraps to a number that no region is as long as.
-                let offset = gpa.0.wrapping_sub(region.gpa);
-                if offset < region.len && len <= region.len - offset {
-                    if write && !region.writable {
-                        return Err(MemoryFault {
-                            gpa,
-                            len,
-                            kind: FaultKind::ReadOnly,
-                        });
-                    }
-                    return Ok(region.pointer.wrapping_add(offset as usize));
-                }
+            // Most accesses are to the first range, and this is on the path of every exit.
+            if let Some(region) = self.regions.first()
+                && let Some(offset) = region.offset_of(gpa, len)
+                && (region.writable || !write)
+            {
+                return Ok(region.pointer.wrapping_add(offset as usize));
             }
-            Err(MemoryFault {
-                gpa,
-                len,
-                kind: FaultKind::NotMemory,
-            })
+            self.search(gpa, len, write)
+        }
+
+        #[inline(never)]
+        fn search(&self, gpa: Gpa, len: u64, write: bool) -> Result<*mut u8, MemoryFault> {
+            let found = self
+                .regions
+                .iter()
+                .find_map(|r| Some((r, r.offset_of(gpa, len)?)));
+            match found {
+                Some((region, offset)) if region.writable || !write => {
+                    Ok(region.pointer.wrapping_add(offset as usize))
+                }
+                Some(_) => Err(MemoryFault {
+                    gpa,
+                    len,
+                    kind: FaultKind::ReadOnly,
+                }),
+                None => Err(MemoryFault {
+                    gpa,
+                    len,
+                    kind: FaultKind::NotMemory,
+                }),
+            }
         }
 
         /// Where `len` bytes from `gpa` begin here, and how many of them lie in one range.
@@ -594,6 +633,14 @@ mod ram {
         atomic_access!(load_u64, store_u64, u64, AtomicU64);
         atomic_exchange!(compare_exchange_u32, u32, AtomicU32);
         atomic_exchange!(compare_exchange_u64, u64, AtomicU64);
+
+        #[inline]
+        fn word(&self, gpa: Gpa) -> Option<&AtomicU64> {
+            let pointer = self.atomic::<u64>(gpa, false).ok()?;
+            // SAFETY: as for a load; the memory stays as long as this value, whose lifetime the
+            // reference has.
+            Some(unsafe { AtomicU64::from_ptr(pointer) })
+        }
 
         fn contains(&self, gpa: Gpa, len: u64) -> bool {
             len == 0 || self.for_each_part(gpa, len, false, |_, _, _| {}).is_ok()

@@ -16,6 +16,7 @@ pub mod backend;
 mod board;
 pub mod boot;
 pub mod bus;
+mod code_cache;
 pub mod device;
 pub mod emulate;
 mod guest_cpu;

@@ -97,35 +97,33 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
     /// Runs until the machine stops.
     pub fn run(&mut self) -> Stop {
         loop {
-            if self.attention || self.requests() != 0 {
-                if let Some(stop) = self.machine.stopped() {
-                    return stop;
-                }
-                self.service();
-                if self.activity != Activity::Running {
-                    let host = &self.machine.host;
-                    self.vcpu.outside(|| host.wait());
-                    self.attention = true;
-                    continue;
-                }
+            if self.attention
+                && let Some(stop) = self.attend()
+            {
+                return stop;
             }
-            let exit = match self.vcpu.run(self.lapic.requests()) {
-                Ok(exit) => exit,
+            match self.vcpu.run(self.lapic.requests()) {
+                Ok(exit) if self.stats.is_some() => self.handle_counted(exit),
+                Ok(VmExit::Cpuid) => self.cpuid(),
+                Ok(exit) => self.handle(exit),
                 Err(error) => return self.stop(StopReason::Backend(error)),
-            };
-            if self.stats.is_some() {
-                self.handle_counted(exit);
-            } else {
-                self.handle(exit);
             }
         }
     }
 
-    #[inline]
-    fn requests(&self) -> u32 {
-        self.lapic
-            .requests()
-            .load(core::sync::atomic::Ordering::Acquire)
+    /// Looks at everything that happened meanwhile; waits if the vCPU has nothing to execute.
+    fn attend(&mut self) -> Option<Stop> {
+        loop {
+            if let Some(stop) = self.machine.stopped() {
+                return Some(stop);
+            }
+            self.service();
+            if self.activity == Activity::Running {
+                return None;
+            }
+            let host = &self.machine.host;
+            self.vcpu.outside(|| host.wait());
+        }
     }
 
     #[cold]
@@ -239,15 +237,17 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
             self.activity = Activity::Running;
             self.vcpu.inject(Event::Nmi);
         }
-        if self.lapic.has_interrupt() && self.vcpu.can_take_interrupt() {
-            if let Some(vector) = self.lapic.acknowledge() {
-                self.activity = Activity::Running;
-                self.vcpu.inject(Event::Interrupt(vector));
-            }
+        if self.lapic.has_interrupt()
+            && self.vcpu.can_take_interrupt()
+            && let Some(vector) = self.lapic.acknowledge()
+        {
+            self.activity = Activity::Running;
+            self.vcpu.inject(Event::Interrupt(vector));
         }
         self.vcpu.set_interrupt_window(self.lapic.awaited());
     }
 
+    #[inline(never)]
     fn handle(&mut self, exit: VmExit) {
         match exit {
             VmExit::Cpuid => self.cpuid(),
@@ -307,7 +307,12 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
         let state = CpuidState {
             apic_id: self.index as u32,
             cr4: self.vcpu.cr4(),
-            xcr0: self.vcpu.xcr0(),
+            // Only the leaf on XSAVE depends on it.
+            xcr0: if rax as u32 == 0xD {
+                self.vcpu.xcr0()
+            } else {
+                0
+            },
         };
         let [eax, ebx, ecx, edx] = self.machine.cpuid.query(rax as u32, rcx as u32, &state);
         let gprs = self.vcpu.gprs_mut();

@@ -70,7 +70,7 @@ impl SvmBackend {
     pub(crate) fn with_vcpu<R>(
         &self,
         cpuid: &Cpuid,
-        ram: &GuestRam,
+        ram: &'static GuestRam,
         work: impl FnOnce(SvmVcpu<'_, GuestRam>) -> R,
     ) -> Result<R, SvmError> {
         let frame = || Frames.alloc().ok_or(SvmError::NoMemory);
@@ -93,17 +93,8 @@ impl SvmBackend {
         let components = (u64::from(high) << 32 | u64::from(low)) & XCR0_ALLOWED;
         // SAFETY: `new` made the tables, which reach `ram` only; there is one guest, so its ASID is
         // its own, and each vCPU has its processor to itself.
-        let vcpu = unsafe {
-            SvmVcpu::new(
-                held,
-                vmcb,
-                &self.caps,
-                &self.tables,
-                ASID,
-                ram.clone(),
-                components,
-            )
-        };
+        let vcpu =
+            unsafe { SvmVcpu::new(held, vmcb, &self.caps, &self.tables, ASID, ram, components) };
         Ok(work(vcpu))
     }
 }

@@ -8,7 +8,7 @@
 
 use core::sync::atomic::{AtomicU32, Ordering};
 
-use testudo_arch::regs::SystemRegisters;
+use testudo_arch::regs::{CpuMode, SegmentRegister, SystemRegisters};
 use testudo_arch::{
     Cr0Flags, Cr4Flags, EferFlags, Event, Exception, Gprs, GuestMemory, Gva, Hpa, Msr, PAGE_SIZE,
     PageSize, RFlags,
@@ -17,12 +17,13 @@ use testudo_ept::walk::{Access, AccessKind, walk};
 use testudo_svm::Exit;
 use testudo_svm::caps::{Features, SvmCaps};
 use testudo_svm::event::{Combined, RawEvent};
-use testudo_svm::exit::{ExceptionInfo, NestedFaultBits, NestedPageFault};
+use testudo_svm::exit::{ExceptionInfo, ExitCode, NestedFaultBits, NestedPageFault};
 use testudo_svm::hw::{GuestRegisters, HeldInterrupts, VmcbFrame};
 use testudo_svm::intercept::{CrIntercepts, ExceptionIntercepts, Misc1, Misc2, Misc3};
 use testudo_svm::permission::{MsrAccess, MsrPermissionMap};
 use testudo_svm::vmcb::{InterruptState, NestedControl, VintrFlags, VirtualInterrupts, Vmcb};
 
+use crate::code_cache::{CodeCache, FetchKey};
 use crate::emulate;
 use crate::guest_cpu::paging_state;
 use crate::vcpu::{AwaitedInterrupt, MemoryAccess, PortAccess, Vcpu, VcpuError, VmExit};
@@ -52,6 +53,9 @@ const SVME: u64 = EferFlags::SECURE_VIRTUAL_MACHINE_ENABLE.bits();
 const LMA: u64 = EferFlags::LONG_MODE_ACTIVE.bits();
 const LME: u64 = EferFlags::LONG_MODE_ENABLE.bits();
 
+/// The L bit in the VMCB's form of segment attributes (APM vol. 2, 15.5.1).
+const CS_LONG: u16 = 1 << 9;
+
 /// The page attribute table after reset (APM vol. 2, 7.8.2).
 const PAT_RESET: u64 = 0x0007_0406_0007_0406;
 
@@ -78,11 +82,13 @@ pub struct SvmVcpu<'a, M> {
     processor: HeldInterrupts<'a>,
     vmcb: VmcbFrame<'a>,
     registers: GuestRegisters,
-    memory: M,
+    memory: &'a M,
     saves_next_rip: bool,
+    /// Behind the exiting instruction, if the processor says where that is; else zero.
+    next_rip: u64,
+    code_cache: CodeCache<'a>,
     physical_bits: u8,
     xcr0_valid: u64,
-    xcr0: u64,
     /// An NMI is being handled: no other until its IRET.
     nmi_masked: bool,
     /// The IRET that ends it is at this address; the mask ends once it has been executed.
@@ -110,7 +116,7 @@ impl<'a, M: GuestMemory> SvmVcpu<'a, M> {
         caps: &SvmCaps,
         tables: &SvmTables,
         asid: u32,
-        memory: M,
+        memory: &'a M,
         xcr0_valid: u64,
     ) -> Self {
         *vmcb = Vmcb::new();
@@ -139,9 +145,10 @@ impl<'a, M: GuestMemory> SvmVcpu<'a, M> {
             registers: GuestRegisters::default(),
             memory,
             saves_next_rip: caps.has(Features::NRIPS),
+            next_rip: 0,
+            code_cache: CodeCache::default(),
             physical_bits: caps.physical_address_bits,
             xcr0_valid,
-            xcr0: 1,
             nmi_masked: false,
             unmasking_iret: None,
             window: None,
@@ -150,16 +157,90 @@ impl<'a, M: GuestMemory> SvmVcpu<'a, M> {
         vcpu
     }
 
-    /// Enters the guest once and decodes why it came out.
+    /// Enters the guest once.
     #[inline]
-    fn enter(&mut self) -> Exit {
+    fn enter(&mut self) {
         // SAFETY: `new` set the intercepts that `enter` lists and nothing here removes one; the
         // rest is what the caller of `new` promised.
         #[allow(unsafe_code, reason = "the one entry; see `new`")]
         unsafe {
             self.processor.enter(&mut self.vmcb, &mut self.registers);
         }
-        Exit::read(&self.vmcb)
+        self.vmcb.set_event_inj(RawEvent::NONE);
+        self.note_progress();
+        self.next_rip = if self.saves_next_rip {
+            self.vmcb.n_rip()
+        } else {
+            0
+        };
+    }
+
+    /// What the machine must decide about the exit; `None` if it is settled here.
+    #[inline(never)]
+    fn settle(&mut self) -> Option<VmExit> {
+        let exit = Exit::read(&self.vmcb);
+        if let Exit::Exception(exception) = exit {
+            return self.reflect(exception);
+        }
+        self.take_up_interrupted_event();
+        Some(match exit {
+            Exit::Cpuid => VmExit::Cpuid,
+            Exit::Rdmsr => VmExit::ReadMsr(Msr(self.registers.gprs.rcx as u32)),
+            Exit::Wrmsr => {
+                let Gprs { rax, rcx, rdx, .. } = self.registers.gprs;
+                VmExit::WriteMsr(Msr(rcx as u32), rdx << 32 | rax & 0xFFFF_FFFF)
+            }
+            Exit::Interrupt | Exit::Nmi => {
+                self.processor.take_pending();
+                VmExit::Interrupted
+            }
+            Exit::NestedPageFault(fault) => Self::memory_exit(fault),
+            Exit::Port(access) => {
+                // "EXITINFO2 contains the rIP of the instruction following the IN/OUT" (APM vol. 2,
+                // 15.10.2), on all processors.
+                self.next_rip = access.next_rip;
+                Self::string_or_port(access)
+            }
+            Exit::Hlt => VmExit::Halt,
+            Exit::VirtualInterrupt => {
+                self.set_interrupt_window(None);
+                VmExit::InterruptWindow
+            }
+            Exit::Vmmcall => VmExit::Hypercall,
+            Exit::Iret => {
+                self.iret();
+                return None;
+            }
+            Exit::Xsetbv => {
+                let Gprs { rax, rcx, rdx, .. } = self.registers.gprs;
+                VmExit::SetXcr {
+                    index: rcx as u32,
+                    value: rdx << 32 | rax & 0xFFFF_FFFF,
+                }
+            }
+            Exit::Wbinvd | Exit::Invd => VmExit::CacheFlush,
+            Exit::Shutdown => VmExit::Shutdown,
+            Exit::Invalid => VmExit::InvalidState,
+            Exit::Vmrun
+            | Exit::Vmload
+            | Exit::Vmsave
+            | Exit::Stgi
+            | Exit::Clgi
+            | Exit::Skinit
+            | Exit::Invlpga
+            | Exit::Invlpgb { .. }
+            | Exit::Tlbsync
+            | Exit::Mcommit
+            | Exit::Monitor
+            | Exit::Mwait { .. }
+            | Exit::Rdpmc
+            | Exit::Rdpru
+            | Exit::Rsm => VmExit::Forbidden,
+            _ => VmExit::Unknown {
+                code: self.vmcb.exit_code(),
+                info: [self.vmcb.exit_info1(), self.vmcb.exit_info2()],
+            },
+        })
     }
 
     /// An event whose delivery the exit interrupted goes first at the next entry.
@@ -212,12 +293,32 @@ impl<'a, M: GuestMemory> SvmVcpu<'a, M> {
         }
     }
 
-    /// The length of the instruction at RIP, from its bytes.
-    fn instruction_length(&self) -> u8 {
+    /// The length of the instruction that exited, from its bytes.
+    #[inline]
+    fn instruction_length(&mut self) -> u8 {
+        let key = FetchKey {
+            rip: self.vmcb.rip(),
+            cr3: self.vmcb.cr3(),
+            cr4: self.vmcb.cr4(),
+        };
+        let long = self.vmcb.raw_segment(SegmentRegister::Cs).attributes & CS_LONG != 0;
+        if long
+            && self.vmcb.efer() & LMA != 0
+            && let Some(length) = self.code_cache.length(&key)
+        {
+            return length;
+        }
+        self.measure_instruction(key)
+    }
+
+    /// As [`Self::instruction_length`], for any mode and any instruction, also across pages.
+    #[inline(never)]
+    fn measure_instruction(&mut self, key: FetchKey) -> u8 {
         let system = self.vmcb.system_registers();
+        let mode = system.mode();
         let paging = paging_state(&system, 0, self.physical_bits);
-        let linear = match system.mode() {
-            testudo_arch::regs::CpuMode::Long64 => system.rip,
+        let linear = match mode {
+            CpuMode::Long64 => system.rip,
             _ => system.cs.base.wrapping_add(system.rip) & 0xFFFF_FFFF,
         };
         let mut code = [0; emulate::MAX_LENGTH];
@@ -225,7 +326,7 @@ impl<'a, M: GuestMemory> SvmVcpu<'a, M> {
         let access = Access::at_cpl(AccessKind::Fetch, self.vmcb.cpl());
         while have < code.len() {
             let at = Gva(linear).wrapping_add(have as u64);
-            let Ok(found) = walk(&self.memory, &paging, at, access) else {
+            let Ok(found) = walk(self.memory, &paging, at, access) else {
                 break;
             };
             let room = (PAGE_SIZE - at.offset_in(PageSize::Size4K)) as usize;
@@ -237,10 +338,14 @@ impl<'a, M: GuestMemory> SvmVcpu<'a, M> {
             {
                 break;
             }
-            have += part;
-            if let Some(length) = emulate::length(&code[..have], system.mode()) {
+            if let Some(length) = emulate::length(&code[..have + part], mode) {
+                if have == 0 && mode == CpuMode::Long64 {
+                    let code = &code[..usize::from(length)];
+                    self.code_cache.remember(self.memory, key, &found, code);
+                }
                 return length;
             }
+            have += part;
         }
         // The processor fetched and decoded it a moment ago: only another processor that changes
         // the code can lead here, and then the guest goes on at whatever it put there.
@@ -307,72 +412,14 @@ impl<M: GuestMemory> Vcpu for SvmVcpu<'_, M> {
             if requests.load(Ordering::Acquire) != 0 {
                 return Ok(VmExit::Interrupted);
             }
-            let exit = self.enter();
-            self.vmcb.set_event_inj(RawEvent::NONE);
-            self.note_progress();
-            let exit = match exit {
-                Exit::Exception(exception) => match self.reflect(exception) {
-                    Some(exit) => return Ok(exit),
-                    None => continue,
-                },
-                other => {
-                    self.take_up_interrupted_event();
-                    other
-                }
-            };
-            return Ok(match exit {
-                Exit::Cpuid => VmExit::Cpuid,
-                Exit::Rdmsr => VmExit::ReadMsr(Msr(self.registers.gprs.rcx as u32)),
-                Exit::Wrmsr => {
-                    let Gprs { rax, rcx, rdx, .. } = self.registers.gprs;
-                    VmExit::WriteMsr(Msr(rcx as u32), rdx << 32 | rax & 0xFFFF_FFFF)
-                }
-                Exit::Interrupt | Exit::Nmi => {
-                    self.processor.take_pending();
-                    VmExit::Interrupted
-                }
-                Exit::NestedPageFault(fault) => Self::memory_exit(fault),
-                Exit::Port(access) => Self::string_or_port(access),
-                Exit::Hlt => VmExit::Halt,
-                Exit::VirtualInterrupt => {
-                    self.set_interrupt_window(None);
-                    VmExit::InterruptWindow
-                }
-                Exit::Vmmcall => VmExit::Hypercall,
-                Exit::Iret => {
-                    self.iret();
-                    continue;
-                }
-                Exit::Xsetbv => {
-                    let Gprs { rax, rcx, rdx, .. } = self.registers.gprs;
-                    VmExit::SetXcr {
-                        index: rcx as u32,
-                        value: rdx << 32 | rax & 0xFFFF_FFFF,
-                    }
-                }
-                Exit::Wbinvd | Exit::Invd => VmExit::CacheFlush,
-                Exit::Shutdown => VmExit::Shutdown,
-                Exit::Invalid => VmExit::InvalidState,
-                Exit::Vmrun
-                | Exit::Vmload
-                | Exit::Vmsave
-                | Exit::Stgi
-                | Exit::Clgi
-                | Exit::Skinit
-                | Exit::Invlpga
-                | Exit::Invlpgb { .. }
-                | Exit::Tlbsync
-                | Exit::Mcommit
-                | Exit::Monitor
-                | Exit::Mwait { .. }
-                | Exit::Rdpmc
-                | Exit::Rdpru
-                | Exit::Rsm => VmExit::Forbidden,
-                _ => VmExit::Unknown {
-                    code: self.vmcb.exit_code(),
-                    info: [self.vmcb.exit_info1(), self.vmcb.exit_info2()],
-                },
-            });
+            self.enter();
+            // CPUID needs no more than this, and never interrupts an event.
+            if self.vmcb.exit_code() == ExitCode::CPUID.0 {
+                return Ok(VmExit::Cpuid);
+            }
+            if let Some(exit) = self.settle() {
+                return Ok(exit);
+            }
         }
     }
 
@@ -415,13 +462,12 @@ impl<M: GuestMemory> Vcpu for SvmVcpu<'_, M> {
 
     #[inline]
     fn advance(&mut self) {
-        let next = match Exit::read(&self.vmcb) {
-            Exit::Port(access) => access.next_rip,
-            _ if self.saves_next_rip => self.vmcb.n_rip(),
-            _ => self
+        let next = match self.next_rip {
+            0 => self
                 .vmcb
                 .rip()
                 .wrapping_add(u64::from(self.instruction_length())),
+            next => next,
         };
         self.set_rip(next);
     }
@@ -538,14 +584,22 @@ impl<M: GuestMemory> Vcpu for SvmVcpu<'_, M> {
             unsafe {
                 self.processor.set_guest_xcr0(value);
             }
-            self.xcr0 = value;
         }
         valid
     }
 
-    #[inline]
+    /// Read anew each time: QEMU 7.2 does not know the intercept of XSETBV, so a guest there
+    /// changes the register without an exit.
     fn xcr0(&self) -> u64 {
-        self.xcr0
+        if self.xcr0_valid == 0 {
+            return 1;
+        }
+        // SAFETY: `xcr0_valid` comes from CPUID leaf 0xD of a processor with XSAVE, whose host has
+        // CR4.OSXSAVE set.
+        #[allow(unsafe_code, reason = "XCR0 is not in the VMCB")]
+        unsafe {
+            self.processor.guest_xcr0()
+        }
     }
 
     fn pkru(&self) -> u32 {

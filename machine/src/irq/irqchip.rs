@@ -40,7 +40,7 @@ struct Wires {
 /// vCPU `n` has the APIC identification `n`; guests cannot change it.
 pub struct Irqchip {
     host: Arc<dyn Host>,
-    ports: Box<[LapicPort]>,
+    ports: Box<[Arc<LapicPort>]>,
     wires: spin::Mutex<Wires>,
 }
 
@@ -56,7 +56,7 @@ impl Irqchip {
     ) -> (Arc<Self>, alloc::vec::Vec<Lapic>) {
         let chip = Arc::new(Self {
             host,
-            ports: (0..vcpus).map(|_| LapicPort::new()).collect(),
+            ports: (0..vcpus).map(|_| Arc::new(LapicPort::new())).collect(),
             wires: spin::Mutex::new(Wires {
                 pic: PicPair::new(),
                 ioapic: IoApic::new(layout::IOAPIC_ID),
@@ -81,7 +81,7 @@ impl Irqchip {
     }
 
     #[inline]
-    pub(super) fn port(&self, vcpu: usize) -> &LapicPort {
+    pub(super) fn port(&self, vcpu: usize) -> &Arc<LapicPort> {
         &self.ports[vcpu]
     }
 

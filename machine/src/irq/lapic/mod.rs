@@ -82,6 +82,8 @@ mod base {
 /// Made by [`Irqchip::new`]. Everything here is called by the vCPU's own loop.
 pub struct Lapic {
     chip: Arc<Irqchip>,
+    /// What others reach of this one, also found through `chip`.
+    port: Arc<LapicPort>,
     index: usize,
     features: LapicFeatures,
     base: u64,
@@ -113,6 +115,7 @@ impl Lapic {
     pub(super) fn new(chip: Arc<Irqchip>, index: usize, features: LapicFeatures) -> Self {
         let bsp = if index == 0 { base::BSP } else { 0 };
         let mut lapic = Self {
+            port: chip.port(index).clone(),
             chip,
             index,
             features,
@@ -146,7 +149,7 @@ impl Lapic {
 
     #[inline]
     fn port(&self) -> &LapicPort {
-        self.chip.port(self.index)
+        &self.port
     }
 
     /// The APIC identification, which is the vCPU's number.
