@@ -17,6 +17,7 @@ extern crate std;
 
 pub mod bitmap;
 pub mod caps;
+pub mod check;
 pub mod controls;
 pub mod encoding;
 mod error;
@@ -32,5 +33,6 @@ pub mod structures;
 mod vmcs;
 
 pub use caps::VmxCaps;
+pub use encoding::{Encoding, Field};
 pub use error::{AccessError, InstructionError, VmFail};
 pub use vmcs::{VmcsRead, VmcsWrite};

@@ -441,7 +441,7 @@ impl CurrentVmcs<'_> {
     /// # Errors
     ///
     /// VM entry failed before guest state was looked at: a control or the host state is not valid.
-    /// (Invalid guest state is an
+    /// [`check_entry`](crate::check::check_entry) names the rule. (Invalid guest state is an
     /// exit with its own reason.)
     ///
     /// # Safety

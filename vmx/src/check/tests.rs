@@ -1,0 +1,404 @@
+use super::*;
+use crate::caps::fixtures;
+use crate::controls::EntryControls;
+use crate::event::InterruptionInformation;
+use crate::exit::GuestStateFailure;
+use crate::fake::FakeVmcs;
+use crate::image::VmcsImage;
+use crate::structures::MsrEntry;
+use crate::vmcs::VmcsWrite;
+use proptest::prelude::*;
+use std::collections::BTreeMap;
+use std::string::ToString;
+use std::vec::Vec;
+use testudo_arch::memory::GuestRam;
+use testudo_arch::{Gpa, GuestMemory, Msr};
+
+fn all_caps() -> [(&'static str, VmxCaps); 5] {
+    [
+        ("nehalem", fixtures::nehalem()),
+        ("haswell", fixtures::haswell()),
+        ("skylake_sp", fixtures::skylake_sp()),
+        ("ice_lake_sp", fixtures::ice_lake_sp()),
+        ("sapphire_rapids", fixtures::sapphire_rapids()),
+    ]
+}
+
+#[test]
+fn a_valid_state_violates_nothing() {
+    for (name, caps) in all_caps() {
+        let found = check_entry(&samples::valid(&caps), &caps).unwrap();
+        assert!(found.is_empty(), "{name}:\n{found}");
+    }
+}
+
+#[test]
+fn other_modes_are_valid_too() {
+    for (name, caps) in all_caps() {
+        type Mode = fn(&mut VmcsImage, &VmxCaps) -> Result<bool, AccessError>;
+        let modes: [Mode; 4] = [
+            |vmcs, caps| samples::protected_mode(vmcs, caps).map(|()| true),
+            |vmcs, caps| samples::virtual_8086_mode(vmcs, caps).map(|()| true),
+            samples::real_mode,
+            samples::enable_ept,
+        ];
+        for (i, mode) in modes.into_iter().enumerate() {
+            let mut vmcs = samples::valid(&caps);
+            let possible = mode(&mut vmcs, &caps).unwrap();
+            assert!(possible || name == "nehalem", "{name}, mode {i}");
+            let found = check_entry(&vmcs, &caps).unwrap();
+            assert!(!possible || found.is_empty(), "{name}, mode {i}:\n{found}");
+        }
+    }
+}
+
+/// Rules that no field alone violates: they have tests of their own below, or are of features that
+/// no fixture has.
+const NOT_BY_FIELDS: &[Rule] = &[
+    Rule::TprThresholdAboveVtpr,
+    Rule::HostSsNull,
+    Rule::HostLongModeFromLegacy,
+    Rule::LegacyHostLongGuest,
+    Rule::LegacyHostPcide,
+    Rule::LegacyHostRip,
+    Rule::LinkPointerIsCurrent,
+    Rule::LinkPointerRegion,
+    Rule::MsrLoadRefused,
+];
+
+/// Every processor feature that a rule is about: more than any one generation has.
+fn everything() -> VmxCaps {
+    let mut caps = fixtures::sapphire_rapids();
+    let all = |msr| Some(caps.msr(msr).unwrap_or(u64::MAX));
+    let vmx = |leaf, _| {
+        if leaf == 0 {
+            [1, 0, 0, 0]
+        } else {
+            [0, 0, 1 << 5, 0]
+        }
+    };
+    let full = VmxCaps::read_from(
+        |msr| match msr {
+            Msr::VMX_EXIT_CTLS | Msr::VMX_TRUE_EXIT_CTLS => all(msr).map(|v| v | 0xFFFF_FFFF << 32),
+            Msr::VMX_ENTRY_CTLS | Msr::VMX_TRUE_ENTRY_CTLS => {
+                all(msr).map(|v| v | 0x00FF_FFFF << 32)
+            }
+            Msr::VMX_PROCBASED_CTLS2 => Some(0xFFFF_FFFF << 32),
+            Msr::VMX_PROCBASED_CTLS3 => Some(0xDF),
+            Msr::VMX_EXIT_CTLS2 => Some(0xB),
+            _ => all(msr),
+        },
+        vmx,
+    )
+    .unwrap();
+    caps = VmxCaps {
+        processor: caps.processor,
+        ..full
+    };
+    caps
+}
+
+#[test]
+fn every_rule_is_violated_alone_by_its_sample() {
+    let mut violated = BTreeMap::new();
+    let processors = all_caps().into_iter().chain([("everything", everything())]);
+    for (name, caps) in processors {
+        for &rule in Rule::ALL {
+            let mut vmcs = samples::valid(&caps);
+            if !samples::violate(rule, &mut vmcs, &caps).unwrap() {
+                continue;
+            }
+            let found = check_entry(&vmcs, &caps).unwrap();
+            let rules: Vec<_> = found.rules().collect();
+            assert_eq!(rules, [rule], "{name}, {rule:?}:\n{found}");
+            assert_eq!(found[0].outcome, rule.outcome());
+            let field = found[0].field.info().unwrap();
+            assert_eq!(
+                vmcs.read_raw(field.encoding),
+                Ok(found[0].value),
+                "{rule:?}"
+            );
+            violated.insert(rule, name);
+        }
+    }
+    let missing: Vec<_> = Rule::ALL
+        .iter()
+        .filter(|r| !violated.contains_key(r))
+        .collect();
+    assert_eq!(missing, NOT_BY_FIELDS.iter().collect::<Vec<_>>());
+}
+
+#[test]
+fn the_checks_read_only_fields_that_the_processor_has() {
+    for (name, caps) in all_caps() {
+        let mut fake = FakeVmcs::with_caps(&caps);
+        for (field, value) in samples::valid(&caps).iter() {
+            fake.preset(field, value);
+        }
+        assert!(check_entry(&fake, &caps).unwrap().is_empty(), "{name}");
+        // With every control set, allowed or not, no missing field is touched either.
+        for field in [
+            fields::PIN_CONTROLS,
+            fields::PRIMARY_CONTROLS,
+            fields::SECONDARY_CONTROLS,
+            fields::EXIT_CONTROLS,
+            fields::ENTRY_CONTROLS,
+        ] {
+            fake.preset(field, u64::MAX);
+        }
+        assert!(!check_entry(&fake, &caps).unwrap().is_empty(), "{name}");
+    }
+}
+
+#[test]
+fn a_failed_read_is_an_error() {
+    let caps = fixtures::haswell();
+    let mut fake = FakeVmcs::with_caps(&caps);
+    fake.fail(fields::GUEST_CR4, crate::VmFail::Invalid);
+    assert!(check_entry(&fake, &caps).is_err());
+}
+
+fn legacy() -> EntryContext {
+    EntryContext {
+        long_mode: false,
+        ..EntryContext::default()
+    }
+}
+
+/// A VMCS that a processor outside IA-32e mode accepts.
+fn legacy_valid(caps: &VmxCaps) -> VmcsImage {
+    let mut vmcs = samples::valid(caps);
+    let made = samples::violate(Rule::HostAddressSpaceFromLong, &mut vmcs, caps);
+    assert_eq!(made, Ok(true));
+    let found = check_entry_from(&vmcs, caps, &legacy()).unwrap();
+    assert!(found.is_empty(), "{found}");
+    vmcs
+}
+
+fn rules_from(vmcs: &VmcsImage, caps: &VmxCaps, context: &EntryContext) -> Vec<Rule> {
+    check_entry_from(vmcs, caps, context)
+        .unwrap()
+        .rules()
+        .collect()
+}
+
+#[test]
+fn a_32_bit_host_has_its_own_rules() {
+    let caps = fixtures::haswell();
+    let valid = legacy_valid(&caps);
+
+    let mut vmcs = valid.clone();
+    vmcs.set(fields::HOST_SS_SELECTOR, 0).unwrap();
+    assert_eq!(rules_from(&vmcs, &caps, &legacy()), [Rule::HostSsNull]);
+
+    let mut vmcs = valid.clone();
+    vmcs.set(fields::HOST_RIP, 1 << 32).unwrap();
+    assert_eq!(rules_from(&vmcs, &caps, &legacy()), [Rule::LegacyHostRip]);
+
+    let mut vmcs = valid.clone();
+    vmcs.set(fields::HOST_CR4, 1 << 13 | CR4_PCIDE).unwrap();
+    assert_eq!(rules_from(&vmcs, &caps, &legacy()), [Rule::LegacyHostPcide]);
+
+    let long = samples::valid(&caps);
+    assert_eq!(
+        rules_from(&long, &caps, &legacy()),
+        [Rule::HostLongModeFromLegacy]
+    );
+
+    let mut vmcs = long.clone();
+    let exit = vmcs.get(fields::EXIT_CONTROLS).unwrap();
+    let size = ExitControls::HOST_ADDRESS_SPACE_SIZE.bits();
+    vmcs.set(fields::EXIT_CONTROLS, exit & !size).unwrap();
+    vmcs.set(fields::HOST_RIP, 0).unwrap();
+    vmcs.set(fields::HOST_SS_SELECTOR, 8).unwrap();
+    vmcs.set(fields::HOST_EFER, 0).unwrap();
+    let expected = [Rule::HostAddressSpaceFromLong, Rule::LegacyHostLongGuest];
+    assert_eq!(rules_from(&vmcs, &caps, &EntryContext::default()), expected);
+}
+
+#[test]
+fn the_link_pointer_is_not_the_current_vmcs() {
+    let caps = fixtures::haswell();
+    let mut vmcs = samples::valid(&caps);
+    vmcs.set(fields::VMCS_LINK_POINTER, 0x5000).unwrap();
+    let context = |address| EntryContext {
+        current_vmcs: Some(Hpa(address)),
+        ..EntryContext::default()
+    };
+    assert_eq!(rules_from(&vmcs, &caps, &context(0x6000)), []);
+    assert_eq!(
+        rules_from(&vmcs, &caps, &context(0x5000)),
+        [Rule::LinkPointerIsCurrent]
+    );
+}
+
+#[test]
+fn smm_frees_its_controls() {
+    let caps = fixtures::haswell();
+    let mut vmcs = samples::valid(&caps);
+    let entry = vmcs.get(fields::ENTRY_CONTROLS).unwrap();
+    let bits = entry | EntryControls::DEACTIVATE_DUAL_MONITOR.bits();
+    vmcs.set(fields::ENTRY_CONTROLS, bits).unwrap();
+    let context = EntryContext {
+        in_smm: true,
+        ..EntryContext::default()
+    };
+    assert_eq!(rules_from(&vmcs, &caps, &context), []);
+    assert_eq!(
+        rules_from(&vmcs, &caps, &EntryContext::default()),
+        [Rule::EntrySmmControls]
+    );
+}
+
+#[test]
+fn injection_rules_follow_the_manuals_table() {
+    let caps = fixtures::haswell();
+    for vector in 0..=255u32 {
+        for kind in 0..8 {
+            for code in [0, 1 << 11] {
+                let mut vmcs = samples::valid(&caps);
+                let information = 1 << 31 | code | kind << 8 | vector;
+                vmcs.set(fields::ENTRY_INTERRUPTION_INFORMATION, information)
+                    .unwrap();
+                vmcs.set(fields::ENTRY_INSTRUCTION_LENGTH, 2).unwrap();
+                vmcs.set(fields::GUEST_RFLAGS, 0x202).unwrap();
+                let valid = match (kind, code != 0) {
+                    (0 | 4 | 5 | 6, false) => true,
+                    (2, false) => vector == 2,
+                    (3, true) => matches!(vector, 8 | 10..=14 | 17),
+                    (3, false) => vector < 32 && !matches!(vector, 8 | 10..=14 | 17),
+                    (7, false) => vector == 0,
+                    _ => false,
+                };
+                let found = check_entry(&vmcs, &caps).unwrap();
+                let information = InterruptionInformation(information);
+                assert_eq!(found.is_empty(), valid, "{information:?}:\n{found}");
+            }
+        }
+    }
+}
+
+#[test]
+fn an_error_code_is_free_where_the_processor_says_so() {
+    let caps = fixtures::sapphire_rapids();
+    assert!(caps.basic.any_error_code());
+    let mut vmcs = samples::valid(&caps);
+    for information in [0x8000_0306u32, 0x8000_0B06, 0x8000_030D, 0x8000_0B0D] {
+        vmcs.set(fields::ENTRY_INTERRUPTION_INFORMATION, information)
+            .unwrap();
+        assert!(
+            check_entry(&vmcs, &caps).unwrap().is_empty(),
+            "{information:#x}"
+        );
+    }
+}
+
+#[test]
+fn outcomes_are_those_of_the_first_stage() {
+    let caps = fixtures::haswell();
+    let mut vmcs = samples::valid(&caps);
+    for rule in [Rule::RflagsReserved, Rule::LinkPointerAddress] {
+        assert_eq!(samples::violate(rule, &mut vmcs, &caps), Ok(true));
+    }
+    let found = check_entry(&vmcs, &caps).unwrap();
+    let outcomes: Vec<_> = found.outcomes().collect();
+    let link = Outcome::GuestState(GuestStateFailure::LinkPointer);
+    assert_eq!(outcomes, [Outcome::GUEST, link]);
+    assert_eq!(
+        samples::violate(Rule::HostCsNull, &mut vmcs, &caps),
+        Ok(true)
+    );
+    let found = check_entry(&vmcs, &caps).unwrap();
+    assert_eq!(found.len(), 3);
+    assert_eq!(found.outcomes().collect::<Vec<_>>(), [Outcome::HOST]);
+    assert!(found.to_string().lines().count() == 3);
+}
+
+fn memory(bytes: &mut [u64]) -> GuestRam {
+    let mut ram = GuestRam::new();
+    let len = bytes.len() as u64 * 8;
+    #[allow(unsafe_code)]
+    // SAFETY: the tests keep the bytes alive and use them through the result only.
+    unsafe {
+        ram.add(Gpa(0x1000), bytes.as_mut_ptr().cast(), len, true)
+            .unwrap();
+    }
+    ram
+}
+
+#[test]
+fn rules_of_memory() {
+    let caps = fixtures::haswell();
+    let mut bytes = std::vec![0u64; 512];
+    let ram = memory(&mut bytes);
+    let context = EntryContext::default();
+    let rules = |vmcs: &VmcsImage| -> Vec<Rule> {
+        assert!(check_entry(vmcs, &caps).unwrap().is_empty());
+        check_memory(vmcs, &caps, &context, &ram)
+            .unwrap()
+            .rules()
+            .collect()
+    };
+
+    let mut vmcs = samples::valid(&caps);
+    assert_eq!(rules(&vmcs), []);
+    vmcs.set(fields::VMCS_LINK_POINTER, 0x1000).unwrap();
+    assert_eq!(rules(&vmcs), [Rule::LinkPointerRegion]);
+    ram.store_u32(Gpa(0x1000), caps.basic.revision()).unwrap();
+    assert_eq!(rules(&vmcs), []);
+    vmcs.set(fields::VMCS_LINK_POINTER, u64::MAX).unwrap();
+
+    let primary = vmcs.get(fields::PRIMARY_CONTROLS).unwrap();
+    let shadow = PrimaryControls::USE_TPR_SHADOW.bits();
+    vmcs.set(fields::PRIMARY_CONTROLS, primary | shadow)
+        .unwrap();
+    vmcs.set(fields::VIRTUAL_APIC_ADDRESS, 0x1000).unwrap();
+    vmcs.set(fields::TPR_THRESHOLD, 3).unwrap();
+    assert_eq!(rules(&vmcs), [Rule::TprThresholdAboveVtpr]);
+    ram.write(Gpa(0x1080), &[0x30]).unwrap();
+    assert_eq!(rules(&vmcs), []);
+
+    let mut vmcs = samples::valid(&caps);
+    samples::protected_mode(&mut vmcs, &caps).unwrap();
+    let cr4 = vmcs.get(fields::GUEST_CR4).unwrap();
+    vmcs.set(fields::GUEST_CR4, cr4 | CR4_PAE).unwrap();
+    vmcs.set(fields::GUEST_CR3, 0x1100).unwrap();
+    assert_eq!(rules(&vmcs), []);
+    ram.store_u64(Gpa(0x1118), 0x7).unwrap();
+    assert_eq!(rules(&vmcs), [Rule::PdpteReserved]);
+    ram.store_u64(Gpa(0x1118), 0x6).unwrap();
+    assert_eq!(rules(&vmcs), []);
+
+    let mut vmcs = samples::valid(&caps);
+    vmcs.set(fields::ENTRY_MSR_LOAD_ADDRESS, 0x1200).unwrap();
+    vmcs.set(fields::ENTRY_MSR_LOAD_COUNT, 2).unwrap();
+    ram.write(Gpa(0x1200), &MsrEntry::new(Msr::STAR, 0).to_bytes())
+        .unwrap();
+    ram.write(Gpa(0x1210), &MsrEntry::new(Msr::LSTAR, 0).to_bytes())
+        .unwrap();
+    assert_eq!(rules(&vmcs), []);
+    ram.write(Gpa(0x1210), &MsrEntry::new(Msr::GS_BASE, 0).to_bytes())
+        .unwrap();
+    let found = check_memory(&vmcs, &caps, &context, &ram).unwrap();
+    assert_eq!(found[0].rule, Rule::MsrLoadRefused);
+    assert_eq!(found[0].outcome, Outcome::MsrLoading { entry: 2 });
+}
+
+proptest! {
+    #[test]
+    fn no_vmcs_makes_the_checks_panic(
+        writes in proptest::collection::vec((0..fields::FIELDS.len(), any::<u64>()), 1..40)
+    ) {
+        let mut bytes = std::vec![0x5A5A_5A5A_5A5A_5A5Au64; 512];
+        let ram = memory(&mut bytes);
+        for (_, caps) in all_caps() {
+            let mut vmcs = samples::valid(&caps);
+            for &(which, value) in &writes {
+                vmcs.write_raw(fields::FIELDS[which].encoding, value).unwrap();
+            }
+            let found = check_entry(&vmcs, &caps).unwrap();
+            prop_assert_eq!(found.outcomes().count() == 0, found.is_empty());
+            check_memory(&vmcs, &caps, &EntryContext::default(), &ram).unwrap();
+        }
+    }
+}
