@@ -116,8 +116,13 @@ impl Boot {
             .timeout
             .map(|seconds| Duration::try_from_secs_f64(seconds).context("--timeout takes seconds"))
             .transpose()?;
+        let cpu = match self.backend {
+            Backend::None => Cpu::Svm,
+            backend => backend.cpu()?,
+        };
         let guest = self.guest()?;
         let mut machine = Machine {
+            cpu,
             processors: self.processors.unwrap_or(self.vcpus),
             memory: self.memory,
             exact: self.exact,
@@ -131,7 +136,6 @@ impl Boot {
         if self.backend == Backend::None {
             return guest.run_directly(&machine);
         }
-        machine.cpu = self.backend.cpu()?;
         let mut command_line = format!("memory={} vcpus={}", self.memory, self.vcpus);
         if self.stats {
             command_line.push_str(" stats");
