@@ -37,6 +37,8 @@ pub mod guest_table;
 mod lock;
 #[cfg(feature = "alloc")]
 mod pool;
+#[cfg(feature = "alloc")]
+pub mod shadow;
 mod table;
 pub mod walk;
 

@@ -91,7 +91,7 @@ impl Mode {
 
     /// The bits of an entry that hold a table's address.
     #[inline]
-    pub(super) const fn table_mask(self) -> u64 {
+    pub(crate) const fn table_mask(self) -> u64 {
         match self {
             Self::Legacy => 0xFFFF_F000,
             _ => 0x000F_FFFF_FFFF_F000,
@@ -173,7 +173,7 @@ impl PagingState {
 
     /// The address of the top table.
     #[inline]
-    pub(super) fn root(&self, mode: Mode) -> u64 {
+    pub(crate) fn root(&self, mode: Mode) -> u64 {
         match mode {
             // PAE's top table has 32 bytes and need not begin a page.
             Mode::Pae => self.cr3 & 0xFFFF_FFE0,
@@ -258,6 +258,13 @@ impl PagingState {
         } else {
             0
         }
+    }
+
+    /// SMEP: the supervisor does not fetch from user pages.
+    #[cfg(feature = "alloc")]
+    #[inline]
+    pub(crate) fn prevents_supervisor_fetch(&self) -> bool {
+        self.cr4 & Cr4Flags::SUPERVISOR_MODE_EXECUTION_PROTECTION.bits() != 0
     }
 
     /// The error-code bits that follow from the access alone.
