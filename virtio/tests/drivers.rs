@@ -6,11 +6,16 @@ mod support;
 use std::sync::{Arc, Mutex};
 
 use support::{Connect, GSI, GuestHal, MmioGuest, PciGuest};
-use testudo_virtio::backend::{MemoryImage, Overlay, ReadOnlyImage};
-use testudo_virtio::device::{Blk, BlkOptions, Console, ConsolePort, Rng};
+use testudo_virtio::backend::{
+    EchoHost, MemoryImage, Overlay, ReadOnlyImage, VsockConnect, VsockHost, VsockStream,
+};
+use testudo_virtio::device::{Blk, BlkOptions, Console, ConsolePort, Rng, Vsock};
 use virtio_drivers::device::blk::VirtIOBlk;
 use virtio_drivers::device::console::VirtIOConsole;
 use virtio_drivers::device::rng::VirtIORng;
+use virtio_drivers::device::socket::{
+    DisconnectReason, VirtIOSocket, VsockAddr, VsockConnectionManager, VsockEventType,
+};
 
 /// Each test, once for each transport.
 macro_rules! over_both_transports {
@@ -30,6 +35,9 @@ over_both_transports! {
     an_interrupt_line_stays_up_until_it_is_acknowledged
     console_carries_bytes_both_ways
     rng_fills_what_it_is_asked_for
+    vsock_echoes_with_credit
+    vsock_refuses_and_closes
+    vsock_connects_into_the_guest
 }
 
 fn pattern(len: usize) -> Vec<u8> {
@@ -146,4 +154,130 @@ fn rng_fills_what_it_is_asked_for<T: Connect>() {
     assert_eq!(rng.request_entropy(&mut bytes).unwrap(), 1000);
     assert!(bytes.iter().enumerate().all(|(i, &b)| b == (i + 1) as u8));
     assert_eq!(rng.request_entropy(&mut [0; 16]).unwrap(), 16);
+}
+
+const HOST_ECHO: VsockAddr = VsockAddr { cid: 2, port: 7 };
+
+fn vsock_echoes_with_credit<T: Connect>() {
+    let guest = T::connect(Vsock::new(EchoHost { port: 7 }, 3));
+    let driver = VirtIOSocket::<GuestHal, _>::new(guest.clone()).unwrap();
+    let mut sockets = VsockConnectionManager::new(driver);
+    assert_eq!(sockets.guest_cid(), 3);
+    sockets.connect(HOST_ECHO, 1000).unwrap();
+    let connected = sockets.poll().unwrap().unwrap();
+    assert_eq!(connected.event_type, VsockEventType::Connected);
+    let data = pattern(300_000);
+    let (mut sent, mut received) = (0, Vec::new());
+    for _ in 0..10_000 {
+        // The driver refuses what the host has no room for.
+        let part = &data[sent..data.len().min(sent + 700)];
+        if !part.is_empty() && sockets.send(HOST_ECHO, 1000, part).is_ok() {
+            sent += part.len();
+        }
+        guest.poll(0);
+        while let Some(event) = sockets.poll().unwrap() {
+            let ours = matches!(
+                event.event_type,
+                VsockEventType::Received { .. } | VsockEventType::CreditUpdate
+            );
+            assert!(ours, "{event:?}");
+        }
+        let mut bytes = [0; 2048];
+        let len = sockets.recv(HOST_ECHO, 1000, &mut bytes).unwrap();
+        received.extend_from_slice(&bytes[..len]);
+        sockets.update_credit(HOST_ECHO, 1000).unwrap();
+        if received.len() == data.len() {
+            break;
+        }
+    }
+    assert_eq!(received, data);
+}
+
+fn vsock_refuses_and_closes<T: Connect>() {
+    let guest = T::connect(Vsock::new(EchoHost { port: 7 }, 3));
+    let driver = VirtIOSocket::<GuestHal, _>::new(guest.clone()).unwrap();
+    let mut sockets = VsockConnectionManager::new(driver);
+    let nobody = VsockAddr { cid: 2, port: 8 };
+    sockets.connect(nobody, 1000).unwrap();
+    let reset = VsockEventType::Disconnected {
+        reason: DisconnectReason::Reset,
+    };
+    assert_eq!(sockets.poll().unwrap().unwrap().event_type, reset);
+    sockets.connect(HOST_ECHO, 1001).unwrap();
+    assert_eq!(
+        sockets.poll().unwrap().unwrap().event_type,
+        VsockEventType::Connected
+    );
+    sockets.shutdown(HOST_ECHO, 1001).unwrap();
+    assert_eq!(sockets.poll().unwrap().unwrap().event_type, reset);
+    // The ports are free again.
+    sockets.connect(HOST_ECHO, 1001).unwrap();
+    assert_eq!(
+        sockets.poll().unwrap().unwrap().event_type,
+        VsockEventType::Connected
+    );
+    sockets.force_close(HOST_ECHO, 1001).unwrap();
+    guest.poll(0);
+    assert_eq!(sockets.poll().unwrap(), None);
+}
+
+/// A host that calls the guest once, says a word and hangs up.
+struct Caller(bool);
+
+struct Word(&'static [u8]);
+
+impl VsockHost for Caller {
+    fn accept(&mut self, _: u32, _: u32) -> Option<Box<dyn VsockStream>> {
+        None
+    }
+
+    fn connect(&mut self) -> Option<VsockConnect> {
+        let first = !std::mem::replace(&mut self.0, true);
+        first.then(|| VsockConnect {
+            host_port: 5000,
+            guest_port: 22,
+            stream: Box::new(Word(b"knock knock")),
+        })
+    }
+}
+
+impl VsockStream for Word {
+    fn write(&mut self, data: &[u8]) -> usize {
+        data.len()
+    }
+
+    fn read(&mut self, buf: &mut [u8]) -> usize {
+        let len = buf.len().min(self.0.len());
+        buf[..len].copy_from_slice(&self.0[..len]);
+        self.0 = &self.0[len..];
+        len
+    }
+
+    fn finished(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+fn vsock_connects_into_the_guest<T: Connect>() {
+    let guest = T::connect(Vsock::new(Caller(false), 3));
+    let driver = VirtIOSocket::<GuestHal, _>::new(guest.clone()).unwrap();
+    let mut sockets = VsockConnectionManager::new(driver);
+    sockets.listen(22);
+    let host = VsockAddr { cid: 2, port: 5000 };
+    let mut events = Vec::new();
+    for _ in 0..10 {
+        guest.poll(0);
+        while let Some(event) = sockets.poll().unwrap() {
+            assert_eq!((event.source, event.destination.port), (host, 22));
+            events.push(event.event_type);
+        }
+    }
+    let hung_up = VsockEventType::Disconnected {
+        reason: DisconnectReason::Shutdown,
+    };
+    let word = VsockEventType::Received { length: 11 };
+    assert_eq!(events, [VsockEventType::ConnectionRequest, word, hung_up]);
+    let mut bytes = [0; 11];
+    assert_eq!(sockets.recv(host, 22, &mut bytes).unwrap(), 11);
+    assert_eq!(&bytes, b"knock knock");
 }

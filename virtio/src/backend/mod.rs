@@ -6,6 +6,7 @@ mod net;
 mod tap;
 #[cfg(feature = "user-net")]
 mod user;
+mod vsock;
 
 #[cfg(feature = "std")]
 pub use block::FileImage;
@@ -17,3 +18,4 @@ pub use net::{
 pub use tap::Tap;
 #[cfg(feature = "user-net")]
 pub use user::{UserHost, UserOptions};
+pub use vsock::{EchoHost, VsockConnect, VsockHost, VsockStream};

@@ -152,6 +152,11 @@ pub trait NetBackend: Send {
     fn poll(&mut self, _now: u64) -> Next {
         Next::Idle
     }
+
+    /// When [`poll`](Self::poll) is wanted, after what the guest has sent since the last one.
+    fn next_poll(&mut self) -> Next {
+        Next::Idle
+    }
 }
 
 /// A frame in storage that is used again.

@@ -415,6 +415,10 @@ impl NetBackend for UserHost {
     fn poll(&mut self, now: u64) -> Next {
         self.now = self.now.max(now);
         self.advance();
+        self.next_poll()
+    }
+
+    fn next_poll(&mut self) -> Next {
         let instant = Instant::from_micros((self.now / 1000) as i64);
         match self.interface.poll_at(instant, &self.sockets) {
             Some(at) => Next::At((at.total_micros().max(0) as u64).saturating_mul(1000)),

@@ -1,14 +1,24 @@
 //! Devices: what each one offers, and how it processes its queues.
 
+mod balloon;
 mod blk;
 mod console;
+mod iommu;
+mod mem;
 mod net;
+mod pmem;
 mod rng;
+mod vsock;
 
+pub use balloon::{Balloon, BalloonBackend, BalloonControl, Stat};
 pub use blk::{Blk, BlkOptions};
 pub use console::{Console, ConsolePort, PortOptions};
+pub use iommu::{Iommu, IommuMemory, IommuState, TranslateError};
+pub use mem::{Mem, MemBackend, MemControl, MemOptions};
 pub use net::{Net, NetOptions};
+pub use pmem::{Pmem, PmemBackend};
 pub use rng::{Entropy, Rng};
+pub use vsock::Vsock;
 
 use testudo_arch::{GuestMemory, MemoryFault};
 

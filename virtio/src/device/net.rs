@@ -409,7 +409,8 @@ impl<M: GuestMemory, B: NetBackend> Device<M> for Net<B> {
             Next::Idle
         };
         // New buffers, or an answer from a backend that answers at once.
-        Ok(next.min(self.receive(io)?))
+        let next = next.min(self.receive(io)?);
+        Ok(next.min(self.backend.next_poll()))
     }
 
     fn poll(&mut self, io: &mut Io<'_, M>) -> Result<Next, DeviceError> {

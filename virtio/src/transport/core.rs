@@ -100,6 +100,8 @@ pub(crate) struct Core<M> {
     /// Whether the device may reach memory: PCI's bus master bit.
     dma: bool,
     now: u64,
+    /// When the device wants to be polled.
+    next: Next,
 }
 
 impl<M: GuestMemory> Core<M> {
@@ -135,6 +137,7 @@ impl<M: GuestMemory> Core<M> {
             fault: None,
             dma: true,
             now: 0,
+            next: Next::Idle,
         }
     }
 
@@ -144,6 +147,12 @@ impl<M: GuestMemory> Core<M> {
 
     pub(crate) fn fault(&self) -> Option<Fault> {
         self.fault
+    }
+
+    /// When the device wants to be polled, by what has happened since the last time.
+    #[inline]
+    pub(crate) fn next_poll(&self) -> Next {
+        self.next
     }
 
     pub(crate) fn status(&self) -> u8 {
@@ -194,6 +203,8 @@ impl<M: GuestMemory> Core<M> {
                 slot.pending = slot.queue.is_some();
             }
             self.run_pending();
+            // Its backend may have something for the driver.
+            self.next = Next::Again;
         }
         false
     }
@@ -212,6 +223,7 @@ impl<M: GuestMemory> Core<M> {
         self.accepted = Features::empty();
         self.fault = None;
         self.config_signal = false;
+        self.next = Next::Idle;
         for (slot, config) in self.slots.iter_mut().zip(&mut self.configs) {
             *slot = Slot {
                 queue: None,
@@ -317,7 +329,7 @@ impl<M: GuestMemory> Core<M> {
         let resumed = allowed && !self.dma;
         self.dma = allowed;
         if resumed {
-            self.run_pending();
+            self.next = self.next.min(self.run_pending());
         }
     }
 
@@ -350,7 +362,8 @@ impl<M: GuestMemory> Core<M> {
             && slot.queue.is_some()
         {
             slot.pending = true;
-            self.run(index);
+            let next = self.run(index);
+            self.next = self.next.min(next);
         }
     }
 
@@ -411,14 +424,14 @@ impl<M: GuestMemory> Core<M> {
     /// Goes on with what was left, and lets the device look at its backend.
     pub(crate) fn poll(&mut self, now: u64) -> Next {
         self.now = now;
-        if !self.running() {
-            return Next::Idle;
+        self.next = Next::Idle;
+        if self.running() {
+            let next = self.run_pending();
+            if self.running() {
+                self.next = next.min(self.call(0, |device, io| device.poll(io)));
+            }
         }
-        let next = self.run_pending();
-        if !self.running() {
-            return Next::Idle;
-        }
-        next.min(self.call(0, |device, io| device.poll(io)))
+        self.next
     }
 
     /// Reads the device's configuration space.

@@ -17,12 +17,13 @@ use testudo_arch::irq::{InterruptSink, Msi};
 use testudo_arch::memory::GuestRam;
 use testudo_arch::pci::PciFunction;
 use testudo_arch::{Gpa, GuestMemory};
-use testudo_virtio::transport::{Mmio, Options, Pci};
-use testudo_virtio::{Device, Next};
+use testudo_virtio::driver::{DriverQueue, ring_bytes};
+use testudo_virtio::transport::{Fault, Mmio, Options, Pci};
+use testudo_virtio::{Device, Features, Next, Segment};
+use virtio_drivers::transport::pci::VIRTIO_VENDOR_ID;
 use virtio_drivers::transport::pci::bus::{
     BarInfo, Command, ConfigurationAccess, DeviceFunction, PciRoot,
 };
-use virtio_drivers::transport::pci::virtio_device_type;
 use virtio_drivers::transport::{DeviceStatus, DeviceType, InterruptStatus, Transport};
 use virtio_drivers::{BufferDirection, Hal, PhysAddr};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
@@ -190,6 +191,12 @@ pub trait Connect: Transport + Clone {
     /// What the interrupt controllers were told.
     fn interrupts(&self) -> &Interrupts;
 
+    /// Why the device needs a reset, if it does.
+    fn fault(&self) -> Option<Fault>;
+
+    /// Takes one queue out of use.
+    fn reset_queue(&mut self, queue: u16);
+
     fn connect(device: impl Device<GuestRam> + 'static) -> Self {
         Self::connect_with(Box::new(device), Options::default())
     }
@@ -218,6 +225,16 @@ impl Connect for MmioGuest {
 
     fn interrupts(&self) -> &Interrupts {
         &self.interrupts
+    }
+
+    fn fault(&self) -> Option<Fault> {
+        self.device.borrow().fault()
+    }
+
+    fn reset_queue(&mut self, queue: u16) {
+        self.write(0x30, queue.into());
+        self.write(0xC0, 1);
+        assert_eq!(self.read(0xC0), 0);
     }
 }
 
@@ -396,7 +413,7 @@ impl Connect for PciGuest {
         let mut root = PciRoot::new(Bus(device.clone()));
         let (function, info) = root.enumerate_bus(0).next().unwrap();
         assert_eq!(function, FUNCTION);
-        assert!(virtio_device_type(&info).is_some());
+        assert_eq!(info.vendor_id, VIRTIO_VENDOR_ID);
         let bar = root.bar_info(FUNCTION, 0).unwrap().unwrap();
         let BarInfo::Memory {
             size,
@@ -449,6 +466,16 @@ impl Connect for PciGuest {
 
     fn interrupts(&self) -> &Interrupts {
         &self.interrupts
+    }
+
+    fn fault(&self) -> Option<Fault> {
+        self.device.borrow().fault()
+    }
+
+    fn reset_queue(&mut self, queue: u16) {
+        self.write(22, queue);
+        self.write(58, 1u16);
+        assert_eq!(self.read::<u16>(58), 0);
     }
 }
 
@@ -571,5 +598,116 @@ impl Transport for PciGuest {
     ) -> virtio_drivers::Result<()> {
         self.write_bar(self.config, offset, value.as_bytes());
         Ok(())
+    }
+}
+
+/// A driver without a driver library: negotiates, sets queues up in either format, and exchanges
+/// plain bytes.
+pub struct RawDriver<T: Connect> {
+    pub guest: T,
+    pub queues: Vec<DriverQueue>,
+    pub features: Features,
+}
+
+impl<T: Connect> RawDriver<T> {
+    /// Connects a device and takes every feature it offers; the packed format only if asked to.
+    pub fn new(device: impl Device<GuestRam> + 'static, packed: bool) -> Self {
+        Self::with_features(device, packed, |offered| offered)
+    }
+
+    /// Connects a device and takes the features that `choose` leaves of those offered.
+    pub fn with_features(
+        device: impl Device<GuestRam> + 'static,
+        packed: bool,
+        choose: impl Fn(Features) -> Features,
+    ) -> Self {
+        let sizes = device.queues().to_vec();
+        let guest = T::connect(device);
+        Self::start(guest, &sizes, packed, choose)
+    }
+
+    /// Brings a connected device up, from a reset.
+    pub fn start(
+        mut guest: T,
+        sizes: &[u16],
+        packed: bool,
+        choose: impl Fn(Features) -> Features,
+    ) -> Self {
+        guest.set_status(DeviceStatus::empty());
+        guest.set_status(DeviceStatus::ACKNOWLEDGE | DeviceStatus::DRIVER);
+        // What the driver side here does not do, it does not take.
+        let mut features = Features::from_bits_retain(guest.read_device_features());
+        features -= Features::EVENT_IDX | Features::NOTIFICATION_DATA;
+        features.set(Features::RING_PACKED, packed);
+        let features = choose(features);
+        guest.write_driver_features(features.bits());
+        let so_far = DeviceStatus::ACKNOWLEDGE | DeviceStatus::DRIVER | DeviceStatus::FEATURES_OK;
+        guest.set_status(so_far);
+        assert!(guest.get_status().contains(DeviceStatus::FEATURES_OK));
+        let mut queues = Vec::new();
+        for (number, &size) in sizes.iter().enumerate() {
+            let number = number as u16;
+            assert_eq!(guest.max_queue_size(number), size.into());
+            let queue = DriverQueue::new(alloc(ring_bytes(size)), size, packed);
+            let config = *queue.config();
+            let (table, driver) = (config.descriptors.0, config.driver.0);
+            guest.queue_set(number, size.into(), table, driver, config.device.0);
+            queues.push(queue);
+        }
+        guest.set_status(so_far | DeviceStatus::DRIVER_OK);
+        Self {
+            guest,
+            queues,
+            features,
+        }
+    }
+
+    /// Offers one chain, without notifying.
+    pub fn offer(&mut self, queue: u16, readable: &[Segment], writable: &[Segment]) -> u16 {
+        let memory = memory();
+        let queue = &mut self.queues[usize::from(queue)];
+        queue
+            .offer(&memory, readable, writable, None)
+            .unwrap()
+            .expect("room in the queue")
+    }
+
+    /// What the device returned, if anything.
+    pub fn take_used(&mut self, queue: u16) -> Option<(u16, u32)> {
+        self.queues[usize::from(queue)]
+            .take_used(&memory())
+            .unwrap()
+    }
+
+    /// Sends `request` with room for `room` bytes of answer, and returns the answer as far as it
+    /// was written.
+    pub fn exchange(&mut self, queue: u16, request: &[u8], room: u32) -> Option<Vec<u8>> {
+        let memory = memory();
+        let at = alloc(request.len().max(1) as u64);
+        memory.write(at, request).unwrap();
+        let answer = alloc(u64::from(room.max(1)));
+        let segment = |gpa, len| Segment { gpa, len };
+        let readable = [segment(at, request.len() as u32)];
+        let writable = [segment(answer, room)];
+        let readable = if request.is_empty() {
+            &[][..]
+        } else {
+            &readable
+        };
+        let writable = if room == 0 { &[][..] } else { &writable };
+        let id = self.offer(queue, readable, writable);
+        self.guest.notify(queue);
+        let (returned, written) = self.take_used(queue)?;
+        assert_eq!(returned, id);
+        assert!(written <= room);
+        let mut bytes = vec![0; written as usize];
+        memory.read(answer, &mut bytes).unwrap();
+        Some(bytes)
+    }
+
+    pub fn needs_reset(&self) -> bool {
+        self.guest
+            .get_status()
+            .contains(DeviceStatus::DEVICE_NEEDS_RESET)
     }
 }

@@ -212,6 +212,14 @@ impl<M: GuestMemory> Pci<M> {
         next
     }
 
+    /// When to poll, by all that has happened since the last time: what [`poll`](Self::poll) gave,
+    /// or earlier if an access of the driver's left work behind. At once after the driver has
+    /// started the device.
+    #[inline]
+    pub fn next_poll(&self) -> Next {
+        self.core.next_poll()
+    }
+
     /// Interrupts for what the device has to tell.
     fn deliver(&mut self) {
         while let Some(signal) = self.core.take_signal() {
