@@ -223,6 +223,9 @@ fn run(boot: &'static Boot) -> Result<bool, Box<dyn Error>> {
     let caps = SvmCaps::from_cpuid(&cpuid)?;
     let emulator = Emulator::detect(&cpuid);
     println!("{emulator:?}: {caps}");
+    if args.trace {
+        println!("{caps:#x?}");
+    }
     let arena = Arena::new(&caps).ok_or(NO_MEMORY)?;
     let frame = || Frames.alloc().ok_or(NO_MEMORY);
     let frames = HostFrames {

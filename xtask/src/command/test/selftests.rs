@@ -59,12 +59,37 @@ const PLACES: [Place; 5] = [
 /// Programs that must end well by themselves on QEMU.
 const PROGRAMS: [&str; 1] = ["tiny-svm"];
 
+/// Validators against processors, by the arguments of `diff entry`; Bochs only with `--full`.
+const DIFFERENCES: [(&str, &[&str], bool); 2] = [
+    (
+        "VMRUN against QEMU",
+        &["--backend", "svm", "--emulator", "qemu"],
+        false,
+    ),
+    (
+        "VMRUN against Bochs",
+        &["--backend", "svm", "--emulator", "bochs"],
+        true,
+    ),
+];
+
+fn differences(tally: &mut Tally, full: bool) -> Result<()> {
+    for (name, arguments, _) in DIFFERENCES.iter().filter(|(_, _, slow)| full || !slow) {
+        let mut command = Command::new(std::env::current_exe()?);
+        command.args(["diff", "entry", "--count", "20000", "--json"]);
+        command.args(*arguments);
+        tally.check(name, run::check(&mut command));
+    }
+    Ok(())
+}
+
 pub(super) fn run(tally: &mut Tally, full: bool) -> Result<()> {
     for program in PROGRAMS {
         let mut command = Command::new(std::env::current_exe()?);
         command.args(["run", "--timeout", "60", program]);
         tally.check(program, run::check(&mut command));
     }
+    differences(tally, full)?;
     for place in PLACES.iter().filter(|place| full || !place.slow) {
         run::progress(format_args!("the test kernel on {}", place.name));
         let name = format!("selftest on {}", place.name);
