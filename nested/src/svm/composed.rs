@@ -196,6 +196,13 @@ where
         }
     }
 
+    fn translate(&mut self, gpa: Gpa) -> Option<Gpa> {
+        let owner = self.tables.get(self.current)?.0;
+        let root = Gpa(owner.root.0 & TABLE_ADDRESS);
+        let outer = GuestTable::new(self.parts.memory, self.format_of(owner)?, root);
+        outer.translate(gpa, Rights::READ).ok().map(|page| page.gpa)
+    }
+
     fn fault(&mut self, fault: NestedPageFault) -> NestedFault {
         let access = rights_of(fault.bits);
         let Some((owner, _)) = self.tables.get(self.current) else {

@@ -163,6 +163,18 @@ impl NestedSvm {
         })
     }
 
+    /// What INIT and RESET do: no guest runs, SVM is off, GIF is set, and nothing is pending.
+    /// [`Self::adjust_vmcb01`] is due afterwards.
+    pub fn reset(&mut self) {
+        self.is_guest = false;
+        self.is_enabled = false;
+        self.is_cached = false;
+        self.gif = true;
+        self.window = None;
+        self.injected = RawEvent::NONE;
+        self.asids.flush_all();
+    }
+
     /// Whether L2 runs rather than L1.
     #[inline]
     pub fn is_guest(&self) -> bool {

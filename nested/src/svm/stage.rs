@@ -43,6 +43,10 @@ pub trait SecondStage {
 
     /// Handles a nested page fault of L2 under the current composition.
     fn fault(&mut self, fault: NestedPageFault) -> NestedFault;
+
+    /// Where an address of L2's lies in L1, by L1's current table: for L0 to read L2's code and
+    /// operands. `None` if L1 does not map it.
+    fn translate(&mut self, gpa: Gpa) -> Option<Gpa>;
 }
 
 /// For an L1 that is not offered nested paging: it shadows its guests' page tables itself.
@@ -58,5 +62,9 @@ impl SecondStage for NoSecondStage {
 
     fn fault(&mut self, fault: NestedPageFault) -> NestedFault {
         NestedFault::Reflect(fault)
+    }
+
+    fn translate(&mut self, gpa: Gpa) -> Option<Gpa> {
+        Some(gpa)
     }
 }

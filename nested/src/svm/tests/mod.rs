@@ -168,6 +168,10 @@ pub(super) struct Stage {
 }
 
 impl SecondStage for Stage {
+    fn translate(&mut self, gpa: Gpa) -> Option<Gpa> {
+        Some(gpa)
+    }
+
     fn activate(&mut self, table: NestedTable) -> Option<Hpa> {
         self.activated.push(table);
         (!self.unavailable).then_some(COMPOSED_ROOT)
