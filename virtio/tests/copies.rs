@@ -1,0 +1,197 @@
+//! How often the library touches guest memory: each byte of data once.
+
+mod support;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use support::{Interrupts, alloc, memory};
+use testudo_arch::bus::BusDevice;
+use testudo_arch::memory::GuestRam;
+use testudo_arch::{Gpa, GuestMemory, MemoryFault};
+use testudo_virtio::backend::{MemoryImage, NetBackend, NetHeader, Offloads, Wire};
+use testudo_virtio::device::{Blk, BlkOptions, Net, NetOptions};
+use testudo_virtio::driver::{DriverQueue, ring_bytes};
+use testudo_virtio::transport::{Mmio, Options};
+use testudo_virtio::{Device, Features, Segment};
+
+/// Guest memory that counts the bytes copied by `read` and `write`.
+#[derive(Clone)]
+struct Counting {
+    ram: GuestRam,
+    read: Arc<AtomicU64>,
+    written: Arc<AtomicU64>,
+}
+
+impl Counting {
+    fn new() -> Self {
+        Self {
+            ram: memory(),
+            read: Arc::default(),
+            written: Arc::default(),
+        }
+    }
+
+    /// The bytes read and written since the last call.
+    fn take(&self) -> (u64, u64) {
+        (self.read.swap(0, Ordering::Relaxed), self.written.swap(0, Ordering::Relaxed))
+    }
+}
+
+impl GuestMemory for Counting {
+    fn read(&self, gpa: Gpa, buf: &mut [u8]) -> Result<(), MemoryFault> {
+        self.read.fetch_add(buf.len() as u64, Ordering::Relaxed);
+        self.ram.read(gpa, buf)
+    }
+    fn write(&self, gpa: Gpa, data: &[u8]) -> Result<(), MemoryFault> {
+        self.written.fetch_add(data.len() as u64, Ordering::Relaxed);
+        self.ram.write(gpa, data)
+    }
+    fn load_u16(&self, gpa: Gpa) -> Result<u16, MemoryFault> {
+        self.ram.load_u16(gpa)
+    }
+    fn store_u16(&self, gpa: Gpa, value: u16) -> Result<(), MemoryFault> {
+        self.ram.store_u16(gpa, value)
+    }
+    fn load_u32(&self, gpa: Gpa) -> Result<u32, MemoryFault> {
+        self.ram.load_u32(gpa)
+    }
+    fn store_u32(&self, gpa: Gpa, value: u32) -> Result<(), MemoryFault> {
+        self.ram.store_u32(gpa, value)
+    }
+    fn load_u64(&self, gpa: Gpa) -> Result<u64, MemoryFault> {
+        self.ram.load_u64(gpa)
+    }
+    fn store_u64(&self, gpa: Gpa, value: u64) -> Result<(), MemoryFault> {
+        self.ram.store_u64(gpa, value)
+    }
+    fn compare_exchange_u32(
+        &self,
+        gpa: Gpa,
+        current: u32,
+        new: u32,
+    ) -> Result<Result<u32, u32>, MemoryFault> {
+        self.ram.compare_exchange_u32(gpa, current, new)
+    }
+    fn compare_exchange_u64(
+        &self,
+        gpa: Gpa,
+        current: u64,
+        new: u64,
+    ) -> Result<Result<u64, u64>, MemoryFault> {
+        self.ram.compare_exchange_u64(gpa, current, new)
+    }
+    fn contains(&self, gpa: Gpa, len: u64) -> bool {
+        self.ram.contains(gpa, len)
+    }
+}
+
+/// What a split ring costs for one chain: its descriptors, and the entry in the used ring.
+const DESCRIPTOR: u64 = 16;
+const USED_ENTRY: u64 = 8;
+
+struct Machine {
+    mmio: Mmio<Counting>,
+    memory: Counting,
+    queues: Vec<DriverQueue>,
+}
+
+impl Machine {
+    fn new(device: impl Device<Counting> + 'static, feature: Features) -> Self {
+        let memory = Counting::new();
+        let sizes = device.queues().to_vec();
+        let options = Options::split();
+        let interrupts = Arc::new(Interrupts::default());
+        let mut mmio = Mmio::new(Box::new(device), memory.clone(), options, interrupts, 5);
+        let mut write = |register: u64, value: u32| {
+            BusDevice::write(&mut mmio, register, &value.to_le_bytes());
+        };
+        let features = Features::VERSION_1 | feature;
+        write(0x70, 3);
+        for window in [0, 1] {
+            write(0x24, window);
+            write(0x20, features.window(window));
+        }
+        write(0x70, 11);
+        let mut queues = Vec::new();
+        for (number, &size) in sizes.iter().enumerate() {
+            let queue = DriverQueue::new(alloc(ring_bytes(size)), size, false);
+            let config = *queue.config();
+            write(0x30, number as u32);
+            write(0x38, size.into());
+            write(0x80, config.descriptors.0 as u32);
+            write(0x90, config.driver.0 as u32);
+            write(0xA0, config.device.0 as u32);
+            write(0x44, 1);
+            queues.push(queue);
+        }
+        write(0x70, 15);
+        memory.take();
+        Self {
+            mmio,
+            memory,
+            queues,
+        }
+    }
+
+    fn offer(&mut self, queue: usize, readable: &[Segment], writable: &[Segment]) {
+        let ram = &self.memory.ram;
+        let offered = self.queues[queue].offer(ram, readable, writable, None);
+        offered.unwrap().unwrap();
+    }
+
+    fn notify(&mut self, queue: u32) {
+        self.mmio.write(0x50, &queue.to_le_bytes());
+        assert_eq!(self.mmio.fault(), None);
+    }
+}
+
+fn segment(len: u32) -> Segment {
+    let gpa = alloc(len.into());
+    Segment { gpa, len }
+}
+
+#[test]
+fn a_block_is_copied_once_each_way() {
+    // With the write cache (FLUSH), so that a write is not flushed at once.
+    let disk = Blk::new(MemoryImage(vec![7u8; 1 << 20]), BlkOptions::default());
+    let mut machine = Machine::new(disk, Features::bit(9));
+    let (header, data, status) = (segment(16), segment(4096), segment(1));
+    machine.offer(0, &[header], &[data, status]);
+    machine.notify(0);
+    let read = 3 * DESCRIPTOR + 16;
+    assert_eq!(machine.memory.take(), (read, 4096 + 1 + USED_ENTRY));
+    machine.memory.ram.store_u32(header.gpa, 1).unwrap();
+    machine.offer(0, &[header, data], &[status]);
+    machine.notify(0);
+    assert_eq!(machine.memory.take(), (read + 4096, 1 + USED_ENTRY));
+}
+
+#[test]
+fn a_frame_is_copied_once_each_way() {
+    let (near, mut far) = Wire::pair(Offloads::empty());
+    // With merged receive buffers (MRG_RXBUF).
+    let card = Net::new(near, NetOptions::default());
+    let mut machine = Machine::new(card, Features::bit(15));
+    let out = segment(12 + 1514);
+    machine.offer(1, &[out], &[]);
+    machine.notify(1);
+    assert_eq!(machine.memory.take(), (DESCRIPTOR + 12 + 1514, USED_ENTRY));
+    assert_eq!(far.peek().map(|(_, frame)| frame.len()), Some(1514));
+
+    let mut fill = |to: &mut [u8]| {
+        to.fill(0xFF);
+        Ok(())
+    };
+    far.send(NetHeader::default(), 1000, &mut fill).unwrap();
+    machine.offer(0, &[], &[segment(1526)]);
+    machine.notify(0);
+    assert_eq!(machine.memory.take(), (DESCRIPTOR, 12 + 1000 + USED_ENTRY));
+    // Over three buffers: besides the data, only the count in the header is written again.
+    far.send(NetHeader::default(), 1000, &mut fill).unwrap();
+    for _ in 0..3 {
+        machine.offer(0, &[], &[segment(400)]);
+    }
+    machine.notify(0);
+    assert_eq!(machine.memory.take(), (3 * DESCRIPTOR, 12 + 1000 + 2 + 3 * USED_ENTRY));
+}
