@@ -109,10 +109,10 @@ impl RawEvent {
 
     /// Of an EXITINTINFO: the event to inject again at the next entry, so that it is not lost.
     ///
-    /// `None` also for INT n, INT3 and INTO: the guest's RIP still points at the instruction, which
-    /// raises the event by itself when the guest resumes. (Injecting it instead would need nRIP:
-    /// "software interrupts cannot be properly injected if the processor does not support the
-    /// NextRIP field", APM vol. 2, 15.20.)
+    /// `None` also for INT n, INT3 and INTO: the guest's RIP still points at the instruction (unless
+    /// the hypervisor had injected the event itself), which raises it when the guest resumes.
+    /// Injecting it instead would need nRIP: "Software interrupts cannot be properly injected if the
+    /// processor does not support the NextRIP field" (APM vol. 2, 15.20).
     #[inline]
     pub const fn to_redeliver(self) -> Option<Event> {
         match self.event(0) {
@@ -156,10 +156,11 @@ pub enum Combined {
 impl From<Event> for RawEvent {
     /// The EVENTINJ that delivers an event.
     ///
-    /// VMRUN pushes the guest's RIP as the return address, except for INT n, INT3 and INTO (where
-    /// the processor saves nRIP: it then pushes the VMCB's nRIP). So before any of these software
-    /// events the caller sets both nRIP and, where nRIP is not supported, RIP to the instruction
-    /// that follows. CR2 of a #PF is the VMCB's CR2.
+    /// VMRUN pushes the guest's RIP as the return address; for INT n, INT3 and INTO a processor
+    /// with nRIP pushes the VMCB's nRIP instead. So before any of these software events the caller
+    /// sets nRIP, and where nRIP is not supported RIP itself, to the instruction that follows.
+    /// CR2 of a #PF is the VMCB's CR2. INT1 becomes a plain #DB, which is not quite what it raises:
+    /// "Hypervisor software should emulate the injection of ICEBP" (APM vol. 2, 15.20).
     #[inline]
     fn from(event: Event) -> Self {
         match event {

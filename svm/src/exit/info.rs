@@ -337,11 +337,15 @@ impl ExceptionInfo {
     pub(super) fn new(vector: u8, info1: u64, info2: u64) -> Self {
         use testudo_arch::Exception;
         let exception = Exception::from_vector(vector);
+        let error_code = match exception {
+            // Always zero, and EXITINFO1 is undefined (APM vol. 2, 15.12.9).
+            Some(Exception::DoubleFault) => Some(0),
+            Some(exception) if exception.has_error_code() => Some(info1 as u32),
+            _ => None,
+        };
         Self {
             vector,
-            error_code: exception
-                .is_some_and(Exception::has_error_code)
-                .then_some(info1 as u32),
+            error_code,
             address: (exception == Some(Exception::PageFault)).then_some(Gva(info2)),
         }
     }

@@ -37,7 +37,8 @@ pub enum Exit {
     Interrupt,
     /// An NMI is pending; it is taken when the host sets its GIF.
     Nmi,
-    /// An SMI; EXITINFO1 tells an I/O instruction's (bit 0) from others (APM vol. 2, 15.13.3).
+    /// An SMI: bit 0 of EXITINFO1 is clear if I/O trapping caused it, set if it came from outside;
+    /// bit 33 says that the other bits describe an I/O instruction (APM vol. 2, 15.13.3).
     Smi {
         info1: u64,
         info2: u64,

@@ -85,6 +85,9 @@ fn exceptions() {
     };
     assert_eq!(info.to_event(), testudo_arch::Event::UD);
     assert_eq!(exit(0x5F, 0, 0).to_string(), "exception 31");
+    // EXITINFO1 is undefined for a double fault, whose error code is always zero.
+    assert_eq!(exit(0x48, 0xDEAD, 0).to_string(), "#DF(0x0)");
+    assert_eq!(exit(0x4D, 0x18, 0).to_string(), "#GP(0x18)");
 }
 
 #[test]

@@ -191,7 +191,7 @@ vmcb! {
     0x0B8 virtual_extensions: u64 => set_virtual_extensions, VirtualExtensions, LBR, "LBR, VMSAVE/VMLOAD, IBS and PMC virtualization.";
     0x0C0 clean: u32 => set_clean, CleanBits, ALWAYS_LOADED, "VMCB clean bits (15.15).";
     0x0C4 reserved_0c4: [u8; 4];
-    0x0C8 n_rip: u64 => set_n_rip, u64, ALWAYS_LOADED, "nRIP: the instruction after the intercepted one, where the processor saves it.";
+    0x0C8 n_rip: u64 => set_n_rip, u64, ALWAYS_LOADED, "nRIP: the instruction after the intercepted one, with NRIPS; 0 after exits that no instruction caused (15.7.1).";
     0x0D0 bytes_fetched: u8 => set_bytes_fetched, u8, ALWAYS_LOADED, "How many of the guest instruction bytes are valid (15.8.4).";
     0x0D1 instruction_bytes: [u8; 15];
     0x0E0 avic_backing_page: u64 => set_avic_backing_page, u64, AVIC, "AVIC: host-physical address of the APIC backing page.";
@@ -203,7 +203,7 @@ vmcb! {
     0x110 vmgexit_rax: u64 => set_vmgexit_rax, u64, ALWAYS_LOADED, "SEV-ES: RAX at VMGEXIT.";
     0x118 vmgexit_cpl: u8 => set_vmgexit_cpl, u8, ALWAYS_LOADED, "SEV-ES: CPL at VMGEXIT.";
     0x119 reserved_119: [u8; 7];
-    0x120 bus_lock_threshold: u16 => set_bus_lock_threshold, u16, ALWAYS_LOADED, "Bus locks until the next bus-lock exit (15.14.5).";
+    0x120 bus_lock_threshold: u16 => set_bus_lock_threshold, u16, ALWAYS_LOADED, "Bus locks that the guest may still take before one exits (15.14.5).";
     0x122 reserved_122: [u8; 0x12];
     0x134 update_irr: u32 => set_update_irr, u32, ALWAYS_LOADED, "Secure AVIC: bit 0 hands over the requested interrupts.";
     0x138 allowed_sev_features: u64 => set_allowed_sev_features, u64, ALWAYS_LOADED, "SEV features that the hypervisor allows; bit 63 enforces it.";
