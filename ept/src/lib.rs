@@ -39,6 +39,8 @@ mod lock;
 mod pool;
 #[cfg(feature = "alloc")]
 pub mod shadow;
+#[cfg(feature = "alloc")]
+pub mod sharing;
 mod table;
 pub mod walk;
 

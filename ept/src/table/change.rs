@@ -123,6 +123,7 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
             let new = self
                 .format
                 .leaf_entry(leaf.frame, level, change(leaf.flags));
+            let new = self.keep_shared(entry, new);
             if new == entry {
                 return false;
             }
@@ -172,6 +173,7 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
                 return flush;
             }
             let entry = self.format.leaf_entry(new.frame, found.level, new.flags);
+            let entry = self.keep_shared(found.entry, entry);
             let swapped = self.frames.compare_exchange(found.at, found.entry, entry);
             if swapped.is_ok() {
                 if entry != found.entry {
@@ -360,7 +362,7 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
 
     /// The entry of the level above that maps what all of this table maps, if there is one.
     fn uniform(&self, table: Hpa, level: u8) -> Option<u64> {
-        let ignored = self.format.accessed_bit() | self.format.dirty_bit() | F::SOFTWARE;
+        let ignored = self.format.accessed_bit() | self.format.dirty_bit();
         let first = self.frames.load(table);
         let span = 1u64 << shift_of(level);
         if !self.format.is_present(first) || !self.format.is_leaf(first, level) {

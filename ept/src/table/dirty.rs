@@ -22,7 +22,7 @@ struct Harvest<'a> {
 
 impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
     /// The bit by which a tracked page is known: the lowest one that hardware ignores.
-    const TRACKED: u64 = F::SOFTWARE & F::SOFTWARE.wrapping_neg();
+    pub(super) const TRACKED: u64 = F::SOFTWARE & F::SOFTWARE.wrapping_neg();
 
     /// Begins to log writes by write protection, where hardware sets no dirty bits: takes the write
     /// right from every page of the range and remembers those that had it. Split large pages first
@@ -72,11 +72,11 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
         let _editor = self.lock.shared();
         loop {
             let found = self.find(offset);
-            let tracked = self.format.is_present(found.entry) && found.entry & Self::TRACKED != 0;
-            if !tracked {
+            let bits = found.entry & (Self::TRACKED | Self::SHARED);
+            if !self.format.is_present(found.entry) || bits != Self::TRACKED {
                 return false;
             }
-            let new = found.entry | self.format.write_bit();
+            let new = self.keep_shared(found.entry, found.entry | self.format.write_bit());
             if new == found.entry
                 || self
                     .frames

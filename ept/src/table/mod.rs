@@ -5,6 +5,7 @@ mod copy;
 mod dirty;
 mod iter;
 mod map;
+mod share;
 mod unmap;
 
 use core::fmt;
@@ -18,6 +19,8 @@ use crate::{Flush, Invalidation};
 
 pub use iter::Leaves;
 pub use map::MapError;
+#[cfg(feature = "alloc")]
+pub(crate) use share::SmallPage;
 
 /// A page table: a root frame, and the tables and pages below it.
 ///

@@ -1,0 +1,95 @@
+//! Pages that several addresses share: read-only for all of them, whatever else is edited.
+
+use testudo_arch::{FrameAlloc, FrameMem};
+
+use super::PageTable;
+use crate::format::Format;
+
+impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
+    /// The bit by which a shared page is known: the second lowest one that hardware ignores.
+    pub(super) const SHARED: u64 = {
+        let rest = F::SOFTWARE & (F::SOFTWARE - 1);
+        rest & rest.wrapping_neg()
+    };
+
+    /// An edit of a shared page neither ends the sharing nor gives the write right.
+    #[inline]
+    pub(super) fn keep_shared(&self, old: u64, new: u64) -> u64 {
+        if old & Self::SHARED == 0 {
+            new
+        } else {
+            (new | Self::SHARED) & !self.format.write_bit()
+        }
+    }
+}
+
+#[cfg(feature = "alloc")]
+mod edits {
+    use testudo_arch::Hpa;
+
+    use super::*;
+    use crate::Flush;
+
+    /// A small page, as sharing sees it.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub(crate) struct SmallPage {
+        pub(crate) frame: Hpa,
+        pub(crate) shared: bool,
+        pub(crate) writable: bool,
+    }
+
+    impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
+        /// The 4 KiB page at `offset`, if there is one.
+        pub(crate) fn small_page(&self, address: F::Input) -> Option<SmallPage> {
+            let found = self.find(self.format.offset(address)?);
+            self.describe(&found)
+        }
+
+        fn describe(&self, found: &crate::table::Found) -> Option<SmallPage> {
+            let small = found.level == 1 && self.format.is_present(found.entry);
+            (small && !self.is_sized(found)).then(|| SmallPage {
+                frame: self.format.leaf(found.entry, 1).frame,
+                shared: found.entry & Self::SHARED != 0,
+                writable: found.entry & self.format.write_bit() != 0,
+            })
+        }
+
+        /// Replaces a small page that still is as `old` says by one at `frame`: shared, so without the
+        /// write right, or the writer's own. `false` if it was not as expected.
+        pub(crate) fn replace_small(
+            &self,
+            flush: &mut Flush<'_, M, ()>,
+            address: F::Input,
+            old: SmallPage,
+            frame: Hpa,
+            shared: bool,
+        ) -> bool {
+            let Some(offset) = self.format.offset(address) else {
+                return false;
+            };
+            let _editor = self.lock.shared();
+            loop {
+                let found = self.find(offset);
+                if self.describe(&found) != Some(old) {
+                    return false;
+                }
+                let mut entry = (found.entry & !self.format.address_mask()) | frame.0;
+                let write = self.format.write_bit();
+                if shared {
+                    entry = (entry | Self::SHARED) & !(write | Self::TRACKED);
+                } else {
+                    // Written in a moment: a log by write protection counts it as dirty.
+                    entry = (entry & !Self::SHARED) | write | Self::TRACKED;
+                }
+                let swapped = self.frames.compare_exchange(found.at, found.entry, entry);
+                if swapped.is_ok() {
+                    flush.cover(offset & !0xFFF, offset | 0xFFF, true);
+                    return true;
+                }
+            }
+        }
+    }
+}
+
+#[cfg(feature = "alloc")]
+pub(crate) use edits::SmallPage;
