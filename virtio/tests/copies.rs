@@ -34,7 +34,10 @@ impl Counting {
 
     /// The bytes read and written since the last call.
     fn take(&self) -> (u64, u64) {
-        (self.read.swap(0, Ordering::Relaxed), self.written.swap(0, Ordering::Relaxed))
+        (
+            self.read.swap(0, Ordering::Relaxed),
+            self.written.swap(0, Ordering::Relaxed),
+        )
     }
 }
 
@@ -193,5 +196,8 @@ fn a_frame_is_copied_once_each_way() {
         machine.offer(0, &[], &[segment(400)]);
     }
     machine.notify(0);
-    assert_eq!(machine.memory.take(), (3 * DESCRIPTOR, 12 + 1000 + 2 + 3 * USED_ENTRY));
+    assert_eq!(
+        machine.memory.take(),
+        (3 * DESCRIPTOR, 12 + 1000 + 2 + 3 * USED_ENTRY)
+    );
 }

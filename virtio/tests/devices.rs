@@ -653,7 +653,10 @@ fn console_ports_are_added_named_and_opened<T: Connect>(packed: bool) {
     assert_eq!(hear(&mut driver), Some((0, 7, 1, b"console".to_vec())));
     assert_eq!(hear(&mut driver), Some((0, 6, 1, vec![])));
     say(&mut driver, 1, 3, 1);
-    assert_eq!(hear(&mut driver), Some((1, 7, 1, b"org.example.agent".to_vec())));
+    assert_eq!(
+        hear(&mut driver),
+        Some((1, 7, 1, b"org.example.agent".to_vec()))
+    );
     assert_eq!(hear(&mut driver), Some((1, 6, 1, vec![])));
     // Of ports that do not exist, and of events that it does not know, the device says nothing.
     say(&mut driver, 2, 3, 1);

@@ -197,6 +197,12 @@ pub trait Connect: Transport + Clone {
     /// Takes one queue out of use.
     fn reset_queue(&mut self, queue: u16);
 
+    /// Reads the device's configuration space, in any width at any place.
+    fn peek_config(&self, offset: u64, data: &mut [u8]);
+
+    /// Writes the device's configuration space, in any width at any place.
+    fn poke_config(&self, offset: u64, data: &[u8]);
+
     fn connect(device: impl Device<GuestRam> + 'static) -> Self {
         Self::connect_with(Box::new(device), Options::default())
     }
@@ -235,6 +241,14 @@ impl Connect for MmioGuest {
         self.write(0x30, queue.into());
         self.write(0xC0, 1);
         assert_eq!(self.read(0xC0), 0);
+    }
+
+    fn peek_config(&self, offset: u64, data: &mut [u8]) {
+        self.device.borrow_mut().read(0x100 + offset, data);
+    }
+
+    fn poke_config(&self, offset: u64, data: &[u8]) {
+        self.device.borrow_mut().write(0x100 + offset, data);
     }
 }
 
@@ -477,6 +491,16 @@ impl Connect for PciGuest {
         self.write(58, 1u16);
         assert_eq!(self.read::<u16>(58), 0);
     }
+
+    fn peek_config(&self, offset: u64, data: &mut [u8]) {
+        let at = u64::from(self.config.offset) + offset;
+        self.device.borrow_mut().bar_read(0, at, data);
+    }
+
+    fn poke_config(&self, offset: u64, data: &[u8]) {
+        let at = u64::from(self.config.offset) + offset;
+        self.device.borrow_mut().bar_write(0, at, data);
+    }
 }
 
 impl PciGuest {
@@ -709,5 +733,15 @@ impl<T: Connect> RawDriver<T> {
         self.guest
             .get_status()
             .contains(DeviceStatus::DEVICE_NEEDS_RESET)
+    }
+}
+
+impl<T: Connect> Drop for RawDriver<T> {
+    fn drop(&mut self) {
+        for queue in &self.queues {
+            let config = queue.config();
+            let len = ring_bytes(config.size);
+            RAM.with_borrow_mut(|ram| ram.free(config.descriptors.0, len));
+        }
     }
 }
