@@ -2,10 +2,13 @@
 
 use alloc::boxed::Box;
 use alloc::sync::Arc;
+use alloc::vec::Vec;
 use core::ops::Range;
 
+use testudo_arch::GuestMemory;
 use testudo_arch::bus::BusDevice;
 
+use crate::acpi::VirtioMmio;
 use crate::bus::{BusError, MmioBus, PortBus, SharedDevice};
 use testudo_arch::pci::PciSpace;
 
@@ -18,7 +21,8 @@ use crate::device::uart::{SerialSink, Uart};
 use crate::device::{Clocked, DeviceTimers, PowerSignal};
 use crate::irq::{IrqLine, Irqchip};
 use crate::layout::{self, Layout};
-use crate::machine::MachineConfig;
+use crate::machine::{BuildError, MachineConfig};
+use crate::virtio::Devices;
 
 /// The buses with the devices on them.
 pub(crate) struct Board {
@@ -26,17 +30,22 @@ pub(crate) struct Board {
     pub(crate) mmio: MmioBus,
     pub(crate) timers: DeviceTimers,
     pub(crate) console: Arc<spin::Mutex<Uart>>,
+    /// The virtio devices that the guest cannot find without being told.
+    pub(crate) virtio: Vec<VirtioMmio>,
 }
 
 impl Board {
-    /// A board with all its devices. The first serial port's output goes to `console`.
-    pub(crate) fn new(
+    /// A board with all its devices. The first serial port's output goes to `console`; the virtio
+    /// devices reach `memory`.
+    pub(crate) fn new<M: GuestMemory + Clone + Send + 'static>(
         chip: &Arc<Irqchip>,
         power: &Arc<PowerSignal>,
         config: &MachineConfig,
         layout: &Layout,
         console: Box<dyn SerialSink>,
-    ) -> Result<Self, BusError> {
+        devices: Devices<M>,
+        memory: &M,
+    ) -> Result<Self, BuildError> {
         let mut board = Self {
             ports: PortBus::new(),
             mmio: MmioBus::new(),
@@ -45,11 +54,15 @@ impl Board {
                 line(chip, layout::COM1_GSI),
                 console,
             ))),
+            virtio: Vec::new(),
         };
         board.add_interrupt_controllers(chip)?;
         board.add_timers(chip, config)?;
         board.add_power(chip, power)?;
-        board.add_pci(power, layout)?;
+        let mut pci = PciHost::new(power.clone());
+        let (mmio, timers) = (&mut board.mmio, &mut board.timers);
+        board.virtio = devices.attach(chip, memory, mmio, &mut pci, timers)?;
+        board.add_pci(pci, layout)?;
         let console = board.console.clone();
         board.port(layout::COM1, Uart::PORTS, console)?;
         board.port(PostCode::PORT, 1, Arc::new(PostCode::default()))?;
@@ -116,8 +129,8 @@ impl Board {
         self.port(layout::DEBUG_EXIT, DebugExit::PORTS, exit)
     }
 
-    fn add_pci(&mut self, power: &Arc<PowerSignal>, layout: &Layout) -> Result<(), BusError> {
-        let pci = Arc::new(PciHost::new(power.clone()));
+    fn add_pci(&mut self, pci: PciHost, layout: &Layout) -> Result<(), BusError> {
+        let pci = Arc::new(pci);
         let config = layout::PCI_CONFIG_PORTS;
         self.port(config.start, config.end - config.start, pci.config_ports())?;
         for window in [layout::PCI_MMIO32, layout.pci_mmio64()] {

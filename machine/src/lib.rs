@@ -29,6 +29,7 @@ pub mod run;
 pub mod stats;
 pub mod stop;
 pub mod vcpu;
+pub mod virtio;
 
 pub use host::Host;
 pub use machine::{BuildError, Machine, MachineConfig};

@@ -20,6 +20,7 @@ use crate::irq::{Irqchip, Lapic, LapicFeatures, request};
 use crate::layout::{Layout, LayoutError};
 use crate::policy::cpuid::{CpuidConfig, CpuidTable, for_guest};
 use crate::stop::Stop;
+use crate::virtio::{AttachError, Devices};
 
 /// The request by which a machine that stops makes its vCPUs look up.
 const STOP: u32 = 1 << 31;
@@ -51,6 +52,9 @@ pub enum BuildError {
     /// Devices in each other's way.
     #[error(transparent)]
     Bus(#[from] BusError),
+    /// A virtio device that finds no place.
+    #[error(transparent)]
+    Attach(#[from] AttachError),
     /// The ACPI tables do not fit.
     #[error(transparent)]
     Acpi(#[from] acpi::AcpiError),
@@ -94,7 +98,30 @@ impl<M: GuestMemory> Machine<M> {
         host: Arc<dyn Host>,
         processor: &Cpuid,
         console: Box<dyn SerialSink>,
-    ) -> Result<(Self, Vec<Lapic>), BuildError> {
+    ) -> Result<(Self, Vec<Lapic>), BuildError>
+    where
+        M: Clone + Send + 'static,
+    {
+        Self::with_devices(config, memory, host, processor, console, Devices::new())
+    }
+
+    /// As [`new`](Self::new), with virtio devices. Each has its own copy of `memory`, which is to be
+    /// a way to the memory and not the memory itself.
+    ///
+    /// # Errors
+    ///
+    /// The configuration is impossible, or there is no place for a device.
+    pub fn with_devices(
+        config: MachineConfig,
+        memory: M,
+        host: Arc<dyn Host>,
+        processor: &Cpuid,
+        console: Box<dyn SerialSink>,
+        devices: Devices<M>,
+    ) -> Result<(Self, Vec<Lapic>), BuildError>
+    where
+        M: Clone + Send + 'static,
+    {
         let vcpus = config.vcpus;
         if vcpus == 0 || vcpus > Machine::MAX_VCPUS {
             return Err(BuildError::Vcpus(vcpus));
@@ -108,10 +135,12 @@ impl<M: GuestMemory> Machine<M> {
         };
         let (irqchip, lapics) = Irqchip::new(host.clone(), vcpus, features);
         let power = Arc::new(PowerSignal::new());
-        let board = Board::new(&irqchip, &power, &config, &layout, console)?;
+        let board = Board::new(
+            &irqchip, &power, &config, &layout, console, devices, &memory,
+        )?;
         let description = acpi::Description {
             processors: vcpus as u32,
-            virtio: &[],
+            virtio: &board.virtio,
             ecam: false,
             tables: &[],
         };

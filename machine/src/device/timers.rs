@@ -18,7 +18,7 @@ pub struct Deadline {
 impl Deadline {
     const NEVER: u64 = u64::MAX;
 
-    pub(super) fn new(chip: &Arc<Irqchip>) -> Arc<Self> {
+    pub(crate) fn new(chip: &Arc<Irqchip>) -> Arc<Self> {
         Arc::new(Self {
             at: AtomicU64::new(Self::NEVER),
             chip: chip.clone(),
@@ -31,7 +31,7 @@ impl Deadline {
         (at != Self::NEVER).then_some(at)
     }
 
-    pub(super) fn set(&self, deadline: Option<u64>) {
+    pub(crate) fn set(&self, deadline: Option<u64>) {
         let at = deadline.unwrap_or(Self::NEVER);
         if at < self.at.swap(at, Ordering::AcqRel) {
             self.chip.request(0, request::DEVICE_TIMERS);
