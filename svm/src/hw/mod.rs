@@ -24,6 +24,16 @@
 //! they leave the x87 instruction and data pointers alone, which FXRSTOR does not on AMD unless an
 //! exception is pending.
 //!
+//! On a target without SSE (`x86_64-unknown-none`) host code touches no XMM register either: they
+//! and MXCSR then stay in the registers like the rest.
+//!
+//! # Speculation
+//!
+//! The switch neither fills the return predictor nor changes SPEC_CTRL. A host that keeps secrets
+//! from its guests runs on processors with automatic IBRS, or sets up what its processors need
+//! before [`enter`](HeldInterrupts::enter); between guests that must not influence one another,
+//! and between a guest hypervisor and its guest, [`instructions::ibpb`] is due.
+//!
 //! # Interrupts
 //!
 //! Between `hold_interrupts` and the drop of its guard GIF is 0 and IF is 1. Nothing is taken: not

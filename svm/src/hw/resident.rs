@@ -61,7 +61,7 @@ pub enum ResidentUnsupported {
 /// A guest's x87, YMM, ZMM, PKRU, XCR0, DR0 to DR3, TSC_AUX and CET MSRs.
 ///
 /// XMM and MXCSR are in the image too, but [`GuestRegisters`](super::GuestRegisters) has the
-/// values that count.
+/// values that count, except on a target without SSE, where they stay in the registers as well.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ResidentRegisters {
     /// The image of XSAVE, or of FXSAVE on processors without XSAVE.
