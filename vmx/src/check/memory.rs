@@ -3,7 +3,7 @@
 use testudo_arch::{Gpa, GuestMemory};
 
 use super::guest::{is_valid_pdpte, uses_pae_paging};
-use super::{Checker, EntryContext, Outcome, Rule, Violation, Violations};
+use super::{Checker, EntryContext, Rule, Violation, Violations};
 use crate::caps::VmxCaps;
 use crate::controls::{PrimaryControls, SecondaryControls};
 use crate::encoding::Encoding;
@@ -141,13 +141,13 @@ fn msr_area<V: VmcsRead>(
             break;
         }
         let entry = MsrEntry::from_bytes(read(memory, address));
+        c.found.apply(Rule::MsrLoadRefused);
         if entry.load_on_entry_is_refused() {
-            let entry = index as u32 + 1;
             c.found.push(Violation {
                 rule: Rule::MsrLoadRefused,
                 field: Encoding::from(fields::ENTRY_MSR_LOAD_ADDRESS),
                 value: address,
-                outcome: Outcome::MsrLoading { entry },
+                entry: index as u32 + 1,
             });
             break;
         }

@@ -67,8 +67,19 @@ pub struct Violation {
     pub field: Encoding,
     /// Its value.
     pub value: u64,
+    /// For a refused MSR, its entry in the area.
+    entry: u32,
+}
+
+impl Violation {
     /// What the processor does.
-    pub outcome: Outcome,
+    #[inline]
+    pub fn outcome(&self) -> Outcome {
+        match self.rule.outcome() {
+            Outcome::MsrLoading { .. } => Outcome::MsrLoading { entry: self.entry },
+            outcome => outcome,
+        }
+    }
 }
 
 impl fmt::Display for Violation {
@@ -81,11 +92,12 @@ impl fmt::Display for Violation {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Violations {
     found: ArrayVec<Violation, { Violations::MAX }>,
+    applied: [u64; Rule::ALL.len().div_ceil(64)],
 }
 
 impl Violations {
-    /// The largest number that is reported: each rule once.
-    pub const MAX: usize = 192;
+    /// The largest number that is listed: the first ones, each rule once.
+    pub const MAX: usize = 64;
 
     /// Whether the processor may react to these violations in this way. Controls and host state
     /// are checked before guest state, and guest state before MSRs are loaded.
@@ -95,8 +107,8 @@ impl Violations {
             Outcome::GuestState(_) => 1,
             Outcome::MsrLoading { .. } => 2,
         };
-        let first = self.found.iter().map(|v| stage(v.outcome)).min();
-        let outcomes = self.found.iter().map(|v| v.outcome);
+        let first = self.found.iter().map(|v| stage(v.outcome())).min();
+        let outcomes = self.found.iter().map(Violation::outcome);
         outcomes.filter(move |outcome| Some(stage(*outcome)) == first)
     }
 
@@ -105,15 +117,25 @@ impl Violations {
         self.found.iter().map(|v| v.rule)
     }
 
+    /// Whether the rule applied: its condition was met, and its fields were looked at.
+    pub fn applied(&self, rule: Rule) -> bool {
+        let index = rule as usize;
+        self.applied[index / 64] & (1 << (index % 64)) != 0
+    }
+
+    fn apply(&mut self, rule: Rule) {
+        let index = rule as usize;
+        self.applied[index / 64] |= 1 << (index % 64);
+    }
+
     fn push(&mut self, violation: Violation) {
+        self.apply(violation.rule);
         let known = self.found.iter().any(|v| v.rule == violation.rule);
         if !known && !self.found.is_full() {
             self.found.push(violation);
         }
     }
 }
-
-const _: () = assert!(Rule::ALL.len() <= Violations::MAX);
 
 impl Deref for Violations {
     type Target = [Violation];
@@ -235,12 +257,13 @@ impl<'a, V: VmcsRead> Checker<'a, V> {
 
     /// Reports `rule` unless `ok`.
     fn require(&mut self, ok: bool, rule: Rule, field: impl Into<Encoding>, value: u64) {
+        self.found.apply(rule);
         if !ok {
             self.found.push(Violation {
                 rule,
                 field: field.into(),
                 value,
-                outcome: rule.outcome(),
+                entry: 0,
             });
         }
     }

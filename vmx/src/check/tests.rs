@@ -111,7 +111,7 @@ fn every_rule_is_violated_alone_by_its_sample() {
             let found = check_entry(&vmcs, &caps).unwrap();
             let rules: Vec<_> = found.rules().collect();
             assert_eq!(rules, [rule], "{name}, {rule:?}:\n{found}");
-            assert_eq!(found[0].outcome, rule.outcome());
+            assert_eq!(found[0].outcome(), rule.outcome());
             let field = found[0].field.info().unwrap();
             assert_eq!(
                 vmcs.read_raw(field.encoding),
@@ -381,7 +381,7 @@ fn rules_of_memory() {
         .unwrap();
     let found = check_memory(&vmcs, &caps, &context, &ram).unwrap();
     assert_eq!(found[0].rule, Rule::MsrLoadRefused);
-    assert_eq!(found[0].outcome, Outcome::MsrLoading { entry: 2 });
+    assert_eq!(found[0].outcome(), Outcome::MsrLoading { entry: 2 });
 }
 
 proptest! {
