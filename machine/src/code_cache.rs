@@ -121,7 +121,7 @@ mod tests {
         assert_eq!(cache.length(&key), Some(2));
         assert_eq!(cache.length(&FetchKey { rip: 0x1011, ..key }), None);
         assert_eq!(cache.length(&FetchKey { cr3: 0x2000, ..key }), None);
-        for (at, value) in [(0x1000, 0x2067), (0x4008, 0x6027), (0x5010, 0xA20F_66)] {
+        for (at, value) in [(0x1000, 0x2067), (0x4008, 0x6027), (0x5010, 0xA2_0F66)] {
             let old = ram.load_u64(Gpa(at)).unwrap();
             ram.store_u64(Gpa(at), value).unwrap();
             assert_eq!(cache.length(&key), None, "{at:#x}");

@@ -3,7 +3,7 @@
 
 use testudo_arch::regs::{CpuMode, SegmentRegister, SystemRegisters};
 use testudo_arch::{Cr4Flags, Gpa, Gprs, GuestMemory, Gva, PAGE_SIZE, PageSize, RFlags, Segment};
-use testudo_ept::walk::{Access, AccessKind, PageFaultCode, PagingState, WalkError, walk};
+use testudo_ept::walk::{Access, AccessKind, PageFaultCode, PagingState, WalkError, walk_nested};
 
 use crate::bus::{MmioBus, PortBus};
 use crate::emulate::{Cpu, Fault, Intent};
@@ -25,10 +25,14 @@ pub(crate) struct GuestCpu<'a, V, M> {
     system: SystemRegisters,
     paging: PagingState,
     rflags: u64,
-    /// A walk gave up because the guest's tables kept changing: whatever the emulator says, the
-    /// instruction has not been executed and is to be tried again.
+    /// A walk gave up, because the guest's tables kept changing or the second stage has no
+    /// translation yet: whatever the emulator says, the instruction has not been executed and is to
+    /// be tried again.
     contended: bool,
 }
+
+/// The second stage has no translation at present.
+struct Untranslated;
 
 /// The guest-physical pieces of a linear access.
 struct Parts {
@@ -72,8 +76,12 @@ impl<'a, V: Vcpu, M: GuestMemory> GuestCpu<'a, V, M> {
                 break;
             }
             let at = self.wrap(address.wrapping_add(skip as u64));
-            match walk(self.memory, &self.paging, at, access) {
-                Ok(found) => parts.pieces[parts.count] = (found.gpa, len),
+            let vcpu = &mut *self.vcpu;
+            let stage = |gpa, _| vcpu.translate(gpa).ok_or(Untranslated);
+            let found = walk_nested(self.memory, &self.paging, at, access, stage);
+            match found.map(|found| self.vcpu.translate(found.gpa)) {
+                Ok(Some(gpa)) => parts.pieces[parts.count] = (gpa, len),
+                Ok(None) => return Err(self.try_again()),
                 Err(error) => return Err(self.fault(at, access, error)),
             }
             parts.count += 1;
@@ -83,14 +91,11 @@ impl<'a, V: Vcpu, M: GuestMemory> GuestCpu<'a, V, M> {
 
     /// The exception for a walk that leads nowhere.
     #[cold]
-    fn fault(&mut self, at: Gva, access: Access, error: WalkError) -> Fault {
+    fn fault(&mut self, at: Gva, access: Access, error: WalkError<Untranslated>) -> Fault {
         match error {
             WalkError::Fault(fault) => Fault::page(fault.address, fault.code.bits()),
             WalkError::NonCanonical(_) => Fault::GP0,
-            WalkError::Contended => {
-                self.contended = true;
-                Fault::GP0
-            }
+            WalkError::Contended | WalkError::SecondStage { .. } => self.try_again(),
             // A bus that nobody drives reads as ones, and a table entry of ones has reserved bits set.
             _ => {
                 let mut code = PageFaultCode::PRESENT | PageFaultCode::RESERVED;
@@ -99,6 +104,12 @@ impl<'a, V: Vcpu, M: GuestMemory> GuestCpu<'a, V, M> {
                 Fault::page(at, code.bits())
             }
         }
+    }
+
+    /// The instruction is to be executed again; the fault only ends this attempt.
+    fn try_again(&mut self) -> Fault {
+        self.contended = true;
+        Fault::GP0
     }
 
     /// Outside 64-bit mode, linear addresses are 32 bits wide.

@@ -71,6 +71,7 @@ pub struct Machine<M> {
     pub(crate) timers: DeviceTimers,
     pub(crate) power: Arc<PowerSignal>,
     pub(crate) cpuid: CpuidTable,
+    guest_cpuid: Cpuid,
     pub(crate) physical_bits: u8,
     console: Arc<spin::Mutex<Uart>>,
     rsdp: Gpa,
@@ -149,6 +150,7 @@ impl<M: GuestMemory> Machine<M> {
             vcpus: vcpus as u32,
             nested: config.nested,
         };
+        let guest_cpuid = for_guest(processor, cpuid);
         let machine = Self {
             memory,
             host,
@@ -157,7 +159,8 @@ impl<M: GuestMemory> Machine<M> {
             irqchip,
             timers: board.timers,
             power,
-            cpuid: CpuidTable::new(&for_guest(processor, cpuid)),
+            cpuid: CpuidTable::new(&guest_cpuid),
+            guest_cpuid,
             physical_bits,
             console: board.console,
             rsdp,
@@ -191,6 +194,11 @@ impl<M: GuestMemory> Machine<M> {
     /// The guest-physical map.
     pub fn layout(&self) -> &Layout {
         &self.layout
+    }
+
+    /// What the guest's processors answer to CPUID, but for what differs from one to another.
+    pub fn cpuid(&self) -> &Cpuid {
+        &self.guest_cpuid
     }
 
     /// The guest's memory.

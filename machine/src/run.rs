@@ -206,8 +206,7 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
     fn init(&mut self) {
         self.lapic.init();
         self.nmi = false;
-        self.vcpu.set_system(&SystemRegisters::reset());
-        *self.vcpu.gprs_mut() = Gprs::default();
+        self.vcpu.reset();
         // The boot processor starts again at the reset vector, where no firmware is: it would
         // fetch from outside memory. Nobody sends it INIT but to reset the machine.
         if self.index == 0 {
@@ -237,6 +236,7 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
             self.activity = Activity::Running;
             self.vcpu.inject(Event::Nmi);
         }
+        self.vcpu.set_nmi_window(self.nmi);
         if self.lapic.has_interrupt()
             && self.vcpu.can_take_interrupt()
             && let Some(vector) = self.lapic.acknowledge()

@@ -157,6 +157,12 @@ pub trait Vcpu {
     /// Sets the whole of the system registers.
     fn set_system(&mut self, system: &SystemRegisters);
 
+    /// The state after RESET or INIT, nested virtualization included.
+    fn reset(&mut self) {
+        *self.gprs_mut() = Gprs::default();
+        self.set_system(&SystemRegisters::reset());
+    }
+
     /// Ends the exiting instruction (CPUID, RDMSR, HLT, …): RIP past it, interrupt shadow over.
     ///
     /// The length comes from the processor where it says, and from the instruction's bytes where
@@ -180,6 +186,16 @@ pub trait Vcpu {
     /// Asks for [`VmExit::InterruptWindow`] as soon as the guest can take an interrupt of this
     /// kind, or stops asking.
     fn set_interrupt_window(&mut self, wanted: Option<AwaitedInterrupt>);
+
+    /// Says whether an NMI waits for [`can_take_nmi`](Self::can_take_nmi) to become true.
+    fn set_nmi_window(&mut self, _wanted: bool) {}
+
+    /// Where a guest-physical address of what runs lies in the machine: itself, unless a guest of
+    /// the guest's runs on nested paging. `None` if it has no translation at present, so that the
+    /// instruction is to be tried again.
+    fn translate(&mut self, gpa: Gpa) -> Option<Gpa> {
+        Some(gpa)
+    }
 
     /// CR8 as the guest left it: the task priority, 0 to 15.
     fn task_priority(&self) -> u8;

@@ -1,4 +1,4 @@
-//! The program's own command line: `memory=MIB vcpus=N stats verbose -- guest command line`.
+//! The program's own command line: `memory=MIB vcpus=N nested stats verbose -- guest command line`.
 
 use core::fmt;
 
@@ -9,6 +9,8 @@ pub(crate) struct Args<'a> {
     pub(crate) memory_mib: u64,
     /// The number of virtual processors.
     pub(crate) vcpus: usize,
+    /// Whether the guest may be a hypervisor itself.
+    pub(crate) nested: bool,
     /// Whether to print what the exits cost.
     pub(crate) stats: bool,
     /// Whether to say what is done.
@@ -25,7 +27,7 @@ impl fmt::Display for BadWord<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "`{}` is not understood; write `memory=MIB vcpus=N stats verbose -- GUEST COMMAND LINE`",
+            "`{}` is not understood; write `memory=MIB vcpus=N nested stats verbose -- GUEST COMMAND LINE`",
             self.0
         )
     }
@@ -37,6 +39,7 @@ impl<'a> Args<'a> {
         let mut args = Self {
             memory_mib: 512,
             vcpus: 1,
+            nested: false,
             stats: false,
             verbose: false,
             guest: "",
@@ -51,6 +54,7 @@ impl<'a> Args<'a> {
                     args.guest = rest;
                     break;
                 }
+                None if word == "nested" => args.nested = true,
                 None if word == "stats" => args.stats = true,
                 None if word == "verbose" => args.verbose = true,
                 Some(("memory", mib)) => match mib.parse() {

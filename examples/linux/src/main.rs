@@ -84,17 +84,26 @@ fn prepare(boot: &'static Boot, args: &Args<'_>) -> Result<Shared, String> {
     }
     let cpuid = Cpuid::of_this_processor();
     let ram = reserve(args.memory_mib << 20, &cpuid)?;
-    let backend = SvmBackend::new(&cpuid, &ram).map_err(|e| e.to_string())?;
+    let mut backend = SvmBackend::new(&cpuid, &ram).map_err(|e| e.to_string())?;
+    let mut processor = cpuid.clone();
+    if args.nested {
+        backend.offer_nested(&mut processor);
+    }
     let config = MachineConfig {
         vcpus: args.vcpus,
         memory: args.memory_mib << 20,
-        nested: false,
+        nested: args.nested,
         start_time: wall_clock::seconds_since_1970(),
     };
     let host: Arc<dyn Host> = Arc::new(BareMetal::new());
     let console = Box::new(rt::serial::write_byte);
     let (machine, lapics) =
-        Machine::new(config, ram.clone(), host, &cpuid, console).map_err(|e| e.to_string())?;
+        Machine::new(config, ram.clone(), host, &processor, console).map_err(|e| e.to_string())?;
+    if args.nested {
+        backend
+            .enable_nested(machine.cpuid())
+            .map_err(|e| e.to_string())?;
+    }
     let modules: Vec<_> = boot
         .modules()
         .iter()
@@ -175,9 +184,7 @@ fn run(shared: &'static Shared, args: &Args<'_>) -> u8 {
     if args.stats {
         println!("{}", *shared.stats.lock());
     }
-    if !stop.reason.is_orderly() {
-        println!("testudo: {stop}");
-    } else if args.verbose {
+    if !stop.reason.is_orderly() || args.verbose {
         println!("testudo: {stop}");
     }
     stop.reason.status()
@@ -190,7 +197,7 @@ fn run_vcpu(shared: &'static Shared, id: usize) -> Option<Stop> {
     let start = (id == 0).then_some(&shared.start);
     let result = shared
         .backend
-        .with_vcpu(&shared.cpuid, &shared.ram, |vcpu| {
+        .with_vcpu(id, &shared.cpuid, &shared.ram, |vcpu| {
             let mut vcpu = VcpuLoop::new(&shared.machine, vcpu, lapic, start);
             if shared.count_exits {
                 vcpu = vcpu.with_stats();

@@ -7,8 +7,13 @@ use testudo_arch::memory::GuestRam;
 use testudo_arch::{FrameAlloc, Hpa, PageSize};
 use testudo_ept::format::npt::{Npt, NptFlags};
 use testudo_ept::{Format, PageTable, Rights};
-use testudo_machine::backend::svm::{SvmTables, SvmVcpu, open_direct_msrs};
+use testudo_machine::backend::svm::{
+    Flusher, NestedParts, SvmPlace, SvmTables, SvmVcpu, open_direct_msrs,
+};
 use testudo_machine::policy::cpuid::XCR0_ALLOWED;
+use testudo_nested::svm::{
+    ComposedParts, ComposedStage, Host as NestedHost, NestedSvm, Pages, leaf_8000_000a, offer,
+};
 use testudo_svm::caps::{SvmCaps, SvmUnavailable};
 use testudo_svm::hw::{
     EnableError, HeldInterrupts, HostFrames, ResidentRegisters, ResidentUnsupported, Svm, VmcbFrame,
@@ -18,8 +23,8 @@ use testudo_svm::vmcb::Vmcb;
 
 use crate::frames::Frames;
 
-/// The one guest's address-space number.
-const ASID: u32 = 1;
+/// What composes the nested page tables of a guest's own guests.
+pub(crate) type Stage = ComposedStage<'static, GuestRam, Frames, Frames, Flusher>;
 
 /// Why there is no AMD-V to use.
 #[derive(Debug, thiserror::Error)]
@@ -35,9 +40,13 @@ pub(crate) enum SvmError {
 }
 
 /// What all processors share.
-#[derive(Clone, Copy, Debug)]
 pub(crate) struct SvmBackend {
     caps: SvmCaps,
+    /// What a nested guest hypervisor is told that its processor offers.
+    nested_caps: Option<SvmCaps>,
+    table: PageTable<Npt, Frames>,
+    msr_permissions: Box<MsrPermissionMap>,
+    io_permissions: Box<IoPermissionMap>,
     tables: SvmTables,
 }
 
@@ -53,25 +62,75 @@ impl SvmBackend {
             let mapped = table.map(gpa, len, Hpa(host as u64), flags);
             mapped.map_err(|_| SvmError::NoMemory)?;
         }
-        let mut msrs = Box::new(MsrPermissionMap::intercept_all());
-        open_direct_msrs(&mut msrs);
-        let ports = Box::new(IoPermissionMap::intercept_all());
+        let mut msr_permissions = Box::new(MsrPermissionMap::intercept_all());
+        open_direct_msrs(&mut msr_permissions);
+        let io_permissions = Box::new(IoPermissionMap::intercept_all());
         let tables = SvmTables {
             nested_root: table.root(),
-            msr_permissions: address(Box::leak(msrs)),
-            io_permissions: address(Box::leak(ports)),
+            msr_permissions: address(&*msr_permissions),
+            io_permissions: address(&*io_permissions),
         };
-        // The processors use it until the end.
-        core::mem::forget(table);
-        Ok(Self { caps, tables })
+        Ok(Self {
+            caps,
+            nested_caps: None,
+            table,
+            msr_permissions,
+            io_permissions,
+            tables,
+        })
+    }
+
+    /// Puts into `processor` what a guest hypervisor may know of SVM.
+    pub(crate) fn offer_nested(&self, processor: &mut Cpuid) {
+        processor.set(leaf_8000_000a(offer(&self.caps)));
+    }
+
+    /// Offers guests SVM, as their CPUID table says it.
+    pub(crate) fn enable_nested(&mut self, guest: &Cpuid) -> Result<(), SvmError> {
+        self.nested_caps = Some(SvmCaps::from_cpuid(guest)?);
+        Ok(())
+    }
+
+    /// What one vCPU needs to be a hypervisor's.
+    fn nested(
+        &'static self,
+        ram: &'static GuestRam,
+        l1_caps: &SvmCaps,
+    ) -> Result<NestedParts<Stage>, SvmError> {
+        let host = NestedHost {
+            caps: &self.caps,
+            l1_caps,
+            msr_permissions: &self.msr_permissions,
+            io_permissions: &self.io_permissions,
+        };
+        let pages = Pages::new().ok_or(SvmError::NoMemory)?;
+        let at = address(&*pages);
+        let state = NestedSvm::new(&host, pages, at).ok_or(SvmError::NoMemory)?;
+        let flusher = Flusher::default();
+        let bytes: u64 = ram.ranges().map(|(_, len, _)| len).sum();
+        let parts = ComposedParts {
+            memory: ram,
+            inner: &self.table,
+            frames: Frames,
+            format: Npt::new(self.caps.physical_address_bits),
+            l1_format: Npt::new(l1_caps.physical_address_bits),
+            page_limit: (bytes / testudo_arch::PAGE_SIZE) as usize,
+        };
+        let stage = ComposedStage::new(parts, flusher.clone());
+        Ok(NestedParts {
+            state,
+            stage,
+            flusher,
+        })
     }
 
     /// Turns SVM on for this processor and makes a vCPU on it.
     pub(crate) fn with_vcpu<R>(
-        &self,
+        &'static self,
+        number: usize,
         cpuid: &Cpuid,
         ram: &'static GuestRam,
-        work: impl FnOnce(SvmVcpu<'_, GuestRam>) -> R,
+        work: impl FnOnce(SvmVcpu<'_, GuestRam, Stage>) -> R,
     ) -> Result<R, SvmError> {
         let frame = || Frames.alloc().ok_or(SvmError::NoMemory);
         let frames = HostFrames {
@@ -86,15 +145,25 @@ impl SvmBackend {
         let at = address(&*vmcb);
         // SAFETY: memory is mapped where it is.
         let vmcb = unsafe { VmcbFrame::new(&mut vmcb, at) };
-        let held: HeldInterrupts<'_> = svm.hold_interrupts();
+        let processor: HeldInterrupts<'_> = svm.hold_interrupts();
         // SAFETY: the runtime uses none of these registers and has CR4.OSXSAVE and OSFXSR set.
         unsafe { resident.load() };
         let [low, _, _, high] = cpuid.query(0xD, 0);
-        let components = (u64::from(high) << 32 | u64::from(low)) & XCR0_ALLOWED;
-        // SAFETY: `new` made the tables, which reach `ram` only; there is one guest, so its ASID is
-        // its own, and each vCPU has its processor to itself.
-        let vcpu =
-            unsafe { SvmVcpu::new(held, vmcb, &self.caps, &self.tables, ASID, ram, components) };
+        let place = SvmPlace {
+            processor,
+            vmcb,
+            caps: &self.caps,
+            tables: &self.tables,
+            number: number as u32,
+            xcr0_valid: (u64::from(high) << 32 | u64::from(low)) & XCR0_ALLOWED,
+            has_predictor_barrier: cpuid.query(0x8000_0008, 0)[1] & 1 << 12 != 0,
+        };
+        // SAFETY: `new` made the tables, which reach `ram` only, and this value keeps them; each
+        // vCPU has its processor to itself.
+        let mut vcpu = unsafe { SvmVcpu::new(place, ram) };
+        if let Some(l1_caps) = &self.nested_caps {
+            vcpu = vcpu.with_nested(self.nested(ram, l1_caps)?);
+        }
         Ok(work(vcpu))
     }
 }

@@ -3,7 +3,7 @@
 //! It knows no virtual machine. It runs over the small trait [`Cpu`], so tests and fuzzers are just
 //! other CPUs. [`step`] executes the one instruction at RIP; on a fault nothing has changed but
 //! the finished iterations of a repeated string instruction, exactly as the architecture restarts
-//! them. [`length`] only measures an instruction, for processors that do not tell its length.
+//! them. [`length()`] only measures an instruction, for processors that do not tell its length.
 //!
 //! Covered are moves of all kinds (also SSE's), arithmetic, bit operations, exchanges, string
 //! instructions, stack and branch operands, and ports. Not covered are the x87 FPU, MMX and AVX,

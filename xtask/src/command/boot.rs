@@ -89,6 +89,10 @@ pub(crate) struct Boot {
     /// A kernel module that the default initial RAM disk loads first
     #[arg(long = "module", value_name = "NAME")]
     modules: Vec<String>,
+    /// Let the guest be a hypervisor itself
+    #[arg(long)]
+    nested: bool,
+
     /// Print the exits by reason when the guest has ended
     #[arg(long)]
     stats: bool,
@@ -137,6 +141,9 @@ impl Boot {
             return guest.run_directly(&machine);
         }
         let mut command_line = format!("memory={} vcpus={}", self.memory, self.vcpus);
+        if self.nested {
+            command_line.push_str(" nested");
+        }
         if self.stats {
             command_line.push_str(" stats");
         }

@@ -1,0 +1,263 @@
+//! Entering the guest, and settling why it came out.
+
+use testudo_arch::regs::{CpuMode, SegmentRegister};
+use testudo_arch::{Event, Exception, Gprs, GuestMemory, Gva, Msr, PAGE_SIZE, PageSize};
+use testudo_ept::walk::{Access, AccessKind, walk_nested};
+use testudo_nested::svm::{Instruction, SecondStage};
+use testudo_svm::Exit;
+use testudo_svm::event::{Combined, RawEvent};
+use testudo_svm::exit::{ExceptionInfo, NestedFaultBits, NestedPageFault, PortAccess as SvmPort};
+use testudo_svm::intercept::Misc1;
+
+use super::{CS_LONG, LMA, SvmVcpu};
+use crate::code_cache::FetchKey;
+use crate::emulate;
+use crate::guest_cpu::paging_state;
+use crate::vcpu::{MemoryAccess, PortAccess, Vcpu, VmExit};
+
+impl<M: GuestMemory, S: SecondStage> SvmVcpu<'_, M, S> {
+    /// Runs the guest once.
+    #[inline]
+    pub(super) fn enter_l1(&mut self) {
+        if self.nested.is_some() {
+            self.prepare_l1();
+        }
+        // SAFETY: `new` set the intercepts that `enter` lists, and nothing removes one but the
+        // nested layer, where the processor virtualizes what they guard; the rest is what the
+        // caller of `new` promised.
+        #[allow(unsafe_code, reason = "the entry; see `new`")]
+        unsafe {
+            self.processor.enter(&mut self.vmcb01, &mut self.registers);
+        }
+        self.vmcb01.set_event_inj(RawEvent::NONE);
+        self.next_rip = if self.saves_next_rip {
+            self.vmcb01.n_rip()
+        } else {
+            0
+        };
+        if let Some(at) = self.unmasking_iret {
+            self.note_progress(at);
+        }
+    }
+
+    /// What the machine must decide about the guest's exit; `None` if it is settled here.
+    #[inline(never)]
+    pub(super) fn settle(&mut self) -> Option<VmExit> {
+        let exit = Exit::read(&self.vmcb01);
+        if let Exit::Exception(exception) = exit {
+            return self.reflect(exception);
+        }
+        // An event whose delivery the exit interrupted goes first at the next entry.
+        let interrupted = self.vmcb01.exit_int_info();
+        if interrupted.is_valid() {
+            let again = interrupted
+                .to_redeliver()
+                .map_or(RawEvent::NONE, RawEvent::from);
+            self.vmcb01.set_event_inj(again);
+        }
+        self.classify(exit)
+    }
+
+    /// An exit that is not an exception, of whatever runs.
+    pub(super) fn classify(&mut self, exit: Exit) -> Option<VmExit> {
+        Some(match exit {
+            Exit::Cpuid => VmExit::Cpuid,
+            Exit::Rdmsr => VmExit::ReadMsr(Msr(self.registers.gprs.rcx as u32)),
+            Exit::Wrmsr => {
+                let Gprs { rax, rcx, rdx, .. } = self.registers.gprs;
+                VmExit::WriteMsr(Msr(rcx as u32), rdx << 32 | rax & 0xFFFF_FFFF)
+            }
+            Exit::Interrupt | Exit::Nmi => {
+                self.processor.take_pending();
+                VmExit::Interrupted
+            }
+            Exit::NestedPageFault(fault) => memory_exit(fault),
+            Exit::Port(access) => {
+                // "EXITINFO2 contains the rIP of the instruction following the IN/OUT" (APM vol. 2,
+                // 15.10.2), on all processors.
+                self.next_rip = access.next_rip;
+                port_exit(access)
+            }
+            Exit::Hlt => VmExit::Halt,
+            Exit::VirtualInterrupt => {
+                self.set_interrupt_window(None);
+                VmExit::InterruptWindow
+            }
+            Exit::Vmmcall => VmExit::Hypercall,
+            Exit::Iret => {
+                self.iret();
+                return None;
+            }
+            Exit::Xsetbv => {
+                let Gprs { rax, rcx, rdx, .. } = self.registers.gprs;
+                VmExit::SetXcr {
+                    index: rcx as u32,
+                    value: rdx << 32 | rax & 0xFFFF_FFFF,
+                }
+            }
+            Exit::Wbinvd | Exit::Invd => VmExit::CacheFlush,
+            Exit::Shutdown => VmExit::Shutdown,
+            Exit::Invalid => VmExit::InvalidState,
+            Exit::Vmrun => return self.svm_instruction(Instruction::Vmrun),
+            Exit::Vmload => return self.svm_instruction(Instruction::Vmload),
+            Exit::Vmsave => return self.svm_instruction(Instruction::Vmsave),
+            Exit::Stgi => return self.svm_instruction(Instruction::Stgi),
+            Exit::Clgi => return self.svm_instruction(Instruction::Clgi),
+            Exit::Skinit => return self.svm_instruction(Instruction::Skinit),
+            Exit::Invlpga => return self.svm_instruction(Instruction::Invlpga),
+            Exit::Invlpgb { .. }
+            | Exit::Tlbsync
+            | Exit::Mcommit
+            | Exit::Monitor
+            | Exit::Mwait { .. }
+            | Exit::Rdpmc
+            | Exit::Rdpru
+            | Exit::Rsm => VmExit::Forbidden,
+            _ => {
+                let vmcb = self.vmcb();
+                VmExit::Unknown {
+                    code: vmcb.exit_code(),
+                    info: [vmcb.exit_info1(), vmcb.exit_info2()],
+                }
+            }
+        })
+    }
+
+    /// An intercepted exception goes back to whatever runs, together with what it interrupted.
+    pub(super) fn reflect(&mut self, exception: ExceptionInfo) -> Option<VmExit> {
+        let Some(known) = Exception::from_vector(exception.vector) else {
+            return Some(VmExit::Exception {
+                vector: exception.vector,
+                error_code: exception.error_code,
+            });
+        };
+        let vmcb = self.vmcb_mut();
+        match vmcb.exit_int_info().combine(known) {
+            Combined::Serial => vmcb.set_event_inj(exception.to_event().into()),
+            Combined::DoubleFault => {
+                let event = Event::fault_with(Exception::DoubleFault, 0);
+                vmcb.set_event_inj(event.into());
+            }
+            Combined::Shutdown => return Some(VmExit::Shutdown),
+        }
+        None
+    }
+
+    /// The end of an NMI's handler is near: its IRET was intercepted.
+    fn iret(&mut self) {
+        let vmcb = self.vmcb_mut();
+        let misc1 = vmcb.intercept_misc1() - Misc1::IRET;
+        vmcb.set_intercept_misc1(misc1);
+        self.unmasking_iret = Some(self.vmcb().rip());
+    }
+
+    /// The intercept of IRET comes before the instruction: NMIs stay masked until the guest was
+    /// seen elsewhere.
+    fn note_progress(&mut self, iret: u64) {
+        if self.vmcb01.rip() != iret {
+            self.unmasking_iret = None;
+            self.nmi_masked = false;
+        }
+    }
+
+    /// The address behind the instruction that exited.
+    #[inline]
+    pub(super) fn next_instruction(&mut self) -> u64 {
+        match self.next_rip {
+            0 => self
+                .vmcb()
+                .rip()
+                .wrapping_add(u64::from(self.instruction_length())),
+            next => next,
+        }
+    }
+
+    /// The length of the instruction that exited, from its bytes.
+    #[inline]
+    fn instruction_length(&mut self) -> u8 {
+        let vmcb = self.vmcb();
+        let key = FetchKey {
+            rip: vmcb.rip(),
+            cr3: vmcb.cr3(),
+            cr4: vmcb.cr4(),
+        };
+        let long = vmcb.raw_segment(SegmentRegister::Cs).attributes & CS_LONG != 0;
+        if long
+            && vmcb.efer() & LMA != 0
+            && let Some(length) = self.code_cache.length(&key)
+        {
+            return length;
+        }
+        self.measure_instruction(key)
+    }
+
+    /// As [`Self::instruction_length`], for any mode and any instruction, also across pages.
+    #[inline(never)]
+    fn measure_instruction(&mut self, key: FetchKey) -> u8 {
+        let system = self.vmcb().system_registers();
+        let mode = system.mode();
+        let paging = paging_state(&system, 0, self.physical_bits);
+        let linear = match mode {
+            CpuMode::Long64 => system.rip,
+            _ => system.cs.base.wrapping_add(system.rip) & 0xFFFF_FFFF,
+        };
+        // What L2's addresses mean depends on L1's tables too, which the cache does not watch.
+        let direct = self
+            .nested
+            .as_ref()
+            .is_none_or(|nested| !nested.state.is_guest());
+        let mut code = [0; emulate::MAX_LENGTH];
+        let mut have = 0;
+        let access = Access::at_cpl(AccessKind::Fetch, system.cpl());
+        let memory = self.memory;
+        while have < code.len() {
+            let at = Gva(linear).wrapping_add(have as u64);
+            let stage = |gpa, _| self.translate(gpa).ok_or(());
+            let Ok(found) = walk_nested(memory, &paging, at, access, stage) else {
+                break;
+            };
+            let Some(gpa) = self.translate(found.gpa) else {
+                break;
+            };
+            let room = (PAGE_SIZE - at.offset_in(PageSize::Size4K)) as usize;
+            let part = room.min(code.len() - have);
+            if memory.read(gpa, &mut code[have..have + part]).is_err() {
+                break;
+            }
+            if let Some(length) = emulate::length(&code[..have + part], mode) {
+                if have == 0 && direct && mode == CpuMode::Long64 {
+                    let code = &code[..usize::from(length)];
+                    self.code_cache.remember(memory, key, &found, code);
+                }
+                return length;
+            }
+            have += part;
+        }
+        // The processor fetched and decoded it a moment ago: only another processor that changes
+        // the code can lead here, and then the guest goes on at whatever it put there.
+        0
+    }
+}
+
+fn port_exit(access: SvmPort) -> VmExit {
+    let port = PortAccess {
+        port: access.port,
+        size: access.size,
+        write: !access.input,
+    };
+    if access.string {
+        VmExit::StringPort(port)
+    } else {
+        VmExit::Port(port)
+    }
+}
+
+fn memory_exit(fault: NestedPageFault) -> VmExit {
+    VmExit::Memory(MemoryAccess {
+        gpa: fault.gpa,
+        gva: None,
+        write: fault.bits.contains(NestedFaultBits::WRITE),
+        fetch: fault.bits.contains(NestedFaultBits::FETCH),
+        table: fault.bits.contains(NestedFaultBits::TABLE_WALK),
+    })
+}

@@ -1,0 +1,284 @@
+//! The guest as a hypervisor: which of its guests runs, and who takes what.
+//!
+//! The decisions are the nested layer's ([`testudo_nested::svm`]). Here they meet the processor:
+//! which VMCB is entered with which ASID, and what becomes of the interrupts that the machine has.
+
+use alloc::sync::Arc;
+use core::convert::Infallible;
+use core::sync::atomic::{AtomicBool, Ordering};
+
+use testudo_arch::GuestMemory;
+use testudo_ept::{Invalidate, Invalidation};
+use testudo_nested::svm::{
+    Acceptance, Context, Handled, Instruction, NestedSvm, Outcome, PhysicalEvent, SecondStage,
+};
+use testudo_svm::hw::VmcbFrame;
+use testudo_svm::hw::instructions::ibpb;
+use testudo_svm::intercept::Misc1;
+use testudo_svm::vmcb::VintrFlags;
+use testudo_svm::{Exit, Vmcb};
+
+use super::SvmVcpu;
+use crate::vcpu::{AwaitedInterrupt, VmExit};
+
+/// What a vCPU needs to be a hypervisor's.
+pub struct NestedParts<S> {
+    /// The nested state.
+    pub state: NestedSvm,
+    /// What composes nested page tables.
+    pub stage: S,
+    /// The flusher that `stage` was made with.
+    pub flusher: Flusher,
+}
+
+pub(super) struct Nested<S> {
+    pub(super) state: NestedSvm,
+    pub(super) stage: S,
+    flusher: Flusher,
+}
+
+impl<S> Nested<S> {
+    /// Whether whoever runs takes this event now.
+    pub(super) fn delivers(&self, event: PhysicalEvent, vmcb01: &Vmcb) -> bool {
+        self.state.acceptance(event, vmcb01) == Acceptance::Deliver
+    }
+}
+
+/// Makes the processor forget translations of a vCPU's nested guests: all their address spaces
+/// are flushed before the next entry of any of them.
+#[derive(Clone, Debug, Default)]
+pub struct Flusher(Arc<AtomicBool>);
+
+#[allow(
+    unsafe_code,
+    reason = "the promise that stale translations are not used"
+)]
+// SAFETY: composed tables are one vCPU's, whose loop alone changes and enters them; it looks at the
+// flag before each entry and flushes every address space that they were used under.
+unsafe impl Invalidate for Flusher {
+    type Error = Infallible;
+
+    fn invalidate(&mut self, _: &Invalidation) -> Result<(), Infallible> {
+        self.0.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
+    /// Offers the guest SVM.
+    #[must_use]
+    pub fn with_nested(mut self, parts: NestedParts<S>) -> Self {
+        let NestedParts {
+            state,
+            stage,
+            flusher,
+        } = parts;
+        state.adjust_vmcb01(&mut self.vmcb01);
+        self.nested = Some(Nested {
+            state,
+            stage,
+            flusher,
+        });
+        self
+    }
+
+    /// EFER as whoever runs reads it.
+    pub(super) fn visible_efer(&self) -> u64 {
+        let efer = self.vmcb().efer();
+        match &self.nested {
+            Some(nested) => nested.state.visible_efer(efer),
+            None => efer & !super::SVME,
+        }
+    }
+
+    /// Before L1 runs: its address space, which it may have asked to be flushed.
+    pub(super) fn prepare_l1(&mut self) {
+        if let Some(nested) = &mut self.nested
+            && nested.state.take_l1_flush()
+        {
+            self.l1_asid.flush();
+        }
+        self.asids.prepare(&mut self.l1_asid, &mut self.vmcb01);
+    }
+
+    /// Runs L2 once; gives what the machine must decide.
+    #[inline(never)]
+    pub(super) fn run_l2(&mut self) -> Option<VmExit> {
+        let nested = self.nested.as_mut()?;
+        if nested.flusher.0.swap(false, Ordering::Relaxed) {
+            nested.state.flush_translations();
+        }
+        let asid = nested.state.asid_slot();
+        let (asid, control) = self.asids.assign(asid);
+        let address = nested.state.vmcb02_address();
+        let vmcb02 = nested.state.vmcb02_mut();
+        if vmcb02.asid() != asid.number() {
+            vmcb02.set_asid(asid.number());
+        }
+        vmcb02.set_tlb_control(control);
+        // SAFETY: the layer's pages are where its maker said they are.
+        #[allow(unsafe_code, reason = "the address that VMRUN takes")]
+        let mut frame = unsafe { VmcbFrame::new(vmcb02, address) };
+        // SAFETY: the layer merges every intercept of `vmcb01` into this block at each VMRUN of
+        // L1's; its tables are compositions with L0's, or L0's own.
+        #[allow(unsafe_code, reason = "the entry of a nested guest; see `new`")]
+        unsafe {
+            self.processor.enter(&mut frame, &mut self.registers);
+        }
+        self.next_rip = if self.saves_next_rip {
+            nested.state.vmcb02().n_rip()
+        } else {
+            0
+        };
+        let mut context = Context {
+            gprs: &mut self.registers.gprs,
+            vmcb01: &mut self.vmcb01,
+            memory: self.memory,
+            second_stage: &mut nested.stage,
+        };
+        match nested.state.exited(&mut context) {
+            Handled::Resume => None,
+            Handled::L1(barrier) => {
+                barrier.discharge(predictor_barrier(self.has_predictor_barrier));
+                self.apply_window();
+                None
+            }
+            // An access to a device of L0's, at whatever address L2 knows it by: the instruction
+            // is emulated with the translations of both stages.
+            Handled::L0 | Handled::Memory(_) => {
+                let exit = Exit::read(nested.state.vmcb02());
+                match exit {
+                    Exit::Exception(exception) => self.reflect(exception),
+                    exit => self.classify(exit),
+                }
+            }
+        }
+    }
+
+    /// An SVM instruction of whoever runs.
+    pub(super) fn svm_instruction(&mut self, instruction: Instruction) -> Option<VmExit> {
+        if self.nested.is_none() {
+            return Some(VmExit::Forbidden);
+        }
+        let next = self.next_instruction();
+        let nested = self.nested.as_mut()?;
+        let mut context = Context {
+            gprs: &mut self.registers.gprs,
+            vmcb01: &mut self.vmcb01,
+            memory: self.memory,
+            second_stage: &mut nested.stage,
+        };
+        match nested.state.execute(instruction, next, &mut context) {
+            Outcome::Done | Outcome::Refused => None,
+            Outcome::Entered => {
+                self.apply_window();
+                None
+            }
+            Outcome::GifSet => {
+                nested.state.set_gif_window(false, &mut self.vmcb01);
+                Some(VmExit::InterruptWindow)
+            }
+            Outcome::Fault(event) => {
+                self.vmcb_mut().set_event_inj(event.into());
+                None
+            }
+        }
+    }
+
+    /// Has the processor tell when it can take what the machine wants to deliver.
+    pub(super) fn apply_window(&mut self) {
+        let Some(nested) = &mut self.nested else {
+            return set_window(&mut self.vmcb01, self.window);
+        };
+        if !nested.state.is_guest() {
+            let open = nested.state.gif(&self.vmcb01) || has_hardware_gif(&self.vmcb01);
+            return set_window(&mut self.vmcb01, self.window.filter(|_| open));
+        }
+        match nested
+            .state
+            .acceptance(PhysicalEvent::Interrupt, &self.vmcb01)
+        {
+            Acceptance::Exit(code) if self.window.is_some() => {
+                let mut context = Context {
+                    gprs: &mut self.registers.gprs,
+                    vmcb01: &mut self.vmcb01,
+                    memory: self.memory,
+                    second_stage: &mut nested.stage,
+                };
+                let barrier = nested.state.exit_to_l1(code, 0, 0, &mut context);
+                barrier.discharge(predictor_barrier(self.has_predictor_barrier));
+                self.apply_window();
+            }
+            _ => nested.state.set_window(self.window.is_some(), &self.vmcb01),
+        }
+    }
+
+    /// An NMI waits, or none does any more.
+    pub(super) fn apply_nmi_window(&mut self, wanted: bool) {
+        let Some(nested) = &mut self.nested else {
+            return;
+        };
+        match nested.state.acceptance(PhysicalEvent::Nmi, &self.vmcb01) {
+            Acceptance::Exit(code) if wanted => {
+                let mut context = Context {
+                    gprs: &mut self.registers.gprs,
+                    vmcb01: &mut self.vmcb01,
+                    memory: self.memory,
+                    second_stage: &mut nested.stage,
+                };
+                let barrier = nested.state.exit_to_l1(code, 0, 0, &mut context);
+                barrier.discharge(predictor_barrier(self.has_predictor_barrier));
+                nested.state.set_gif_window(true, &mut self.vmcb01);
+                self.apply_window();
+            }
+            _ => {
+                let closed = !nested.state.gif(&self.vmcb01);
+                nested
+                    .state
+                    .set_gif_window(wanted && closed, &mut self.vmcb01);
+            }
+        }
+    }
+}
+
+/// The barrier between what L2 taught the branch predictor and L1.
+fn predictor_barrier(exists: bool) -> impl FnOnce() {
+    move || {
+        if exists {
+            // SAFETY: the processor has it.
+            #[allow(unsafe_code, reason = "an MSR that only processors with IBPB have")]
+            unsafe {
+                ibpb();
+            }
+        }
+    }
+}
+
+/// A window of the guest itself is a virtual interrupt of the same priority, whose intercept comes
+/// before its delivery (APM vol. 2, 15.21.4).
+fn set_window(vmcb: &mut Vmcb, wanted: Option<AwaitedInterrupt>) {
+    let before = vmcb.virtual_interrupts();
+    let idle = before.remove(VintrFlags::V_IRQ | VintrFlags::V_IGN_TPR);
+    let misc1 = vmcb.intercept_misc1();
+    let (asked, misc1) = match wanted {
+        Some(AwaitedInterrupt::Vector(vector)) => {
+            let asked = idle.insert(VintrFlags::V_IRQ);
+            (
+                asked.with_priority(vector >> 4).with_vector(vector),
+                misc1 | Misc1::VINTR,
+            )
+        }
+        Some(AwaitedInterrupt::External) => (
+            idle.insert(VintrFlags::V_IRQ | VintrFlags::V_IGN_TPR),
+            misc1 | Misc1::VINTR,
+        ),
+        None => (idle, misc1 - Misc1::VINTR),
+    };
+    vmcb.set_virtual_interrupts(asked);
+    vmcb.set_intercept_misc1(misc1);
+}
+
+/// Whether the processor keeps the guest's GIF, and so delays its virtual interrupts by it.
+fn has_hardware_gif(vmcb: &Vmcb) -> bool {
+    vmcb.virtual_interrupts().contains(VintrFlags::V_GIF_ENABLE)
+}
