@@ -107,12 +107,24 @@ pub(crate) const DEFECTS: &[Defect] = &[
         kind: Kind::Ignores(Rule::GuestDebugctl, always),
     },
     Defect {
+        name: "HostPerfGlobalCtrlNotChecked",
+        manual: "27.2.2: If the \"load IA32_PERF_GLOBAL_CTRL\" VM-exit control is 1, bits reserved in \
+                 the IA32_PERF_GLOBAL_CTRL MSR must be 0 in the field for that register.",
+        kind: Kind::Ignores(Rule::HostPerfGlobalCtrl, always),
+    },
+    Defect {
+        name: "GuestPerfGlobalCtrlNotChecked",
+        manual: "27.3.1.1: If the \"load IA32_PERF_GLOBAL_CTRL\" VM-entry control is 1, bits reserved \
+                 in the IA32_PERF_GLOBAL_CTRL MSR must be 0 in the field for that register.",
+        kind: Kind::Ignores(Rule::GuestPerfGlobalCtrl, always),
+    },
+    Defect {
         name: "NullStackSegmentNotChecked",
         manual: "27.3.1.2: all checks of SS apply if SS is usable; a null selector in 64-bit mode \
                  is loaded as unusable by instructions, but a VMCS may say otherwise.",
         kind: Kind::Sees(|vmcs| {
             let rights = word(vmcs, fields::GUEST_SS_ACCESS_RIGHTS);
-            let null = word(vmcs, fields::GUEST_SS_SELECTOR) & 3 == 0;
+            let null = word(vmcs, fields::GUEST_SS_SELECTOR) >> 2 == 0;
             if null && code64(vmcs) && !virtual8086(vmcs) && rights & (1 << 16) == 0 {
                 set(
                     vmcs,

@@ -327,10 +327,10 @@ fn interruptibility<V: VmcsRead>(c: &mut Checker<'_, V>) -> Result<(), AccessErr
     let nmi_blocked = state.contains(Interruptibility::BLOCKING_BY_NMI);
     let ok = !(virtual_nmis && nmi && nmi_blocked);
     c.require(ok, Rule::InterruptibilityVirtualNmi, field, value);
-    if state.contains(Interruptibility::ENCLAVE_INTERRUPTION) {
-        let sgx = c.caps.processor.features.contains(ProcessorFeatures::SGX);
-        c.require(sgx && !mov_ss, Rule::InterruptibilityEnclave, field, value);
-    }
+    let enclave = state.contains(Interruptibility::ENCLAVE_INTERRUPTION);
+    let sgx = c.caps.processor.features.contains(ProcessorFeatures::SGX);
+    let ok = !enclave || sgx && !mov_ss;
+    c.require(ok, Rule::InterruptibilityEnclave, field, value);
     c.require(!(nmi && sti), Rule::InterruptibilityNmiSti, field, value);
     Ok(())
 }
@@ -359,12 +359,11 @@ fn pending_debug<V: VmcsRead>(c: &mut Checker<'_, V>) -> Result<(), AccessError>
         let ok = pending.contains(PendingDebug::BS) == (trap && !branches);
         c.require(ok, Rule::PendingDebugStep, field, value);
     }
-    if pending.contains(PendingDebug::RTM) {
-        // "Bits 11:0, bits 15:13 ... must all be 0", and bit 12 must be 1.
-        let alone = value & 0xFFFF == PendingDebug::ENABLED_BREAKPOINT.bits();
-        let ok = alone && features.contains(ProcessorFeatures::RTM) && !mov_ss;
-        c.require(ok, Rule::PendingDebugRtm, field, value);
-    }
+    // "Bits 11:0, bits 15:13 ... must all be 0", and bit 12 must be 1.
+    let alone = value & 0xFFFF == PendingDebug::ENABLED_BREAKPOINT.bits();
+    let possible = alone && features.contains(ProcessorFeatures::RTM) && !mov_ss;
+    let ok = !pending.contains(PendingDebug::RTM) || possible;
+    c.require(ok, Rule::PendingDebugRtm, field, value);
     Ok(())
 }
 
