@@ -29,4 +29,6 @@ extern crate alloc;
 #[cfg(test)]
 extern crate std;
 
+mod open_words;
 pub mod svm;
+pub mod vmx;

@@ -19,6 +19,10 @@ const DR7_DISABLED: u64 = 0x400;
 pub struct PredictorBarrier(());
 
 impl PredictorBarrier {
+    pub(crate) const fn new() -> Self {
+        Self(())
+    }
+
     /// Pays with `barrier`: IBPB, where the processor has it (CPUID Fn8000_0008 EBX bit 12).
     #[inline]
     pub fn discharge(self, barrier: impl FnOnce()) {
@@ -140,7 +144,7 @@ impl NestedSvm {
             self.pages.vmcb.set_exit_code(code.0);
             self.leave(cx);
         }
-        PredictorBarrier(())
+        PredictorBarrier::new()
     }
 
     /// Makes L2 exit to L1 for something that the processor did not report: a physical event that
@@ -171,7 +175,7 @@ impl NestedSvm {
             vmcb02.set_instruction_bytes(&[]);
             self.leave(cx);
         }
-        PredictorBarrier(())
+        PredictorBarrier::new()
     }
 
     /// Everything of #VMEXIT but the reason.

@@ -43,6 +43,8 @@ mod tests;
 use alloc::boxed::Box;
 
 use testudo_arch::{Gpa, Gprs, GuestMemory, Hpa};
+
+use crate::open_words::OpenWords;
 use testudo_svm::asid::AsidSlot;
 use testudo_svm::caps::{Features, SvmCaps, VmCr};
 use testudo_svm::permission::{IoPermissionMap, MsrPermissionMap};
@@ -113,8 +115,8 @@ pub struct NestedSvm {
     is_cached: bool,
     features: Features,
     l1_caps: SvmCaps,
-    open_msrs: maps::OpenWords,
-    open_ports: maps::OpenWords,
+    open_msrs: OpenWords,
+    open_ports: OpenWords,
     asids: asid::Asids,
     /// EFER.SVME as L1 wrote it.
     is_enabled: bool,
@@ -148,8 +150,8 @@ impl NestedSvm {
             is_cached: false,
             features,
             l1_caps: *host.l1_caps,
-            open_msrs: maps::OpenWords::of(host.msr_permissions.as_bytes()),
-            open_ports: maps::OpenWords::of(host.io_permissions.as_bytes()),
+            open_msrs: OpenWords::of(host.msr_permissions.as_bytes()),
+            open_ports: OpenWords::of(host.io_permissions.as_bytes()),
             asids: asid::Asids::default(),
             is_enabled: false,
             vm_cr: VmCr::empty(),

@@ -1,0 +1,296 @@
+//! VMLAUNCH and VMRESUME: the checks, the join, and what is loaded (SDM vol. 3C, chapter 27).
+
+use testudo_arch::{EferFlags, Gpa, GuestMemory, Hpa, Msr};
+use testudo_vmx::check::{EntryContext, Outcome as Refusal, check_entry_from, check_memory};
+use testudo_vmx::controls::{
+    ActivityState, Interruptibility, PinControls, PrimaryControls, SecondaryControls,
+};
+use testudo_vmx::event::InterruptionInformation;
+use testudo_vmx::exit::BasicReason;
+use testudo_vmx::structures::MsrEntry;
+use testudo_vmx::{AccessError, InstructionError, VmFail, VmcsRead, VmcsWrite, fields};
+
+use super::instruction::Stop;
+use super::join::{Fixed, Joined, L0Controls, L1Controls};
+use super::vmcs12::LaunchState;
+use super::{Context, Msrs, NestedVmx, Outcome, SecondStage, VmcsPair, guest_fields};
+
+const PAE: u64 = 1 << 5;
+const PG: u64 = 1 << 31;
+const LONG: u64 = EferFlags::LONG_MODE_ACTIVE.bits() | EferFlags::LONG_MODE_ENABLE.bits();
+
+/// Bit 31 of an exit reason: the entry failed.
+const ENTRY_FAILURE: u64 = 1 << 31;
+
+impl NestedVmx {
+    /// VMLAUNCH (`launch`) or VMRESUME. The inner error is a VMfail.
+    pub(super) fn enter<P, M, S, R>(
+        &mut self,
+        launch: bool,
+        cx: &mut Context<'_, P, M, S, R>,
+    ) -> Result<Result<Outcome, VmFail>, Stop>
+    where
+        P: VmcsPair,
+        M: GuestMemory,
+        S: SecondStage,
+        R: Msrs,
+    {
+        let Some(current) = self.current else {
+            return Ok(Err(VmFail::Invalid));
+        };
+        let fail = |error| Ok(Err(VmFail::Valid(error)));
+        let (shadow, efer) = {
+            let vmcs01 = cx.vmcs.l1();
+            let shadow = vmcs01.get(fields::GUEST_INTERRUPTIBILITY)?;
+            (
+                Interruptibility::from_bits_retain(shadow),
+                vmcs01.get(fields::GUEST_EFER)?,
+            )
+        };
+        if shadow.contains(Interruptibility::BLOCKING_BY_MOV_SS) {
+            return fail(InstructionError::EventsBlockedByMovSs);
+        }
+        match (launch, self.vmcs12.launch_state) {
+            (true, LaunchState::Launched) => return fail(InstructionError::VmlaunchNonClear),
+            (false, LaunchState::Clear) => return fail(InstructionError::VmresumeNonLaunched),
+            _ => {}
+        }
+        let context = EntryContext {
+            long_mode: efer & EferFlags::LONG_MODE_ACTIVE.bits() != 0,
+            in_smm: false,
+            current_vmcs: Some(Hpa(current.0)),
+        };
+        if let Some(refusal) = self.refusal(&context, cx.memory)? {
+            return match refusal {
+                Refusal::VmFail(error) => fail(error),
+                Refusal::GuestState(why) => {
+                    let reason = BasicReason::InvalidGuestState;
+                    self.fail_entry(reason, why.qualification(), cx)
+                        .map(Ok)
+                        .map_err(Stop::Access)
+                }
+                // The area is read once, when it is loaded.
+                Refusal::MsrLoading { .. } => Ok(Err(VmFail::Invalid)),
+            };
+        }
+        let l1 = L1Controls::read(&self.vmcs12.image)?;
+        let composed = if l1.secondary.contains(SecondaryControls::ENABLE_EPT) {
+            let eptp = self.vmcs12.image.get(fields::EPT_POINTER)?;
+            match cx.second_stage.activate(eptp) {
+                Some(composed) => Some(composed),
+                None => return fail(InstructionError::InvalidControlField),
+            }
+        } else {
+            None
+        };
+        self.note_vpid(&l1)?;
+        self.load_l2(&l1, composed, cx)?;
+        if let Some(entry) = self.load_entry_msrs(cx)? {
+            let reason = BasicReason::MsrLoading;
+            return self
+                .fail_entry(reason, entry, cx)
+                .map(Ok)
+                .map_err(Stop::Access);
+        }
+        self.vmcs12.launch_state = LaunchState::Launched;
+        self.is_guest = true;
+        let information = self
+            .vmcs12
+            .image
+            .get(fields::ENTRY_INTERRUPTION_INFORMATION)?;
+        let injecting = InterruptionInformation(information).is_valid();
+        let activity = self.vmcs12.image.get(fields::GUEST_ACTIVITY_STATE)?;
+        let halted = activity == ActivityState::Hlt.number() && !injecting;
+        Ok(Ok(Outcome::Entered { halted }))
+    }
+
+    /// What the processor would do instead of entering, if anything.
+    fn refusal(
+        &self,
+        context: &EntryContext,
+        memory: &impl GuestMemory,
+    ) -> Result<Option<Refusal>, AccessError> {
+        let image = &*self.vmcs12.image;
+        let violations = check_entry_from(image, &self.caps, context)?;
+        if let Some(refusal) = violations.outcomes().next() {
+            return Ok(Some(refusal));
+        }
+        let in_memory = check_memory(image, &self.caps, context, memory)?;
+        let mut outcomes = in_memory.outcomes();
+        Ok(outcomes.find(|o| !matches!(o, Refusal::MsrLoading { .. })))
+    }
+
+    /// Without VPID, and with a new one, no cached translation of L2 may be used.
+    fn note_vpid(&mut self, l1: &L1Controls) -> Result<(), AccessError> {
+        let vpid = if l1.secondary.contains(SecondaryControls::ENABLE_VPID) {
+            self.vmcs12.image.get(fields::VPID)?
+        } else {
+            0
+        };
+        self.flush.vpid |= vpid == 0 || vpid != self.vpid12;
+        self.vpid12 = vpid;
+        Ok(())
+    }
+
+    /// Controls and guest state into `vmcs02`.
+    fn load_l2<P: VmcsPair, M: GuestMemory, S, R>(
+        &mut self,
+        l1: &L1Controls,
+        composed: Option<u64>,
+        cx: &mut Context<'_, P, M, S, R>,
+    ) -> Result<(), AccessError> {
+        let l0 = L0Controls::read(&cx.vmcs.l1())?;
+        let both = l0.primary & l1.primary;
+        if both.contains(PrimaryControls::USE_MSR_BITMAPS) {
+            let l1_bitmap = Gpa(self.vmcs12.image.get(fields::MSR_BITMAPS)?);
+            let mut bytes = *self.msr_bitmap.as_bytes();
+            if self.open_msrs.merge(&mut bytes, cx.memory, l1_bitmap) {
+                *self.msr_bitmap = testudo_vmx::bitmap::MsrBitmap::from_bytes(&bytes);
+            }
+        }
+        let fixed = Fixed {
+            cr0: self.cr0,
+            cr4: self.cr4,
+            composed,
+            msr_bitmap: self.msr_bitmap_at.0,
+        };
+        let image = &*self.vmcs12.image;
+        let joined = Joined::new(&l0, image, l1, &fixed)?;
+        let pdptes = self.pdptes(l1, &joined, cx.memory)?;
+
+        let mut vmcs02 = cx.vmcs.l2();
+        joined.write(self.joined.as_ref(), &mut vmcs02)?;
+        if self.in_vmcs02 != self.current || self.rare_dirty {
+            guest_fields::push(image, &mut vmcs02, &guest_fields::RARE)?;
+            vmcs02.set(fields::VMCS_LINK_POINTER, u64::MAX)?;
+        }
+        guest_fields::push(image, &mut vmcs02, &guest_fields::FREQUENT)?;
+        if let Some(pdptes) = pdptes {
+            vmcs02.set(fields::GUEST_PDPTE0, pdptes[0])?;
+            vmcs02.set(fields::GUEST_PDPTE1, pdptes[1])?;
+            vmcs02.set(fields::GUEST_PDPTE2, pdptes[2])?;
+            vmcs02.set(fields::GUEST_PDPTE3, pdptes[3])?;
+        }
+        if l1.pin.contains(PinControls::ACTIVATE_PREEMPTION_TIMER) {
+            let value = image.get(fields::PREEMPTION_TIMER_VALUE)?;
+            vmcs02.set(fields::PREEMPTION_TIMER_VALUE, value)?;
+        }
+        // The states other than active are waits, and waiting is L0's work: the processor never
+        // gets one from L1.
+        vmcs02.set(fields::GUEST_ACTIVITY_STATE, ActivityState::Active.number())?;
+        let information = image.get(fields::ENTRY_INTERRUPTION_INFORMATION)?;
+        vmcs02.set(fields::ENTRY_INTERRUPTION_INFORMATION, information)?;
+        if InterruptionInformation(information).is_valid() {
+            let code = image.get(fields::ENTRY_EXCEPTION_ERROR_CODE)?;
+            vmcs02.set(fields::ENTRY_EXCEPTION_ERROR_CODE, code)?;
+            let length = image.get(fields::ENTRY_INSTRUCTION_LENGTH)?;
+            vmcs02.set(fields::ENTRY_INSTRUCTION_LENGTH, length)?;
+        }
+        drop(vmcs02);
+        self.window = false;
+        self.joined = Some(joined);
+        self.in_vmcs02 = self.current;
+        self.rare_dirty = false;
+        Ok(())
+    }
+
+    /// The PDPTEs of an L2 in PAE paging: with EPT they are fields, without it the entry reads them
+    /// from L1's memory; the processor, which always uses EPT here, wants fields in both cases.
+    fn pdptes(
+        &self,
+        l1: &L1Controls,
+        joined: &Joined,
+        memory: &impl GuestMemory,
+    ) -> Result<Option<[u64; 4]>, AccessError> {
+        let paging = joined.cr0 & PG != 0 && joined.cr4 & PAE != 0 && joined.efer & LONG == 0;
+        if !paging || !joined.secondary.contains(SecondaryControls::ENABLE_EPT) {
+            return Ok(None);
+        }
+        let image = &*self.vmcs12.image;
+        if l1.secondary.contains(SecondaryControls::ENABLE_EPT) {
+            return Ok(Some([
+                image.get(fields::GUEST_PDPTE0)?,
+                image.get(fields::GUEST_PDPTE1)?,
+                image.get(fields::GUEST_PDPTE2)?,
+                image.get(fields::GUEST_PDPTE3)?,
+            ]));
+        }
+        let table = Gpa(image.get(fields::GUEST_CR3)? & 0xFFFF_FFE0);
+        let mut entries = [0; 4];
+        for (index, entry) in (0..).zip(&mut entries) {
+            let found = memory.load_u64(table.wrapping_add(8 * index)).unwrap_or(0);
+            // Checked before, read again now: whatever it is, an entry with reserved bits is absent.
+            *entry = if self.is_valid_pdpte(found) { found } else { 0 };
+        }
+        Ok(Some(entries))
+    }
+
+    /// Bits 2:1, 8:5 and those beyond the physical-address width are reserved (SDM vol. 3A, 4.4.1).
+    fn is_valid_pdpte(&self, entry: u64) -> bool {
+        entry & 1 == 0
+            || (entry & 0x1E6 == 0 && !self.caps.processor.exceeds_physical(entry & !0xFFF))
+    }
+
+    /// Loads the MSR-load area for entries. The number of the entry that failed, counted from 1.
+    fn load_entry_msrs<P: VmcsPair, M: GuestMemory, S, R: Msrs>(
+        &mut self,
+        cx: &mut Context<'_, P, M, S, R>,
+    ) -> Result<Option<u64>, AccessError> {
+        let count = u64::from(self.vmcs12.image.get(fields::ENTRY_MSR_LOAD_COUNT)?);
+        let area = Gpa(self.vmcs12.image.get(fields::ENTRY_MSR_LOAD_ADDRESS)?);
+        let limit = u64::from(self.caps.misc.msr_list_limit());
+        for index in 0..count {
+            let mut bytes = [0xFF; 16];
+            let at = area.wrapping_add(16 * index);
+            if index >= limit || cx.memory.read(at, &mut bytes).is_err() {
+                return Ok(Some(index + 1));
+            }
+            // One read, and the check is of what was read.
+            let entry = MsrEntry::from_bytes(bytes);
+            if entry.load_on_entry_is_refused() || !load_l2_msr(entry.msr(), entry.value(), cx)? {
+                return Ok(Some(index + 1));
+            }
+        }
+        Ok(None)
+    }
+
+    /// An entry that failed after its controls were accepted: an exit that saves nothing of L2
+    /// (SDM vol. 3C, 27.8).
+    fn fail_entry<P, M, S, R>(
+        &mut self,
+        reason: BasicReason,
+        qualification: u64,
+        cx: &mut Context<'_, P, M, S, R>,
+    ) -> Result<Outcome, AccessError>
+    where
+        P: VmcsPair,
+        M: GuestMemory,
+        R: Msrs,
+    {
+        let image = &mut self.vmcs12.image;
+        let number = u64::from(reason.number()) | ENTRY_FAILURE;
+        guest_fields::set(image, fields::EXIT_REASON.encoding(), number)?;
+        guest_fields::set(image, fields::EXIT_QUALIFICATION.encoding(), qualification)?;
+        // What `vmcs02` holds by now is nobody's state.
+        self.in_vmcs02 = None;
+        self.is_guest = false;
+        self.load_host(false, cx)?;
+        Ok(if self.load_exit_msrs(cx)? {
+            Outcome::FailedEntry
+        } else {
+            Outcome::Abort
+        })
+    }
+}
+
+/// Loads one MSR for L2: into `vmcs02`, if it holds the MSR.
+fn load_l2_msr<P: VmcsPair, M, S, R: Msrs>(
+    msr: Msr,
+    value: u64,
+    cx: &mut Context<'_, P, M, S, R>,
+) -> Result<bool, AccessError> {
+    match super::exit::load_vmcs_msr(msr, value, &mut cx.vmcs.l2())? {
+        Some(loaded) => Ok(loaded),
+        None => Ok(cx.msrs.write(msr, value)),
+    }
+}

@@ -1,0 +1,265 @@
+//! VMX for a guest hypervisor: the thirteen VMX instructions, VM entries and VM exits, without the
+//! hardware's help (SDM vol. 3C, chapters 24 to 31).
+//!
+//! [`NestedVmx`] is the state of one vCPU. Its backend runs L1 with a VMCS of its own (`vmcs01`) and
+//! L2 with another (`vmcs02`), which it hands over as a [`VmcsPair`], and calls here when
+//!
+//! - a VMX instruction exited: [`NestedVmx::execute`];
+//! - L2 exited: [`NestedVmx::exited`];
+//! - the machine has an interrupt, NMI or INIT for the vCPU: [`NestedVmx::acceptance`], and
+//!   [`NestedVmx::exit_to_l1`] if L1 intercepts it;
+//! - L1 reads a VMX capability MSR: [`read_msr`].
+//!
+//! `vmcs02` begins as L0 would set one up for any guest: its host state is L0's, written by the
+//! backend and never by this crate.
+//!
+//! # How it is fast
+//!
+//! L1's VMREAD and VMWRITE work on L0's copy of its VMCS. Guest fields that seldom change are written
+//! to `vmcs02` only if L1 wrote one since the last exit from it, and controls only if they differ from
+//! those of the last entry.
+
+mod caps;
+mod entry;
+mod exit;
+mod guest_fields;
+mod instruction;
+mod join;
+mod operand;
+mod route;
+#[cfg(test)]
+mod tests;
+mod vmcs12;
+
+use alloc::boxed::Box;
+
+use testudo_arch::{Gpa, Gprs, Hpa, Msr};
+use testudo_vmx::bitmap::MsrBitmap;
+use testudo_vmx::caps::FixedBits;
+use testudo_vmx::{VmcsWrite, VmxCaps};
+
+use crate::open_words::OpenWords;
+
+pub use caps::{Offer, offer, read_msr};
+pub use exit::{Acceptance, Handled, PhysicalEvent, PredictorBarrier};
+pub use instruction::{Instruction, Outcome};
+pub use join::{Joined, L0Controls};
+pub use operand::Fault;
+pub use route::{ExitDetails, Route, route};
+pub use vmcs12::{LaunchState, REVISION};
+
+/// The two VMCSs that the processor runs one vCPU with. Only one is current at a time, so one is
+/// asked for at a time.
+pub trait VmcsPair {
+    /// Access to a VMCS that is current.
+    type Vmcs<'a>: VmcsWrite
+    where
+        Self: 'a;
+
+    /// The VMCS that L1 runs with.
+    fn l1(&mut self) -> Self::Vmcs<'_>;
+
+    /// The VMCS that L2 runs with.
+    fn l2(&mut self) -> Self::Vmcs<'_>;
+}
+
+/// L1's MSRs beyond those that the VMCS holds: for the MSR-load and MSR-store areas.
+pub trait Msrs {
+    /// Reads an MSR as L1's RDMSR would; `None` for #GP.
+    fn read(&mut self, msr: Msr) -> Option<u64>;
+
+    /// Writes an MSR as L1's WRMSR would; `false` for #GP.
+    fn write(&mut self, msr: Msr, value: u64) -> bool;
+}
+
+/// L1's EPT composed with L0's.
+///
+/// The answers never let L2 reach what L1 cannot reach itself.
+pub trait SecondStage {
+    /// Makes the composition of L1's table behind this EPT pointer the current one, and returns the
+    /// EPT pointer for L2's VMCS. `None` if there is none.
+    fn activate(&mut self, eptp: u64) -> Option<u64>;
+
+    /// L1 flushed what was derived from the table behind this EPT pointer, or from all of them.
+    fn flush(&mut self, eptp: Option<u64>);
+
+    /// Handles an EPT violation or misconfiguration of L2 under the current composition.
+    fn fault(&mut self, fault: EptFault) -> EptHandled;
+}
+
+/// An EPT violation of L2.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EptFault {
+    /// The address of L2's that was accessed.
+    pub gpa: Gpa,
+    /// The exit qualification (SDM vol. 3C, table 28-7).
+    pub qualification: u64,
+}
+
+/// What became of an EPT violation of L2.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EptHandled {
+    /// The translation has been made: L2 goes on.
+    Resolved,
+    /// L1's table stops the access: L1 gets an EPT violation with this qualification.
+    Violation(u64),
+    /// L1's table is misconfigured: L1 gets an EPT misconfiguration.
+    Misconfiguration,
+    /// What L1's table maps is not memory that L0 has mapped: L0 handles the access at this address
+    /// of L1's.
+    Host(Gpa),
+}
+
+/// For an L1 that is not offered EPT.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NoSecondStage;
+
+impl SecondStage for NoSecondStage {
+    fn activate(&mut self, _: u64) -> Option<u64> {
+        None
+    }
+
+    fn flush(&mut self, _: Option<u64>) {}
+
+    fn fault(&mut self, fault: EptFault) -> EptHandled {
+        EptHandled::Violation(fault.qualification)
+    }
+}
+
+/// What a call works on besides the nested state itself.
+#[derive(Debug)]
+pub struct Context<'a, P, M, S, R> {
+    /// The general registers of whoever runs; RSP is in the VMCS.
+    pub gprs: &'a mut Gprs,
+    /// The processor's two VMCSs.
+    pub vmcs: &'a mut P,
+    /// L1's memory.
+    pub memory: &'a M,
+    /// L1's EPT composed with L0's.
+    pub second_stage: &'a mut S,
+    /// L1's MSRs.
+    pub msrs: &'a mut R,
+}
+
+/// The nested state of one vCPU: VMX as L1 sees it.
+pub struct NestedVmx {
+    caps: VmxCaps,
+    /// What the processor itself fixes in CR0 and CR4 in VMX operation.
+    cr0: FixedBits,
+    cr4: FixedBits,
+    /// The VMXON region: L1 is in VMX operation.
+    vmxon: Option<Gpa>,
+    /// The current-VMCS pointer.
+    current: Option<Gpa>,
+    vmcs12: vmcs12::Vmcs12,
+    is_guest: bool,
+    /// The region whose guest state `vmcs02` holds.
+    in_vmcs02: Option<Gpa>,
+    /// L1 wrote seldom-used guest fields: `vmcs02` needs them.
+    rare_dirty: bool,
+    /// The controls that `vmcs02` has.
+    joined: Option<join::Joined>,
+    msr_bitmap: Box<MsrBitmap>,
+    msr_bitmap_at: Hpa,
+    open_msrs: OpenWords,
+    /// The VPID that L1 gave L2 last.
+    vpid12: u16,
+    flush: Flush,
+    /// L0 asked for the interrupt window of L2.
+    window: bool,
+}
+
+/// Translations that L1 flushed, for L0 to flush before the next entry of L2.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Flush {
+    /// Everything that is tagged with L2's VPID.
+    pub vpid: bool,
+    /// Everything that was derived from L2's EPT.
+    pub ept: bool,
+    /// L1's own linear translations.
+    pub l1: bool,
+}
+
+impl NestedVmx {
+    /// Nested state outside VMX operation.
+    ///
+    /// `caps` are those that L1 is shown ([`offer`]), `processor` those of the processor.
+    /// `l0_msrs` is the MSR bitmap that L1 runs with, and `msr_bitmap` a page that begins at the
+    /// host-physical address `msr_bitmap_at`, for L2's.
+    pub fn new(
+        caps: VmxCaps,
+        processor: &VmxCaps,
+        l0_msrs: &MsrBitmap,
+        mut msr_bitmap: Box<MsrBitmap>,
+        msr_bitmap_at: Hpa,
+    ) -> Self {
+        *msr_bitmap = l0_msrs.clone();
+        Self {
+            caps,
+            cr0: processor.cr0,
+            cr4: processor.cr4,
+            vmxon: None,
+            current: None,
+            vmcs12: vmcs12::Vmcs12::new(),
+            is_guest: false,
+            in_vmcs02: None,
+            rare_dirty: true,
+            joined: None,
+            msr_bitmap,
+            msr_bitmap_at,
+            open_msrs: OpenWords::of(l0_msrs.as_bytes()),
+            vpid12: 0,
+            flush: Flush::default(),
+            window: false,
+        }
+    }
+
+    /// Whether L2 runs rather than L1.
+    #[inline]
+    pub fn is_guest(&self) -> bool {
+        self.is_guest
+    }
+
+    /// Where L1's VMXON region is, if L1 is in VMX operation. While it is, CR4.VMXE cannot be
+    /// cleared, and INIT is blocked (SDM vol. 3C, 24.8).
+    #[inline]
+    pub fn vmxon_region(&self) -> Option<Gpa> {
+        self.vmxon
+    }
+
+    /// L1's current-VMCS pointer.
+    #[inline]
+    pub fn current_vmcs(&self) -> Option<Gpa> {
+        self.current
+    }
+
+    /// The capabilities that L1 is shown.
+    #[inline]
+    pub fn caps(&self) -> &VmxCaps {
+        &self.caps
+    }
+
+    /// What L1 flushed since the last call; due before an entry of L2.
+    #[inline]
+    pub fn take_flush(&mut self) -> Flush {
+        core::mem::take(&mut self.flush)
+    }
+}
+
+impl core::fmt::Debug for NestedVmx {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("NestedVmx")
+            .field("vmxon", &self.vmxon)
+            .field("current", &self.current)
+            .field("launch_state", &self.vmcs12.launch_state)
+            .field("is_guest", &self.is_guest)
+            .field("joined", &self.joined)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What L1 reads in a control register of which L0 owns some bits.
+#[inline]
+const fn visible(register: u64, mask: u64, shadow: u64) -> u64 {
+    (register & !mask) | (shadow & mask)
+}
