@@ -12,6 +12,32 @@
 //! allocate when they are activated and never afterwards. A driver that breaks the rules finds
 //! DEVICE_NEEDS_RESET set, and [`transport::Fault`] says why.
 //!
+//! ```
+//! use std::sync::Arc;
+//! use testudo_arch::bus::BusDevice;
+//! use testudo_arch::irq::{InterruptSink, Msi};
+//! use testudo_arch::memory::GuestRam;
+//! use testudo_virtio::backend::{Overlay, ReadOnlyImage};
+//! use testudo_virtio::device::{Blk, BlkOptions};
+//! use testudo_virtio::transport::{Mmio, Options};
+//!
+//! struct Controllers;
+//! impl InterruptSink for Controllers {
+//!     fn set_level(&self, _gsi: u32, _high: bool) {}
+//!     fn send_msi(&self, _msi: Msi) {}
+//! }
+//!
+//! // A disk that the guest may write, over an image that stays as it is.
+//! let disk = Blk::new(Overlay::new(ReadOnlyImage([0; 4096]), 1 << 20), BlkOptions::default());
+//! let memory = GuestRam::new();
+//! let mut device = Mmio::new(
+//!     Box::new(disk), memory, Options::default(), Arc::new(Controllers), 5);
+//!
+//! let mut magic = [0; 4];
+//! device.read(0, &mut magic);
+//! assert_eq!(&magic, b"virt");
+//! ```
+//!
 //! Work happens in two places: in the bus write that carries the driver's notification, and in
 //! `poll`, which the owner calls when a backend has something or time has passed. Each call does a
 //! bounded amount of work.

@@ -207,6 +207,16 @@ impl<B: BlockBackend> Overlay<B> {
         self.changed.len() as u64 * BLOCK
     }
 
+    /// The changed blocks by ascending offset. A block at the end of the disk is cut where the disk
+    /// ends.
+    pub fn changes(&self) -> impl Iterator<Item = (u64, &[u8])> {
+        let size = self.base.size();
+        self.changed.iter().map(move |(&block, bytes)| {
+            let offset = block * BLOCK;
+            (offset, &bytes[..BLOCK.min(size - offset) as usize])
+        })
+    }
+
     /// Forgets all changes.
     pub fn revert(&mut self) {
         self.changed.clear();
@@ -407,6 +417,11 @@ mod tests {
             [1, expected[9000], expected[9001]]
         );
         assert_eq!(overlay.changed_bytes(), 3 * 4096);
+        let mut copy = base.clone();
+        for (offset, bytes) in overlay.changes() {
+            copy[offset as usize..][..bytes.len()].copy_from_slice(bytes);
+        }
+        assert_eq!(copy, expected);
         overlay.revert();
         assert_eq!(contents(&mut overlay, 0, 20_000), base);
     }
@@ -433,5 +448,42 @@ mod tests {
         }
         let refused = ReadOnlyImage([0; 4]).write_zeroes(0, 1, false);
         assert_eq!(refused, Err(BlockError::ReadOnly));
+    }
+
+    #[cfg(feature = "std")]
+    #[test]
+    fn a_file_keeps_what_is_written() {
+        let path = std::env::temp_dir().join(std::format!("testudo-{}.img", std::process::id()));
+        let open = || {
+            let mut options = std::fs::OpenOptions::new();
+            options.read(true).write(true).create(true).truncate(false);
+            options.open(&path).unwrap()
+        };
+        open().set_len(300_000).unwrap();
+        let mut image = FileImage::new(open(), false).unwrap();
+        assert_eq!(image.size(), 300_000);
+        // Longer than the buffer in between.
+        let mut next = 0u32;
+        let mut count = |piece: &mut [u8]| {
+            for byte in piece {
+                *byte = (next / 3) as u8;
+                next += 1;
+            }
+            Ok(())
+        };
+        image.write(10_000, 280_000, &mut count).unwrap();
+        image.flush().unwrap();
+        let mut again = FileImage::new(open(), true).unwrap();
+        let all = contents(&mut again, 0, 300_000);
+        let expected = |i: usize| match i.checked_sub(10_000) {
+            Some(i) if i < 280_000 => (i as u32 / 3) as u8,
+            _ => 0,
+        };
+        assert!(all.iter().enumerate().all(|(i, &byte)| byte == expected(i)));
+        assert_eq!(again.write_zeroes(0, 1, false), Err(BlockError::ReadOnly));
+        let past = again.read(299_999, 2, &mut |_| Ok(()));
+        let (offset, len) = (299_999, 2);
+        assert_eq!(past, Err(BlockError::OutOfRange { offset, len }));
+        std::fs::remove_file(&path).unwrap();
     }
 }

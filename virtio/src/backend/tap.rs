@@ -79,3 +79,46 @@ impl NetBackend for Tap {
         self.len = 0;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::fd::OwnedFd;
+    use std::os::unix::net::UnixDatagram;
+
+    use super::*;
+
+    #[test]
+    fn frames_pass_with_and_without_headers() {
+        let header = NetHeader {
+            flags: NetHeader::NEEDS_CSUM,
+            csum_start: 14,
+            csum_offset: 2,
+            ..NetHeader::default()
+        };
+        for offloads in [Offloads::empty(), Offloads::CHECKSUM] {
+            // Packet by packet, as a TAP interface is.
+            let (near, far) = UnixDatagram::pair().unwrap();
+            near.set_nonblocking(true).unwrap();
+            let mut tap = Tap::new(File::from(OwnedFd::from(near)), offloads);
+            assert_eq!(tap.peek(), None);
+            let mut fill = |to: &mut [u8]| {
+                to.fill(9);
+                Ok(())
+            };
+            tap.send(header, 60, &mut fill).unwrap();
+            let mut bytes = [0; 100];
+            let len = far.recv(&mut bytes).unwrap();
+            let start = len - 60;
+            assert_eq!(start, if offloads.is_empty() { 0 } else { 10 });
+            assert_eq!(bytes[..start], header.to_bytes()[..start]);
+            assert_eq!(bytes[start..len], [9; 60]);
+            far.send(&bytes[..len]).unwrap();
+            let (seen, frame) = tap.peek().unwrap();
+            assert_eq!(frame, [9; 60]);
+            assert_eq!(seen == header, start > 0);
+            tap.consume();
+            assert_eq!(tap.peek(), None);
+        }
+    }
+}
