@@ -218,6 +218,39 @@ impl Event {
     }
 }
 
+/// What two exceptions make together (SDM vol. 3A, table 6-5; APM vol. 2, table 8-2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Combined {
+    /// The second is delivered; the first happens again when its instruction does.
+    Serial,
+    /// `#DF`.
+    DoubleFault,
+    /// The processor shuts down.
+    Shutdown,
+}
+
+impl Event {
+    /// What the exception `second` makes when it meets the delivery of this event: a hypervisor
+    /// that intercepts exceptions decides it itself.
+    pub fn combine(self, second: Exception) -> Combined {
+        let Self::Exception { vector, .. } = self else {
+            return Combined::Serial;
+        };
+        let contributory = second.is_contributory();
+        let is_page_fault = |e| matches!(e, Exception::PageFault | Exception::Virtualization);
+        match Exception::from_vector(vector) {
+            Some(Exception::DoubleFault) if contributory || is_page_fault(second) => {
+                Combined::Shutdown
+            }
+            Some(first) if is_page_fault(first) && (contributory || is_page_fault(second)) => {
+                Combined::DoubleFault
+            }
+            Some(first) if first.is_contributory() && contributory => Combined::DoubleFault,
+            _ => Combined::Serial,
+        }
+    }
+}
+
 impl fmt::Display for Event {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {
@@ -253,6 +286,19 @@ mod tests {
         }
         assert_eq!(Exception::from_vector(2), None);
         assert_eq!(Exception::from_vector(255), None);
+    }
+
+    #[test]
+    fn exceptions_combine_as_the_table_says() {
+        use Exception as E;
+        let meets = |first, second| Event::fault_with(first, 0).combine(second);
+        assert_eq!(meets(E::PageFault, E::PageFault), Combined::DoubleFault);
+        assert_eq!(meets(E::PageFault, E::DivideError), Combined::DoubleFault);
+        assert_eq!(meets(E::InvalidTss, E::StackFault), Combined::DoubleFault);
+        assert_eq!(meets(E::GeneralProtection, E::PageFault), Combined::Serial);
+        assert_eq!(meets(E::DoubleFault, E::PageFault), Combined::Shutdown);
+        assert_eq!(meets(E::DoubleFault, E::Debug), Combined::Serial);
+        assert_eq!(Event::Interrupt(14).combine(E::PageFault), Combined::Serial);
     }
 
     #[test]

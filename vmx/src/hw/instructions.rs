@@ -326,6 +326,28 @@ pub(super) unsafe fn wait_for_interrupt() {
     unsafe { asm!("sti", "hlt", "cli") };
 }
 
+/// Calls the host's handler for NMIs.
+///
+/// # Safety
+///
+/// CPL 0, and the host's IDT is in place.
+#[inline]
+pub(super) unsafe fn deliver_nmi() {
+    // SAFETY: the caller's promise; handlers keep all registers.
+    unsafe { asm!("int 2") };
+}
+
+/// Calls the host's handler for machine checks.
+///
+/// # Safety
+///
+/// As for [`deliver_nmi`].
+#[inline]
+pub(super) unsafe fn deliver_machine_check() {
+    // SAFETY: as above.
+    unsafe { asm!("int 18") };
+}
+
 /// Whether RFLAGS.IF is set.
 #[inline]
 pub fn interrupts_enabled() -> bool {
@@ -423,6 +445,23 @@ registers! {
     ///
     /// CPL 0.
     cr4: "mov {}, cr4";
+    /// DR6.
+    ///
+    /// # Safety
+    ///
+    /// CPL 0, and DR7.GD is clear.
+    dr6: "mov {}, dr6";
+}
+
+/// Writes DR6.
+///
+/// # Safety
+///
+/// CPL 0, DR7.GD is clear, and bits 63:32 of the value are 0.
+#[inline]
+pub(super) unsafe fn set_dr6(value: u64) {
+    // SAFETY: the caller's promise.
+    unsafe { asm!("mov dr6, {}", in(reg) value, options(nostack, preserves_flags)) };
 }
 
 /// Writes CR4.

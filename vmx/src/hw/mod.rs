@@ -406,6 +406,21 @@ impl HeldInterrupts {
         unsafe { raw::open_interrupt_window() };
     }
 
+    /// Takes, through the host's IDT, the NMI by which a guest exited. NMIs stay blocked after such
+    /// an exit until the handler's IRET (SDM vol. 3C, 28.3.4).
+    #[inline]
+    pub fn take_nmi(&mut self) {
+        // SAFETY: CPL 0, and the host's IDT is in place outside guests.
+        unsafe { raw::deliver_nmi() };
+    }
+
+    /// Takes, through the host's IDT, the machine check by which a guest exited.
+    #[inline]
+    pub fn take_machine_check(&mut self) {
+        // SAFETY: as for `take_nmi`.
+        unsafe { raw::deliver_machine_check() };
+    }
+
     /// Waits in the low-power state for an interrupt, takes it, and holds interrupts back again. One
     /// that is already pending ends the wait at once.
     #[inline]
@@ -488,6 +503,28 @@ impl CurrentVmcs<'_> {
     pub unsafe fn set_guest_xcr0(&mut self, value: u64) {
         // SAFETY: the caller's promise.
         unsafe { resident::xsetbv(value) };
+    }
+
+    /// PKRU of the guest whose registers are in this processor.
+    ///
+    /// # Safety
+    ///
+    /// The processor has protection keys (the guest's CR4.PKE proves it).
+    pub unsafe fn guest_pkru(&self) -> u32 {
+        // SAFETY: the caller's promise.
+        unsafe { resident::pkru() }
+    }
+
+    /// DR6 of the guest whose registers are in this processor.
+    pub fn guest_dr6(&self) -> u64 {
+        // SAFETY: VMX root operation is CPL 0 here, and exits clear DR7.GD.
+        unsafe { raw::dr6() }
+    }
+
+    /// Sets DR6 of the guest whose registers are in this processor. Bits 63:32 do not exist.
+    pub fn set_guest_dr6(&mut self, value: u64) {
+        // SAFETY: as for `guest_dr6`; a value of 32 bits is always taken.
+        unsafe { raw::set_dr6(value & 0xFFFF_FFFF) };
     }
 
     /// The physical address of the region.

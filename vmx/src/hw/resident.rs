@@ -244,6 +244,24 @@ pub(super) unsafe fn xsetbv(value: u64) {
     }
 }
 
+/// RDPKRU.
+///
+/// # Safety
+///
+/// CPL 0, on a processor with protection keys.
+pub(super) unsafe fn pkru() -> u32 {
+    let pkru: u32;
+    // SAFETY: RDPKRU exists and needs CR4.PKE, which the host may have clear: it is set for this one
+    // instruction. The host's pages are the supervisor's, so that no access of its own depends on it.
+    unsafe {
+        asm!("mov {cr4}, cr4", "mov {old}, {cr4}", "bts {cr4}, 22", "mov cr4, {cr4}",
+            "rdpkru", "mov cr4, {old}",
+            cr4 = out(reg) _, old = out(reg) _, in("ecx") 0, out("eax") pkru, out("edx") _,
+            options(nostack));
+    }
+    pkru
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
