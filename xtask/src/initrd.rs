@@ -1,7 +1,7 @@
 //! The default initial RAM disk: busybox, the modules that a run wants, and a first process that gives a
 //! shell or runs commands.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -63,7 +63,13 @@ impl Initrd {
             archive.file("run.sh", 0o644, commands.as_bytes());
         }
         self.add_modules(kernel, &mut archive)?;
+        let mut folders = BTreeSet::new();
         for (path, permissions, data) in &self.files {
+            for (end, _) in path.match_indices('/') {
+                if folders.insert(&path[..end]) {
+                    archive.folder(&path[..end]);
+                }
+            }
             archive.file(path, *permissions, data);
         }
         Ok(archive.finish())

@@ -27,6 +27,8 @@ enum Cli {
     Test(command::test::Test),
     /// Compare what the crates decide with what a processor does
     Diff(command::diff::Diff),
+    /// Run an unmodified hypervisor as the guest, and Linux as its guest
+    Nested(command::nested::Nested),
     /// Measure what the hypervisor costs, in instructions
     Measure(command::measure::Measure),
 }
@@ -38,6 +40,7 @@ fn main() -> ExitCode {
         Cli::Run(run) => run.run(),
         Cli::Test(test) => test.run(),
         Cli::Diff(diff) => diff.run(),
+        Cli::Nested(nested) => nested.run(),
         Cli::Measure(measure) => measure.run(),
     };
     match result {

@@ -4,4 +4,5 @@ pub(crate) mod bare_metal;
 pub(crate) mod boot;
 pub(crate) mod diff;
 pub(crate) mod measure;
+pub(crate) mod nested;
 pub(crate) mod test;

@@ -1,0 +1,226 @@
+//! `cargo xtask nested`: hypervisors inside hypervisors, each unmodified, on ours.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use super::boot::{Backend, HYPERVISOR, machine_memory};
+use crate::bare::{self, Payload};
+use crate::debian::{self, Kernel, Tool};
+use crate::emulator::Machine;
+use crate::initrd::Initrd;
+use crate::run;
+
+/// MiB of memory of the innermost guest.
+const INNERMOST_MEMORY: u64 = 256;
+/// MiB of memory that each hypervisor has beyond its guest's and what its disk takes.
+const HYPERVISOR_MEMORY: u64 = 256;
+/// Where QEMU looks for the firmware that a guest's processor starts in.
+const FIRMWARE: [(&str, &str); 3] = [
+    ("seabios", "bios-256k.bin"),
+    ("qemu", "linuxboot_dma.bin"),
+    ("qemu", "kvmvapic.bin"),
+];
+
+/// Which hypervisor is the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Guest {
+    /// Debian's Linux with KVM and QEMU
+    Kvm,
+}
+
+/// Run an unmodified hypervisor as the guest, and Linux as its guest.
+///
+/// The innermost Linux gives a shell, or runs the commands of --run; its status is the exit status.
+#[derive(clap::Args)]
+pub(crate) struct Nested {
+    /// The hypervisor
+    #[arg(value_enum, default_value = "kvm")]
+    guest: Guest,
+    /// What makes the processors of our guest
+    #[arg(long, value_enum, default_value = "svm")]
+    backend: Backend,
+    /// How many systems run inside ours: 2 is a hypervisor with a Linux, 3 has one more between
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    depth: u32,
+    /// The virtual processors of each of them
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    vcpus: u32,
+    /// Have the guest hypervisors shadow their guests' page tables instead of nesting them
+    #[arg(long)]
+    shadow: bool,
+    /// Shell commands to run in the innermost system; their status is the exit status
+    #[arg(long, value_name = "SHELL COMMANDS")]
+    run: Option<String>,
+    /// Print the exits by reason when all has ended
+    #[arg(long)]
+    stats: bool,
+    /// End the run after this time, with status 124
+    #[arg(long, value_name = "SECS")]
+    timeout: Option<f64>,
+    /// Count instructions as time, so that a run can be repeated exactly
+    #[arg(long)]
+    exact: bool,
+    /// Show what is executed
+    #[arg(short, long)]
+    verbose: bool,
+}
+
+/// A system that can be started: its memory in MiB and its RAM disk.
+struct System {
+    memory: u64,
+    disk: Vec<u8>,
+}
+
+impl Nested {
+    pub(crate) fn run(&self) -> Result<u8> {
+        run::set_verbose(self.verbose);
+        if !(1..=4).contains(&self.depth) {
+            bail!("--depth counts the systems inside ours: 1 to 4");
+        }
+        if self.vcpus == 0 {
+            bail!("a system has at least one processor");
+        }
+        let Guest::Kvm = self.guest;
+        let timeout = self
+            .timeout
+            .map(|seconds| Duration::try_from_secs_f64(seconds).context("--timeout takes seconds"))
+            .transpose()?;
+        let kernel = debian::kernel()?;
+        let mut system = self.innermost(&kernel)?;
+        for level in (1..self.depth).rev() {
+            run::progress(format_args!("packing the hypervisor of level {level}"));
+            system = self.around(&system, &kernel, level)?;
+        }
+        let mut machine = Machine {
+            cpu: self.backend.cpu()?,
+            processors: self.vcpus,
+            exact: self.exact,
+            input: self.run.is_none(),
+            timeout,
+            ..Machine::new(self.backend.emulator())
+        };
+        let stats = if self.stats { " stats" } else { "" };
+        let payload = Payload {
+            command_line: format!(
+                "memory={} vcpus={} nested{stats} -- {}",
+                system.memory,
+                self.vcpus,
+                self.command_line()
+            ),
+            modules: vec![
+                (
+                    format!("kernel {}", kernel.image.display()),
+                    fs::read(&kernel.image)?,
+                ),
+                ("initrd level-1".to_owned(), system.disk),
+            ],
+        };
+        machine.memory = machine_memory(system.memory, &payload);
+        machine.run(&bare::build(HYPERVISOR)?, &payload)
+    }
+
+    fn command_line(&self) -> &'static str {
+        if self.run.is_some() {
+            "console=ttyS0 quiet"
+        } else {
+            "console=ttyS0"
+        }
+    }
+
+    /// The Linux in the middle of it all.
+    fn innermost(&self, kernel: &Kernel) -> Result<System> {
+        let run = self.run.as_deref().map(reporting);
+        let disk = Initrd {
+            run,
+            ..Initrd::default()
+        };
+        Ok(System {
+            memory: INNERMOST_MEMORY,
+            disk: disk.build(kernel)?,
+        })
+    }
+
+    /// A Linux whose KVM runs `inner`.
+    fn around(&self, inner: &System, kernel: &Kernel, level: u32) -> Result<System> {
+        let mut files = vec![
+            ("guest/kernel".to_owned(), 0o644, fs::read(&kernel.image)?),
+            ("guest/disk".to_owned(), 0o644, inner.disk.clone()),
+        ];
+        add_qemu(&mut files)?;
+        let disk = Initrd {
+            run: Some(self.script(inner.memory, level)),
+            carry: vec!["kvm_amd".to_owned(), "kvm_intel".to_owned()],
+            files,
+            ..Initrd::default()
+        }
+        .build(kernel)?;
+        // The disk is in memory twice while it is unpacked.
+        let memory = inner.memory + HYPERVISOR_MEMORY + 2 * (disk.len() as u64 >> 20);
+        Ok(System { memory, disk })
+    }
+
+    /// What a guest hypervisor does: it loads KVM, runs its guest, and passes the status on.
+    ///
+    /// The status comes through a second serial port. A program of the guest's cannot reach a port
+    /// by itself: KVM sets the busy bit of its TSS, and QEMU's emulation of the I/O permission
+    /// check (target/i386/tcg/seg_helper.c) takes an available TSS only.
+    fn script(&self, memory: u64, level: u32) -> String {
+        let (vcpus, append) = (self.vcpus, self.command_line());
+        let amd = if self.shadow { "npt=0" } else { "" };
+        let intel = if self.shadow { "ept=0" } else { "" };
+        let script = format!(
+            "if grep -q svm /proc/cpuinfo; then modprobe kvm_amd nested=1 {amd}\n\
+             elif grep -q vmx /proc/cpuinfo; then modprobe kvm_intel nested=1 {intel}\n\
+             else echo 'level {level}: the processor has no virtualization'; exit 1; fi\n\
+             qemu-system-x86_64 -accel kvm -cpu host -smp {vcpus} -m {memory} -nodefaults \
+             -no-user-config -display none -vga none -no-reboot -serial stdio -serial file:/status \
+             -L /usr/share/qemu -kernel /guest/kernel -initrd /guest/disk -append '{append}'\n\
+             exit $(tr -dc 0-9 </status)\n"
+        );
+        if level > 1 {
+            reporting(&script)
+        } else {
+            script
+        }
+    }
+}
+
+/// The commands, with their status told on the second serial port.
+fn reporting(commands: &str) -> String {
+    format!("(\n{commands}\n)\necho $? >/dev/ttyS1\npoweroff -f\n")
+}
+
+/// Adds QEMU with everything that it needs at run time.
+fn add_qemu(files: &mut Vec<(String, u32, Vec<u8>)>) -> Result<()> {
+    debian::require(&[Tool {
+        program: "qemu-system-x86_64",
+        package: "qemu-system-x86",
+    }])?;
+    let qemu = Path::new("/usr/bin/qemu-system-x86_64");
+    files.push(("bin/qemu-system-x86_64".to_owned(), 0o755, fs::read(qemu)?));
+    let libraries = run::output(Command::new("ldd").arg(qemu))?;
+    for path in libraries
+        .split_whitespace()
+        .filter(|word| word.starts_with('/'))
+    {
+        let inside = path.trim_start_matches('/').to_owned();
+        files.push((
+            inside,
+            0o755,
+            fs::read(path).with_context(|| format!("cannot read {path}"))?,
+        ));
+    }
+    for (folder, name) in FIRMWARE {
+        let places =
+            [folder, "qemu", "seabios"].map(|f| PathBuf::from("/usr/share").join(f).join(name));
+        let Some(place) = places.iter().find(|place| place.exists()) else {
+            bail!("QEMU's firmware {name} is nowhere in /usr/share");
+        };
+        files.push((format!("usr/share/qemu/{name}"), 0o644, fs::read(place)?));
+    }
+    Ok(())
+}
