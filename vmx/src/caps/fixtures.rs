@@ -230,3 +230,45 @@ pub fn sapphire_rapids() -> VmxCaps {
     }
     .caps()
 }
+
+/// Bochs 2.7 with `cpu: model=corei7_skylake_x`, as it reports itself: no monitor trap flag, no
+/// posted interrupts, and IA32_PERF_GLOBAL_CTRL without the MSR.
+pub fn bochs_skylake_x() -> VmxCaps {
+    Fixture {
+        basic: 0x00D8_1000_0000_002B,
+        pin: 0x0000_007F_0000_0016,
+        primary: [0xF7F9_FFFE_0401_E172, 0xF7F9_FFFE_0400_6172],
+        exit: [0x007F_FFFF_0003_6DFF, 0x007F_FFFF_0003_6DFB],
+        entry: [0x0000_FFFF_0000_11FF, 0x0000_FFFF_0000_11FB],
+        secondary: 0x0217_7FFF_0000_0000,
+        tertiary: 0,
+        exit2: 0,
+        ept_vpid: 0x0000_0F01_0633_4141,
+        functions: 1,
+        misc: 0x0000_0000_6004_01E0,
+        cr4_may: 0x0037_27FF,
+        vmcs_enum: 0x34,
+        processor: Processor {
+            physical_address_bits: 40,
+            linear_address_bits: 48,
+            features: SERVER,
+            debugctl: 0x7FC3,
+            perf_global_ctrl: 0x7_0000_000F,
+            rtit_ctl: 0,
+            lbr_ctl: 0,
+        },
+    }
+    .caps()
+}
+
+/// All of them by name, oldest first.
+pub fn all() -> [(&'static str, VmxCaps); 6] {
+    [
+        ("nehalem", nehalem()),
+        ("haswell", haswell()),
+        ("skylake_sp", skylake_sp()),
+        ("ice_lake_sp", ice_lake_sp()),
+        ("sapphire_rapids", sapphire_rapids()),
+        ("bochs_skylake_x", bochs_skylake_x()),
+    ]
+}

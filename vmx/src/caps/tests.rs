@@ -2,19 +2,9 @@ use super::*;
 use crate::caps::fixtures;
 use std::string::ToString;
 
-fn all() -> [(&'static str, VmxCaps); 5] {
-    [
-        ("nehalem", fixtures::nehalem()),
-        ("haswell", fixtures::haswell()),
-        ("skylake_sp", fixtures::skylake_sp()),
-        ("ice_lake_sp", fixtures::ice_lake_sp()),
-        ("sapphire_rapids", fixtures::sapphire_rapids()),
-    ]
-}
-
 #[test]
 fn the_msrs_of_a_snapshot_make_the_same_snapshot() {
-    for (name, caps) in all() {
+    for (name, caps) in fixtures::all() {
         let vmx = |leaf, _| {
             if leaf == 0 {
                 [1, 0, 0, 0]

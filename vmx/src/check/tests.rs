@@ -14,19 +14,9 @@ use std::vec::Vec;
 use testudo_arch::memory::GuestRam;
 use testudo_arch::{Gpa, GuestMemory, Msr};
 
-fn all_caps() -> [(&'static str, VmxCaps); 5] {
-    [
-        ("nehalem", fixtures::nehalem()),
-        ("haswell", fixtures::haswell()),
-        ("skylake_sp", fixtures::skylake_sp()),
-        ("ice_lake_sp", fixtures::ice_lake_sp()),
-        ("sapphire_rapids", fixtures::sapphire_rapids()),
-    ]
-}
-
 #[test]
 fn a_valid_state_violates_nothing() {
-    for (name, caps) in all_caps() {
+    for (name, caps) in fixtures::all() {
         let found = check_entry(&samples::valid(&caps), &caps).unwrap();
         assert!(found.is_empty(), "{name}:\n{found}");
     }
@@ -34,7 +24,7 @@ fn a_valid_state_violates_nothing() {
 
 #[test]
 fn other_modes_are_valid_too() {
-    for (name, caps) in all_caps() {
+    for (name, caps) in fixtures::all() {
         type Mode = fn(&mut VmcsImage, &VmxCaps) -> Result<bool, AccessError>;
         let modes: [Mode; 4] = [
             |vmcs, caps| samples::protected_mode(vmcs, caps).map(|()| true),
@@ -101,7 +91,9 @@ fn everything() -> VmxCaps {
 #[test]
 fn every_rule_is_violated_alone_by_its_sample() {
     let mut violated = BTreeMap::new();
-    let processors = all_caps().into_iter().chain([("everything", everything())]);
+    let processors = fixtures::all()
+        .into_iter()
+        .chain([("everything", everything())]);
     for (name, caps) in processors {
         for &rule in Rule::ALL {
             let mut vmcs = samples::valid(&caps);
@@ -130,7 +122,7 @@ fn every_rule_is_violated_alone_by_its_sample() {
 
 #[test]
 fn the_checks_read_only_fields_that_the_processor_has() {
-    for (name, caps) in all_caps() {
+    for (name, caps) in fixtures::all() {
         let mut fake = FakeVmcs::with_caps(&caps);
         for (field, value) in samples::valid(&caps).iter() {
             fake.preset(field, value);
@@ -391,7 +383,7 @@ proptest! {
     ) {
         let mut bytes = std::vec![0x5A5A_5A5A_5A5A_5A5Au64; 512];
         let ram = memory(&mut bytes);
-        for (_, caps) in all_caps() {
+        for (_, caps) in fixtures::all() {
             let mut vmcs = samples::valid(&caps);
             for &(which, value) in &writes {
                 vmcs.write_raw(fields::FIELDS[which].encoding, value).unwrap();

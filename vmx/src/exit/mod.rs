@@ -251,7 +251,7 @@ impl Exit {
     #[inline]
     pub fn decode(reason: ExitReason, vmcs: &impl VmcsRead) -> Result<Self, AccessError> {
         use BasicReason as R;
-        // The commonest reasons first, and inlined; the rest behind a call.
+        // What needs no field is decided in place; the rest is behind a call.
         Ok(match reason.basic() {
             R::Cpuid => Self::Cpuid,
             R::Hlt => Self::Hlt,
@@ -260,44 +260,53 @@ impl Exit {
             R::Vmcall => Self::Vmcall,
             R::InterruptWindow => Self::InterruptWindow,
             R::PreemptionTimer => Self::PreemptionTimer,
-            R::ExternalInterrupt => {
-                let raw = vmcs.get(fields::EXIT_INTERRUPTION_INFORMATION)?;
-                let information = InterruptionInformation(raw);
-                Self::ExternalInterrupt {
-                    vector: information.is_valid().then_some(information.vector()),
-                }
-            }
-            R::Io => {
-                let access = IoAccess::from_qualification(qualification(vmcs)?);
-                if !access.string {
-                    return Ok(Self::Io(access, None));
-                }
-                let string = StringAccess {
-                    linear: Gva(vmcs.get(fields::GUEST_LINEAR_ADDRESS)?),
-                    information: StringIo::new(information(vmcs)?),
-                };
-                Self::Io(access, Some(string))
-            }
-            R::EptViolation => {
-                let qualification = EptQualification::from_bits_retain(qualification(vmcs)?);
-                let gpa = Gpa(vmcs.get(fields::GUEST_PHYSICAL_ADDRESS)?);
-                let linear = if qualification.contains(EptQualification::LINEAR_VALID) {
-                    Some(Gva(vmcs.get(fields::GUEST_LINEAR_ADDRESS)?))
-                } else {
-                    None
-                };
-                Self::EptViolation(EptViolation {
-                    qualification,
-                    gpa,
-                    linear,
-                })
-            }
-            R::ControlRegister => {
-                Self::ControlRegister(CrAccess::from_qualification(qualification(vmcs)?))
-            }
-            _ => return decode_rare(reason, vmcs),
+            _ => return decode_with_fields(reason, vmcs),
         })
     }
+}
+
+/// The common reasons that come with fields.
+#[inline(never)]
+fn decode_with_fields(reason: ExitReason, vmcs: &impl VmcsRead) -> Result<Exit, AccessError> {
+    use BasicReason as R;
+    Ok(match reason.basic() {
+        R::ExternalInterrupt => {
+            let raw = vmcs.get(fields::EXIT_INTERRUPTION_INFORMATION)?;
+            let information = InterruptionInformation(raw);
+            Exit::ExternalInterrupt {
+                vector: information.is_valid().then_some(information.vector()),
+            }
+        }
+        R::Io => {
+            let access = IoAccess::from_qualification(qualification(vmcs)?);
+            if !access.string {
+                return Ok(Exit::Io(access, None));
+            }
+            let string = StringAccess {
+                linear: Gva(vmcs.get(fields::GUEST_LINEAR_ADDRESS)?),
+                information: StringIo::new(information(vmcs)?),
+            };
+            Exit::Io(access, Some(string))
+        }
+        R::EptViolation => {
+            let qualification = EptQualification::from_bits_retain(qualification(vmcs)?);
+            let gpa = Gpa(vmcs.get(fields::GUEST_PHYSICAL_ADDRESS)?);
+            let linear = if qualification.contains(EptQualification::LINEAR_VALID) {
+                Some(Gva(vmcs.get(fields::GUEST_LINEAR_ADDRESS)?))
+            } else {
+                None
+            };
+            Exit::EptViolation(EptViolation {
+                qualification,
+                gpa,
+                linear,
+            })
+        }
+        R::ControlRegister => {
+            Exit::ControlRegister(CrAccess::from_qualification(qualification(vmcs)?))
+        }
+        _ => return decode_rare(reason, vmcs),
+    })
 }
 
 #[inline]
