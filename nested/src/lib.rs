@@ -31,4 +31,6 @@ extern crate std;
 
 mod open_words;
 pub mod svm;
+#[cfg(test)]
+mod test_memory;
 pub mod vmx;
