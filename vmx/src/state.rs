@@ -4,7 +4,8 @@ use testudo_arch::regs::{SegmentRegister, SystemRegisters};
 use testudo_arch::segment::SegmentAttributes;
 use testudo_arch::{DescriptorTable, Segment};
 
-use crate::encoding::{Field, Natural};
+use crate::caps::VmxCaps;
+use crate::encoding::{Area, Field, Natural};
 use crate::error::AccessError;
 use crate::fields;
 use crate::vmcs::{VmcsRead, VmcsWrite};
@@ -170,10 +171,45 @@ pub fn write_system_registers(
     vmcs.set(fields::GUEST_DR7, registers.dr7)
 }
 
+/// Gives every field of a new VMCS a value, since VMCLEAR leaves them undefined: 0, and all ones in
+/// the VMCS link pointer.
+///
+/// # Errors
+///
+/// A VMWRITE failed of a field that a processor with these capabilities has.
+pub fn initialize(vmcs: &mut impl VmcsWrite, caps: &VmxCaps) -> Result<(), AccessError> {
+    for info in fields::FIELDS.iter().filter(|info| info.exists(caps)) {
+        let field = info.encoding;
+        if field.area() == Area::ExitInformation {
+            continue;
+        }
+        let link = field == fields::VMCS_LINK_POINTER.encoding();
+        let value = if link { u64::MAX } else { 0 };
+        vmcs.write_raw(field, value)
+            .map_err(|fail| AccessError::Write { field, value, fail })?;
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::caps::fixtures;
     use crate::fake::FakeVmcs;
+
+    #[test]
+    fn a_new_vmcs_has_defined_fields() {
+        for (name, caps) in fixtures::all() {
+            let mut vmcs = FakeVmcs::with_caps(&caps);
+            for info in fields::FIELDS {
+                vmcs.preset(info.encoding, 0x5A5A);
+            }
+            initialize(&mut vmcs, &caps).unwrap();
+            assert_eq!(vmcs.get(fields::VMCS_LINK_POINTER), Ok(u64::MAX), "{name}");
+            assert_eq!(vmcs.get(fields::GUEST_ACTIVITY_STATE), Ok(0), "{name}");
+            assert_eq!(vmcs.get(fields::EXIT_REASON), Ok(0x5A5A), "{name}");
+        }
+    }
 
     #[test]
     fn what_is_written_is_read() {

@@ -1,182 +1,169 @@
-//! The smallest hypervisor on Intel VT-x: its guest executes CPUID and HLT, and every exit is printed.
+//! The smallest hypervisor: it runs one page of guest code on VT-x and prints each exit.
 //!
-//! `cargo xtask run tiny-vmx --emulator bochs --cpu vmx`
+//! Read it from top to bottom; `cargo xtask run tiny-vmx --emulator bochs --cpu vmx` runs it.
 #![no_std]
 #![no_main]
-#![allow(unsafe_code, reason = "a hypervisor on bare metal")]
+#![allow(unsafe_code, reason = "a bare-metal program")]
 
 extern crate alloc;
 
 use alloc::boxed::Box;
-use core::arch::naked_asm;
+use alloc::string::ToString;
+use core::error::Error;
 use core::ptr::NonNull;
+use core::sync::atomic::{AtomicU64, Ordering};
 
-use testudo_arch::Hpa;
 use testudo_arch::regs::SystemRegisters;
-use testudo_arch::segment::{Segment, SegmentAttributes};
+use testudo_arch::{FrameAlloc, FrameMem, Gpa, Hpa};
+use testudo_ept::PageTable;
+use testudo_ept::format::ept::{Ept, EptFlags};
 use testudo_rt::{Boot, memory, println};
-use testudo_vmx::controls::{
-    EntryControls, ExitControls, PinControls, PrimaryControls, SecondaryControls,
-};
-use testudo_vmx::exit::{self, Exit};
+use testudo_vmx::check::check_entry;
+use testudo_vmx::controls::*;
+use testudo_vmx::exit::{Exit, advance};
 use testudo_vmx::hw::{GuestRegisters, HostState, RegionFrame, VmcsKind, Vmx};
 use testudo_vmx::{VmcsRead, VmcsWrite, VmxCaps, fields, state};
 
+/// What the guest runs, in real mode from address 0.
+const GUEST: &[u8] = &[
+    0x66, 0xB8, 0x00, 0x00, 0x00, 0x40, // mov eax, 0x40000000
+    0x0F, 0xA2, // cpuid
+    0xF4, // hlt
+    0xA1, 0x00, 0x20, // mov ax, [0x2000]: beyond its one page
+];
+
 testudo_rt::entry!(main);
 
-type Error = Box<dyn core::error::Error>;
-
-fn main(_boot: &'static Boot) -> u8 {
-    match run() {
-        Ok(exits) => println!("the guest halted after {exits} exits"),
-        Err(error) => println!("tiny-vmx: {error}"),
-    }
-    0
+fn main(_: &'static Boot) -> u8 {
+    let Err(error) = run() else { return 0 };
+    println!("{error}");
+    1
 }
 
-/// What the guest runs: CPUID twice, then HLT.
-#[unsafe(naked)]
-unsafe extern "C" fn guest() {
-    naked_asm!(
-        "xor eax, eax",
-        "cpuid",
-        "mov eax, 0x40000000",
-        "cpuid",
-        "hlt"
-    );
-}
+fn run() -> Result<(), Box<dyn Error>> {
+    // What does the processor offer? Without VMX the error says so in words.
+    // SAFETY: a bare-metal program runs at CPL 0.
+    let caps = unsafe { Vmx::capabilities() }?;
+    println!("{caps}");
 
-fn run() -> Result<u64, Error> {
-    // SAFETY: a bare-metal program runs at CPL 0, and this one stays on its processor.
-    let (caps, mut vmx) = unsafe {
-        let caps = Vmx::capabilities()?;
-        let vmx = Vmx::enable(&caps, frame()?)?;
-        (caps, vmx)
-    };
-    println!(
-        "VMX is on; the processor's VMCS revision is {:#x}",
-        caps.basic.revision()
-    );
-    let mut vmcs = vmx.create_vmcs(frame()?, VmcsKind::Ordinary)?;
-    let mut current = vmx.load(&mut vmcs)?;
+    // The guest's memory: one frame at guest-physical 0, and nothing else.
+    let page = frame()?;
+    let ept = Ept::new(caps.processor.physical_address_bits);
+    let table = PageTable::new(ept, Frames).ok_or("no memory")?;
+    let rights = EptFlags::READ | EptFlags::WRITE | EptFlags::EXECUTE | EptFlags::WRITE_BACK;
+    table.map(Gpa(0), 4096, page, rights)?;
+    // SAFETY: the frame is identity-mapped, ours, and longer than the code.
+    unsafe { core::ptr::copy(GUEST.as_ptr(), page.0 as *mut u8, GUEST.len()) };
 
-    set_controls(&mut current, &caps)?;
-    // SAFETY: CPL 0 in 64-bit mode; the runtime has a TSS with a stack for every vector.
-    let host = unsafe { HostState::of_this_processor() };
-    host.write(&mut current)?;
-    set_guest(&mut current, &host)?;
+    // Turn VMX on.
+    // SAFETY: CPL 0, `caps` are this processor's, and nobody moves us to another.
+    let mut vmx = unsafe { Vmx::enable(&caps, region()?) }?;
+    let mut vmcs = vmx.create_vmcs(region()?, VmcsKind::Ordinary)?;
+    let mut vmcs = vmx.load(&mut vmcs)?;
 
+    // The VMCS: what the guest may not do, and the registers that both sides start with.
+    state::initialize(&mut vmcs, &caps)?;
+    set_controls(&mut vmcs, &caps)?;
+    vmcs.set(fields::EPT_POINTER, ept.pointer(table.root()))?;
+    // SAFETY: CPL 0, 64-bit mode, and the runtime gives every vector a stack of its own.
+    unsafe { HostState::of_this_processor() }.write(&mut vmcs)?;
+    let mut start = SystemRegisters::reset();
+    (start.cs.base, start.rip) = (0, 0);
+    // VMX fixes NE and VMXE; an unrestricted guest may clear PE and PG.
+    (start.cr0, start.cr4) = (start.cr0 | caps.cr0.ones & !0x8000_0001, caps.cr4.ones);
+    state::write_system_registers(&mut vmcs, &start)?;
+
+    // Run.
     let mut registers = GuestRegisters::default();
-    for exits in 1.. {
-        // SAFETY: host state is this processor's. The guest is the function above, on the host's
-        // own page tables: it executes two harmless instructions, and interrupts, NMIs and all
-        // ports and MSRs exit.
-        unsafe { current.enter(&mut registers)? };
-        let exit = Exit::read(&current)?;
-        println!("exit at {:#x}: {exit:?}", current.get(fields::GUEST_RIP)?);
+    loop {
+        // SAFETY: interrupts, NMIs, ports and MSRs exit, the guest reaches its own frame only, and
+        // no other guest's registers or translations are in the processor.
+        if let Err(fail) = unsafe { vmcs.enter(&mut registers) } {
+            // The entry failed: the same rules as the processor's say why.
+            println!("{fail}");
+            return Err(check_entry(&vmcs, &caps)?.to_string().into());
+        }
+        let exit = Exit::read(&vmcs)?;
+        println!("{:#06x}: {exit}", vmcs.get(fields::GUEST_RIP)?);
         match exit {
             Exit::Cpuid => {
                 let gprs = &mut registers.gprs;
-                [gprs.rax, gprs.rbx, gprs.rcx, gprs.rdx] = cpuid(gprs.rax as u32);
-                exit::advance(&mut current)?;
+                (gprs.rax, gprs.rbx, gprs.rcx, gprs.rdx) = (0x4000_0000, 0, 0, 0);
             }
-            Exit::Hlt => return Ok(exits),
-            other => return Err(alloc::format!("no handler for {other:?}").into()),
+            Exit::Hlt => {}
+            Exit::EptViolation(_) => return Ok(()),
+            // Invalid guest state shows only now; again the rules say why.
+            Exit::EntryFailure(_) => return Err(check_entry(&vmcs, &caps)?.to_string().into()),
+            _ => return Err("the guest did what this hypervisor does not handle".into()),
         }
-    }
-    unreachable!("the guest halts")
-}
-
-/// A CPUID leaf as the guest sees it: a hypervisor's signature, and nothing else.
-fn cpuid(leaf: u32) -> [u64; 4] {
-    let word = |at: usize| {
-        let text = b"TestudoTiny!";
-        u64::from(u32::from_le_bytes([
-            text[at],
-            text[at + 1],
-            text[at + 2],
-            text[at + 3],
-        ]))
-    };
-    match leaf {
-        0x4000_0000 => [0x4000_0000, word(0), word(4), word(8)],
-        _ => [0; 4],
+        advance(&mut vmcs)?;
     }
 }
 
-/// Asks for what the guest needs. The processor names what it does not offer, if anything.
-fn set_controls(vmcs: &mut impl VmcsWrite, caps: &VmxCaps) -> Result<(), Error> {
+/// Asks for the controls by name; the error names those that the processor does not offer.
+fn set_controls(vmcs: &mut impl VmcsWrite, caps: &VmxCaps) -> Result<(), Box<dyn Error>> {
     let pin = PinControls::EXTERNAL_INTERRUPT_EXITING | PinControls::NMI_EXITING;
-    let primary = PrimaryControls::HLT_EXITING | PrimaryControls::UNCONDITIONAL_IO_EXITING;
+    let primary = PrimaryControls::HLT_EXITING
+        | PrimaryControls::UNCONDITIONAL_IO_EXITING
+        | PrimaryControls::ACTIVATE_SECONDARY_CONTROLS;
+    let secondary = SecondaryControls::ENABLE_EPT | SecondaryControls::UNRESTRICTED_GUEST;
     let exit =
         ExitControls::HOST_ADDRESS_SPACE_SIZE | ExitControls::SAVE_EFER | ExitControls::LOAD_EFER;
-    let entry = EntryControls::IA32E_MODE_GUEST | EntryControls::LOAD_EFER;
-    let secondary = SecondaryControls::empty();
-
+    let entry = EntryControls::LOAD_EFER;
+    vmcs.set(fields::PIN_CONTROLS, caps.pin.require(pin)?.bits())?;
     vmcs.set(
-        fields::PIN_CONTROLS,
-        caps.pin.grant(pin, PinControls::empty())?.controls.bits(),
+        fields::PRIMARY_CONTROLS,
+        caps.primary.require(primary)?.bits(),
     )?;
-    let primary = caps.primary.grant(primary, PrimaryControls::empty())?;
-    vmcs.set(fields::PRIMARY_CONTROLS, primary.controls.bits())?;
-    vmcs.set(fields::SECONDARY_CONTROLS, secondary.bits())?;
-    let exit = caps.exit.grant(exit, ExitControls::empty())?;
-    vmcs.set(fields::EXIT_CONTROLS, exit.controls.bits())?;
-    let entry = caps.entry.grant(entry, EntryControls::empty())?;
-    vmcs.set(fields::ENTRY_CONTROLS, entry.controls.bits())?;
+    vmcs.set(
+        fields::SECONDARY_CONTROLS,
+        caps.secondary.require(secondary)?.bits(),
+    )?;
+    vmcs.set(fields::EXIT_CONTROLS, caps.exit.require(exit)?.bits())?;
+    vmcs.set(fields::ENTRY_CONTROLS, caps.entry.require(entry)?.bits())?;
     vmcs.set(fields::EXCEPTION_BITMAP, u32::MAX)?;
-    for (zeroed, value) in [
-        (fields::CR3_TARGET_COUNT, 0),
-        (fields::EXIT_MSR_STORE_COUNT, 0),
-        (fields::EXIT_MSR_LOAD_COUNT, 0),
-        (fields::ENTRY_MSR_LOAD_COUNT, 0),
-        (fields::ENTRY_INTERRUPTION_INFORMATION, 0),
-    ] {
-        vmcs.set(zeroed, value)?;
+    Ok(())
+}
+
+fn frame() -> Result<Hpa, &'static str> {
+    Frames.alloc().ok_or("no memory")
+}
+
+/// A frame for the processor's own structures.
+fn region() -> Result<RegionFrame, &'static str> {
+    let address = frame()?;
+    let pointer = NonNull::new(address.0 as *mut u8).ok_or("no memory")?;
+    // SAFETY: the frame is identity-mapped and nobody else's.
+    Ok(unsafe { RegionFrame::new(pointer, address) })
+}
+
+/// The runtime's frames, which it has mapped at their own addresses.
+struct Frames;
+
+// SAFETY: the runtime hands out each frame once, zeroed.
+unsafe impl FrameAlloc for Frames {
+    fn alloc(&self) -> Option<Hpa> {
+        memory::alloc_frame().map(Hpa)
     }
-    Ok(())
+    fn free(&self, frame: Hpa) {
+        // SAFETY: `frame` came from `alloc`, and nobody refers to it, says the trait.
+        unsafe { memory::release(frame.0, 4096) };
+    }
 }
 
-/// The guest starts in 64-bit mode at its first instruction, with the host's page tables.
-fn set_guest(vmcs: &mut impl VmcsWrite, host: &HostState) -> Result<(), Error> {
-    let data = Segment::flat(0x10, SegmentAttributes::DATA);
-    let unusable = Segment::default();
-    let registers = SystemRegisters {
-        cs: Segment::flat(0x08, SegmentAttributes::CODE64),
-        tr: Segment {
-            limit: 0x67,
-            ..Segment::flat(0x18, SegmentAttributes::TSS_BUSY)
-        },
-        ss: data,
-        ds: data,
-        es: data,
-        fs: unusable,
-        gs: unusable,
-        ldtr: unusable,
-        cr0: host.cr0,
-        cr3: host.cr3,
-        cr4: host.cr4,
-        efer: host.efer,
-        rip: guest as *const () as u64,
-        rflags: 2,
-        dr7: 0x400,
-        ..SystemRegisters::default()
-    };
-    state::write_system_registers(vmcs, &registers)?;
-    vmcs.set(fields::GUEST_RSP, 0)?;
-    vmcs.set(fields::GUEST_INTERRUPTIBILITY, 0)?;
-    vmcs.set(fields::GUEST_ACTIVITY_STATE, 0)?;
-    vmcs.set(fields::GUEST_PENDING_DEBUG, 0)?;
-    vmcs.set(fields::GUEST_SYSENTER_ESP, 0)?;
-    vmcs.set(fields::GUEST_SYSENTER_EIP, 0)?;
-    vmcs.set(fields::VMCS_LINK_POINTER, u64::MAX)?;
-    Ok(())
+impl FrameMem for Frames {
+    fn load(&self, entry: Hpa) -> u64 {
+        at(entry).load(Ordering::Acquire)
+    }
+    fn store(&self, entry: Hpa, value: u64) {
+        at(entry).store(value, Ordering::Release);
+    }
+    fn compare_exchange(&self, entry: Hpa, current: u64, new: u64) -> Result<u64, u64> {
+        at(entry).compare_exchange(current, new, Ordering::AcqRel, Ordering::Acquire)
+    }
 }
 
-/// A frame for the processor's use.
-fn frame() -> Result<RegionFrame, Error> {
-    let address = memory::alloc_frame().ok_or("out of memory")?;
-    let pointer = NonNull::new(address as *mut u8).ok_or("a frame at zero")?;
-    // SAFETY: the frame is this call's alone, and memory is mapped where it is.
-    Ok(unsafe { RegionFrame::new(pointer, Hpa(address)) })
+fn at(entry: Hpa) -> &'static AtomicU64 {
+    // SAFETY: an aligned entry of a frame from `alloc`, which is identity-mapped and stays so.
+    unsafe { AtomicU64::from_ptr(entry.0 as *mut u64) }
 }

@@ -138,6 +138,15 @@ impl<C: ControlWord> Allowed<C> {
         self.missing_ones(word) == 0 && self.excess_ones(word) == 0
     }
 
+    /// The word that grants everything in `required`, and has what the processor insists on.
+    ///
+    /// # Errors
+    ///
+    /// The processor does not offer all of `required`.
+    pub fn require(self, required: C) -> Result<C, UnsupportedControls<C>> {
+        Ok(self.grant(required, C::from_u64(0))?.controls)
+    }
+
     /// The word that grants everything in `required` and what there is of `optional`. Nothing is
     /// dropped or added in silence: see [`Granted`].
     ///

@@ -11,6 +11,7 @@ use crate::fields;
 use crate::vmcs::VmcsRead;
 
 mod advance;
+mod display;
 mod operand;
 mod qualification;
 mod reason;
@@ -262,6 +263,90 @@ impl Exit {
             R::PreemptionTimer => Self::PreemptionTimer,
             _ => return decode_with_fields(reason, vmcs),
         })
+    }
+
+    /// The basic reason of such an exit.
+    pub const fn reason(&self) -> BasicReason {
+        use BasicReason as R;
+        match self {
+            Self::Exception { .. } => R::ExceptionOrNmi,
+            Self::Io(..) => R::Io,
+            Self::EntryFailure(EntryFailure::GuestState(_)) => R::InvalidGuestState,
+            Self::EntryFailure(EntryFailure::MsrLoading { .. }) => R::MsrLoading,
+            Self::EntryFailure(EntryFailure::MachineCheck) => R::EntryMachineCheck,
+            Self::Unknown(reason) => reason.basic(),
+            Self::TripleFault => R::TripleFault,
+            Self::Init => R::Init,
+            Self::IoSmi => R::IoSmi,
+            Self::OtherSmi => R::OtherSmi,
+            Self::InterruptWindow => R::InterruptWindow,
+            Self::NmiWindow => R::NmiWindow,
+            Self::Cpuid => R::Cpuid,
+            Self::Getsec => R::Getsec,
+            Self::Hlt => R::Hlt,
+            Self::Invd => R::Invd,
+            Self::Rdpmc => R::Rdpmc,
+            Self::Rdtsc => R::Rdtsc,
+            Self::Rdtscp => R::Rdtscp,
+            Self::Rsm => R::Rsm,
+            Self::Vmcall => R::Vmcall,
+            Self::Vmlaunch => R::Vmlaunch,
+            Self::Vmresume => R::Vmresume,
+            Self::Vmxoff => R::Vmxoff,
+            Self::Rdmsr => R::Rdmsr,
+            Self::Wrmsr => R::Wrmsr,
+            Self::MonitorTrapFlag => R::MonitorTrapFlag,
+            Self::Monitor => R::Monitor,
+            Self::Pause => R::Pause,
+            Self::TprBelowThreshold => R::TprBelowThreshold,
+            Self::PreemptionTimer => R::PreemptionTimer,
+            Self::Wbinvd => R::Wbinvd,
+            Self::Xsetbv => R::Xsetbv,
+            Self::Vmfunc => R::Vmfunc,
+            Self::Encls => R::Encls,
+            Self::Enclv => R::Enclv,
+            Self::Xsaves => R::Xsaves,
+            Self::Xrstors => R::Xrstors,
+            Self::Pconfig => R::Pconfig,
+            Self::Umwait => R::Umwait,
+            Self::Tpause => R::Tpause,
+            Self::Loadiwkey => R::Loadiwkey,
+            Self::EnqcmdPasid => R::EnqcmdPasid,
+            Self::EnqcmdsPasid => R::EnqcmdsPasid,
+            Self::BusLock => R::BusLock,
+            Self::Seamcall => R::Seamcall,
+            Self::Tdcall => R::Tdcall,
+            Self::Rdmsrlist => R::Rdmsrlist,
+            Self::Wrmsrlist => R::Wrmsrlist,
+            Self::TaskSwitch(_) => R::TaskSwitch,
+            Self::Vmclear(_) => R::Vmclear,
+            Self::Vmptrld(_) => R::Vmptrld,
+            Self::Vmptrst(_) => R::Vmptrst,
+            Self::Vmread(_) => R::Vmread,
+            Self::Vmwrite(_) => R::Vmwrite,
+            Self::Vmxon(_) => R::Vmxon,
+            Self::ControlRegister(_) => R::ControlRegister,
+            Self::DebugRegister(_) => R::DebugRegister,
+            Self::ApicAccess(_) => R::ApicAccess,
+            Self::GdtrIdtr(_) => R::GdtrIdtr,
+            Self::LdtrTr(_) => R::LdtrTr,
+            Self::EptViolation(_) => R::EptViolation,
+            Self::Invept(_) => R::Invept,
+            Self::Invvpid(_) => R::Invvpid,
+            Self::Invpcid(_) => R::Invpcid,
+            Self::Rdrand(_) => R::Rdrand,
+            Self::Rdseed(_) => R::Rdseed,
+            Self::ExternalInterrupt { .. } => R::ExternalInterrupt,
+            Self::Sipi { .. } => R::Sipi,
+            Self::Invlpg { .. } => R::Invlpg,
+            Self::Mwait { .. } => R::Mwait,
+            Self::VirtualizedEoi { .. } => R::VirtualizedEoi,
+            Self::EptMisconfiguration { .. } => R::EptMisconfiguration,
+            Self::ApicWrite { .. } => R::ApicWrite,
+            Self::PmlFull { .. } => R::PmlFull,
+            Self::SppEvent { .. } => R::SppEvent,
+            Self::InstructionTimeout { .. } => R::InstructionTimeout,
+        }
     }
 }
 

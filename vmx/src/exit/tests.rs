@@ -84,6 +84,7 @@ fn every_defined_reason_is_decoded() {
     for reason in BasicReason::ALL {
         let (exit, _) = exit_of(reason.number(), &[]);
         assert!(!matches!(exit, Exit::Unknown(_)), "{reason}");
+        assert_eq!(exit.reason(), *reason);
     }
 }
 
@@ -157,4 +158,32 @@ proptest! {
         let unknown = matches!(ExitReason(reason).basic(), BasicReason::Unknown(_));
         prop_assert_eq!(exit == Exit::Unknown(ExitReason(reason)), unknown);
     }
+}
+
+#[test]
+fn exits_read_in_words() {
+    let qualification = fields::EXIT_QUALIFICATION.encoding();
+    let gpa = fields::GUEST_PHYSICAL_ADDRESS.encoding();
+    let linear = fields::GUEST_LINEAR_ADDRESS.encoding();
+    let text = |reason, set: &[(crate::encoding::Encoding, u64)]| {
+        std::format!("{}", exit_of(reason, set).0)
+    };
+    assert_eq!(text(10, &[]), "CPUID");
+    assert_eq!(text(37, &[]), "Monitor trap flag");
+    assert_eq!(text(23, &[]), "VMREAD");
+    let violation = [(qualification, 0x182), (gpa, 0x2000), (linear, 0x5000)];
+    assert_eq!(
+        text(48, &violation),
+        "EPT violation: write at 0x2000 (linear 0x5000)"
+    );
+    assert_eq!(
+        text(30, &[(qualification, 0x03F8_0000)]),
+        "OUT to port 0x03f8, 1 bytes"
+    );
+    assert_eq!(text(28, &[(qualification, 0x0103)]), "mov cr3, rcx");
+    assert_eq!(text(33, &[]), "VM entry failed: invalid guest state");
+    let information = fields::EXIT_INTERRUPTION_INFORMATION.encoding();
+    let fault = [(information, 0x8000_0B0D)];
+    assert_eq!(text(0, &fault), "#GP(0x0), qualification 0x0");
+    assert_eq!(text(99, &[]), "unknown exit reason 99");
 }

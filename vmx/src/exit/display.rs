@@ -1,0 +1,139 @@
+//! Exits in words.
+
+use core::fmt;
+
+use super::{
+    CrAccess, DrAccess, EntryFailure, EptQualification, EptViolation, Exit, GuestStateFailure,
+    IoAccess, TaskSwitch,
+};
+use crate::event::EventType;
+
+impl fmt::Display for Exit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Exception {
+                information,
+                error_code,
+                qualification,
+            } => match information.event(*error_code, 0) {
+                Some(event) if information.event_type() == EventType::Nmi => write!(f, "{event}"),
+                Some(event) => write!(f, "{event}, qualification {qualification:#x}"),
+                None => write!(f, "exception, information {:#x}", information.0),
+            },
+            Self::ExternalInterrupt { vector: None } => f.write_str("external interrupt"),
+            Self::ExternalInterrupt {
+                vector: Some(vector),
+            } => write!(f, "external interrupt {vector:#04x}"),
+            Self::Sipi { vector } => write!(f, "start-up IPI {vector:#04x}"),
+            Self::TaskSwitch(TaskSwitch { selector, source }) => {
+                write!(f, "task switch by {source:?} to {selector:#06x}")
+            }
+            Self::Invlpg { address } => write!(f, "INVLPG of {address}"),
+            Self::ControlRegister(access) => write!(f, "{access}"),
+            Self::DebugRegister(access) => write!(f, "{access}"),
+            Self::Io(access, _) => write!(f, "{access}"),
+            Self::EntryFailure(failure) => write!(f, "VM entry failed: {failure}"),
+            Self::ApicAccess(access) => {
+                write!(f, "APIC access at {:#x}: {:?}", access.offset, access.kind)
+            }
+            Self::VirtualizedEoi { vector } => write!(f, "virtualized EOI of {vector:#04x}"),
+            Self::GdtrIdtr(access) => write!(f, "{:?}", access.instruction),
+            Self::LdtrTr(access) => write!(f, "{:?}", access.instruction),
+            Self::EptViolation(violation) => write!(f, "{violation}"),
+            Self::EptMisconfiguration { gpa } => {
+                write!(f, "EPT misconfiguration on the way to {gpa}")
+            }
+            Self::ApicWrite { offset } => write!(f, "APIC write at {offset:#x}"),
+            Self::SppEvent { gpa, .. } => write!(f, "SPP-related event at {gpa}"),
+            Self::InstructionTimeout {
+                context_invalid: true,
+            } => f.write_str("instruction timeout, context invalid"),
+            Self::Unknown(reason) => write!(f, "{reason}"),
+            other => write!(f, "{}", other.reason()),
+        }
+    }
+}
+
+impl fmt::Display for CrAccess {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::MovTo { register, source } => write!(f, "mov cr{register}, {}", source.name()),
+            Self::MovFrom {
+                register,
+                destination,
+            } => write!(f, "mov {}, cr{register}", destination.name()),
+            Self::Clts => f.write_str("clts"),
+            Self::Lmsw { source, .. } => write!(f, "lmsw {source:#06x}"),
+        }
+    }
+}
+
+impl fmt::Display for DrAccess {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (register, gpr) = (self.register, self.gpr.name());
+        if self.write {
+            write!(f, "mov dr{register}, {gpr}")
+        } else {
+            write!(f, "mov {gpr}, dr{register}")
+        }
+    }
+}
+
+impl fmt::Display for IoAccess {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = match (self.input, self.string) {
+            (true, false) => "IN from",
+            (false, false) => "OUT to",
+            (true, true) => "INS from",
+            (false, true) => "OUTS to",
+        };
+        let repeated = if self.repeated { "REP " } else { "" };
+        write!(
+            f,
+            "{repeated}{name} port {:#06x}, {} bytes",
+            self.port, self.size
+        )
+    }
+}
+
+impl fmt::Display for EptViolation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        use EptQualification as Q;
+        let access = self.qualification;
+        let kind = if access.contains(Q::FETCH) {
+            "fetch"
+        } else if access.contains(Q::WRITE) {
+            "write"
+        } else {
+            "read"
+        };
+        write!(f, "EPT violation: {kind} at {}", self.gpa)?;
+        match self.linear {
+            Some(linear) if access.contains(Q::TRANSLATED) => write!(f, " (linear {linear})"),
+            Some(linear) => write!(f, " (page walk for linear {linear})"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl fmt::Display for EntryFailure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::GuestState(failure) => write!(f, "invalid guest state{failure}"),
+            Self::MsrLoading { entry } => write!(f, "entry {entry} of the MSR-load area"),
+            Self::MachineCheck => f.write_str("machine check"),
+        }
+    }
+}
+
+impl fmt::Display for GuestStateFailure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unspecified => Ok(()),
+            Self::Pdptes => f.write_str(" (PDPTEs)"),
+            Self::NmiBlockedBySti => f.write_str(" (NMI injected while STI blocks)"),
+            Self::LinkPointer => f.write_str(" (VMCS link pointer)"),
+            Self::Unknown(qualification) => write!(f, " (qualification {qualification:#x})"),
+        }
+    }
+}
