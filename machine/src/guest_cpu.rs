@@ -48,6 +48,7 @@ impl<'a, V: Vcpu, M: GuestMemory> GuestCpu<'a, V, M> {
         lapic: &'a mut Lapic,
         physical_bits: u8,
     ) -> Self {
+        vcpu.load_rsp();
         let system = vcpu.system();
         let paging = paging_state(&system, vcpu.pkru(), physical_bits);
         let rflags = system.rflags;

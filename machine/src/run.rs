@@ -138,6 +138,7 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
 
     /// Stops the machine, unless somebody else did first; gives the stop that counts.
     fn stop(&mut self, reason: StopReason) -> Stop {
+        self.vcpu.load_rsp();
         let (gprs, system) = (*self.vcpu.gprs(), self.vcpu.system());
         self.machine.stop(Stop {
             reason,

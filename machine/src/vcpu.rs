@@ -126,6 +126,18 @@ pub enum VcpuError {
     /// The host's interface failed with this error number.
     #[error("the host's virtualization interface failed (error {0})")]
     Host(i32),
+    /// The processor refused to enter the guest: the rule that is violated is named.
+    #[cfg(feature = "vmx")]
+    #[error("{0}")]
+    VmEntry(crate::backend::vmx::Refusal),
+    /// VMREAD or VMWRITE failed.
+    #[cfg(feature = "vmx")]
+    #[error(transparent)]
+    Vmcs(#[from] testudo_vmx::AccessError),
+    /// INVEPT or INVVPID failed.
+    #[cfg(feature = "vmx")]
+    #[error("cached translations cannot be dropped: {0}")]
+    Invalidation(testudo_vmx::VmFail),
 }
 
 /// A virtual processor.
@@ -139,11 +151,15 @@ pub trait Vcpu {
     /// [`VmExit::Interrupted`]; no request is ever missed between the test and the entry.
     fn run(&mut self, requests: &AtomicU32) -> Result<VmExit, VcpuError>;
 
-    /// The general registers.
+    /// The general registers. RSP is up to date after [`load_rsp`](Self::load_rsp).
     fn gprs(&self) -> &Gprs;
 
-    /// The general registers, to be changed. RSP is among them.
+    /// The general registers, to be changed. RSP is among them, and to be loaded before it is set.
     fn gprs_mut(&mut self) -> &mut Gprs;
+
+    /// Brings RSP into the general registers, on processors that keep it elsewhere and where few
+    /// exits need it.
+    fn load_rsp(&mut self) {}
 
     /// The instruction pointer.
     fn rip(&self) -> u64;

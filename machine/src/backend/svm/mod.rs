@@ -29,6 +29,7 @@ use testudo_svm::intercept::{CrIntercepts, ExceptionIntercepts, Misc1, Misc2, Mi
 use testudo_svm::permission::{MsrAccess, MsrPermissionMap};
 use testudo_svm::vmcb::{InterruptState, NestedControl, VintrFlags, VirtualInterrupts};
 
+use super::{is_valid_pat, is_valid_xcr0};
 use crate::code_cache::CodeCache;
 use crate::vcpu::{AwaitedInterrupt, Vcpu, VcpuError, VmExit};
 
@@ -426,11 +427,7 @@ impl<M: GuestMemory, S: SecondStage> Vcpu for SvmVcpu<'_, M, S> {
         match msr {
             Msr::EFER => Some(self.write_efer(value)),
             Msr::PAT => {
-                // Reserved types are 2, 3 and all above 7 (APM vol. 2, 7.8.1).
-                let valid = value
-                    .to_le_bytes()
-                    .iter()
-                    .all(|t| matches!(t, 0 | 1 | 4..=7));
+                let valid = is_valid_pat(value);
                 if valid {
                     self.vmcb_mut().set_g_pat(value);
                 }
@@ -531,13 +528,4 @@ fn is_free(vmcb: &Vmcb) -> bool {
         .interrupt_state()
         .contains(InterruptState::INTERRUPT_SHADOW)
         && !vmcb.event_inj().is_valid()
-}
-
-/// What XSETBV demands of XCR0 (APM vol. 2, 11.5.2): x87 always, AVX with SSE only, the three
-/// components of AVX-512 together and with AVX only.
-fn is_valid_xcr0(value: u64) -> bool {
-    const AVX512: u64 = 0xE0;
-    value & 1 != 0
-        && (value & 4 == 0 || value & 2 != 0)
-        && (value & AVX512 == 0 || (value & AVX512 == AVX512 && value & 6 == 6))
 }

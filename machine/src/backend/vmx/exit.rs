@@ -1,0 +1,305 @@
+//! Settling why the guest came out.
+
+use testudo_arch::event::Combined;
+use testudo_arch::regs::SegmentRegister;
+use testudo_arch::segment::SegmentAttributes;
+use testudo_arch::{Event, Exception, Gpr, Gprs, GuestMemory, Msr, RFlags};
+use testudo_vmx::controls::{Interruptibility, PendingDebug};
+use testudo_vmx::event::{EventType, InterruptionInformation, interrupted_delivery};
+use testudo_vmx::exit::{
+    BasicReason, CrAccess, DebugQualification, EptQualification, EptViolation, Exit, ExitReason,
+    IoAccess,
+};
+use testudo_vmx::{fields, state};
+
+use super::cache::{self, Cached};
+use super::mode::{LMA, Mode, pdptes_are_valid};
+use super::{Processor, Refusal, VmxVcpu};
+use crate::vcpu::{MemoryAccess, PortAccess, Vcpu, VcpuError, VmExit};
+
+/// DR7.GD, which a #DB clears (SDM vol. 3B, 18.2.4).
+const DR7_GENERAL_DETECT: u64 = 1 << 13;
+
+impl<P: Processor, M: GuestMemory> VmxVcpu<'_, P, M> {
+    /// What the machine must decide about the exit; `None` if it is settled here.
+    #[inline(never)]
+    pub(super) fn settle(&mut self, reason: ExitReason) -> Result<Option<VmExit>, VcpuError> {
+        let basic = reason.basic();
+        match basic {
+            BasicReason::ExternalInterrupt => {
+                self.processor.take_pending();
+                return Ok(Some(VmExit::Interrupted));
+            }
+            BasicReason::ExceptionOrNmi => return self.exception(reason),
+            _ => {}
+        }
+        if reason.is_entry_failure()
+            && let Some(refusal) = Refusal::of_exit(reason, &self.processor, self.caps)?
+        {
+            return Err(VcpuError::VmEntry(refusal));
+        }
+        if basic.may_interrupt_delivery() {
+            self.take_up_interrupted_event()?;
+        }
+        let exit = Exit::decode(reason, &self.processor)?;
+        self.classify(exit)
+    }
+
+    fn classify(&mut self, exit: Exit) -> Result<Option<VmExit>, VcpuError> {
+        Ok(Some(match exit {
+            Exit::Cpuid => VmExit::Cpuid,
+            Exit::Rdmsr => VmExit::ReadMsr(Msr(self.registers.gprs.rcx as u32)),
+            Exit::Wrmsr => {
+                let (index, value) = self.ecx_and_edx_eax();
+                VmExit::WriteMsr(Msr(index), value)
+            }
+            Exit::EptViolation(violation) => self.memory_exit(&violation)?,
+            Exit::Io(access, string) => port_exit(access, string.is_some()),
+            Exit::Hlt => VmExit::Halt,
+            Exit::InterruptWindow | Exit::TprBelowThreshold => {
+                self.set_interrupt_window(None);
+                VmExit::InterruptWindow
+            }
+            Exit::NmiWindow => {
+                self.set_nmi_window(false);
+                VmExit::InterruptWindow
+            }
+            Exit::ControlRegister(access) => return self.move_to_control_register(access),
+            Exit::Vmcall => VmExit::Hypercall,
+            Exit::Xsetbv => {
+                let (index, value) = self.ecx_and_edx_eax();
+                VmExit::SetXcr { index, value }
+            }
+            Exit::Wbinvd | Exit::Invd => VmExit::CacheFlush,
+            Exit::Pause => VmExit::Idle,
+            Exit::TripleFault => VmExit::Shutdown,
+            Exit::Vmclear(_)
+            | Exit::Vmlaunch
+            | Exit::Vmptrld(_)
+            | Exit::Vmptrst(_)
+            | Exit::Vmread(_)
+            | Exit::Vmresume
+            | Exit::Vmwrite(_)
+            | Exit::Vmxoff
+            | Exit::Vmxon(_)
+            | Exit::Invept(_)
+            | Exit::Invvpid(_)
+            | Exit::Vmfunc
+            | Exit::Getsec
+            | Exit::Encls
+            | Exit::Monitor
+            | Exit::Mwait { .. }
+            | Exit::Rdpmc
+            | Exit::Rsm
+            | Exit::Seamcall
+            | Exit::Tdcall => VmExit::Forbidden,
+            _ => VmExit::Unknown {
+                code: u64::from(self.reason.0),
+                info: [
+                    self.processor.get(fields::EXIT_QUALIFICATION)?,
+                    self.processor
+                        .get(fields::IDT_VECTORING_INFORMATION)?
+                        .into(),
+                ],
+            },
+        }))
+    }
+
+    fn ecx_and_edx_eax(&self) -> (u32, u64) {
+        let Gprs { rax, rcx, rdx, .. } = self.registers.gprs;
+        (rcx as u32, rdx << 32 | rax & 0xFFFF_FFFF)
+    }
+
+    /// An event whose delivery the exit interrupted goes first at the next entry.
+    fn take_up_interrupted_event(&mut self) -> Result<(), VcpuError> {
+        if let Some(event) = interrupted_delivery(&self.processor)? {
+            if event == Event::Nmi {
+                // Its delivery blocks NMIs, and the entry that delivers it again must not find
+                // them blocked (SDM vol. 3C, 27.3.1.5).
+                let state = self.interruptibility();
+                let open = state - Interruptibility::BLOCKING_BY_NMI;
+                self.cache.set_interruptibility(open);
+            }
+            self.injection = Some(event);
+        }
+        Ok(())
+    }
+
+    fn exception(&mut self, reason: ExitReason) -> Result<Option<VmExit>, VcpuError> {
+        let exit = Exit::decode(reason, &self.processor)?;
+        let Exit::Exception {
+            information,
+            error_code,
+            qualification,
+        } = exit
+        else {
+            return self.classify(exit);
+        };
+        if information.event_type() == EventType::Nmi {
+            self.processor.take_nmi();
+            return Ok(Some(VmExit::Interrupted));
+        }
+        let interrupted = interrupted_delivery(&self.processor)?;
+        if information.nmi_unblocking_by_iret() && interrupted.is_none() {
+            self.block_nmis_again();
+        }
+        let known = Exception::from_vector(information.vector());
+        if known == Some(Exception::MachineCheck) {
+            self.processor.take_machine_check();
+            return Ok(Some(VmExit::Interrupted));
+        }
+        if known == Some(Exception::Debug) {
+            self.debug_exception(DebugQualification::from_bits_retain(qualification))?;
+        }
+        self.reflect(information, error_code, interrupted)
+    }
+
+    /// An intercepted exception goes back to the guest, together with what it interrupted.
+    fn reflect(
+        &mut self,
+        information: InterruptionInformation,
+        error_code: u32,
+        interrupted: Option<Event>,
+    ) -> Result<Option<VmExit>, VcpuError> {
+        let length = match information.event_type() {
+            EventType::HardwareException => 0,
+            _ => self.processor.get(fields::EXIT_INSTRUCTION_LENGTH)?,
+        };
+        let event = information.event(error_code, length);
+        let (Some(event), Some(exception)) = (event, Exception::from_vector(information.vector()))
+        else {
+            return Ok(Some(VmExit::Exception {
+                vector: information.vector(),
+                error_code: information.has_error_code().then_some(error_code),
+            }));
+        };
+        let combined = interrupted.map_or(Combined::Serial, |first| first.combine(exception));
+        self.injection = Some(match combined {
+            Combined::Serial => event,
+            Combined::DoubleFault => Event::fault_with(Exception::DoubleFault, 0),
+            Combined::Shutdown => return Ok(Some(VmExit::Shutdown)),
+        });
+        Ok(None)
+    }
+
+    /// What a #DB does to the debug registers, which it does not when it exits (SDM vol. 3C, 28.1).
+    fn debug_exception(&mut self, cause: DebugQualification) -> Result<(), VcpuError> {
+        let dr6 = cause.into_dr6(self.processor.dr6());
+        self.processor.set_dr6(dr6);
+        let dr7 = self.processor.get(fields::GUEST_DR7)?;
+        if dr7 & DR7_GENERAL_DETECT != 0 {
+            self.processor
+                .set(fields::GUEST_DR7, dr7 & !DR7_GENERAL_DETECT)?;
+        }
+        if cause.contains(DebugQualification::BS) {
+            self.stepping = true;
+        }
+        // In a shadow of STI or MOV SS, an entry with TF set demands that a single step is pending
+        // (SDM vol. 3C, 27.3.1.5).
+        let stepping = self.cached(Cached::Rflags) & RFlags::TRAP_FLAG.bits() != 0;
+        if stepping && self.interruptibility().intersects(cache::SHADOW) {
+            let pending = self.processor.get(fields::GUEST_PENDING_DEBUG)?;
+            let pending = pending | PendingDebug::BS.bits();
+            self.processor.set(fields::GUEST_PENDING_DEBUG, pending)?;
+        }
+        Ok(())
+    }
+
+    /// An IRET had unblocked NMIs when it met a fault, and will be executed again (SDM vol. 3C,
+    /// 28.2.3).
+    fn block_nmis_again(&mut self) {
+        let state = self.interruptibility() | Interruptibility::BLOCKING_BY_NMI;
+        self.cache.set_interruptibility(state);
+    }
+
+    fn memory_exit(&mut self, violation: &EptViolation) -> Result<VmExit, VcpuError> {
+        use EptQualification as Q;
+        let cause = violation.qualification;
+        if cause.contains(Q::NMI_UNBLOCKING_BY_IRET) && self.injection.is_none() {
+            self.block_nmis_again();
+        }
+        Ok(VmExit::Memory(MemoryAccess {
+            gpa: violation.gpa,
+            gva: violation.linear,
+            write: cause.contains(Q::WRITE),
+            fetch: cause.contains(Q::FETCH),
+            table: violation.linear.is_some() && !cause.contains(Q::TRANSLATED),
+        }))
+    }
+
+    /// MOV to CR0 or CR4 that changes what belongs to the hypervisor. No other access to a control
+    /// register exits.
+    fn move_to_control_register(&mut self, access: CrAccess) -> Result<Option<VmExit>, VcpuError> {
+        let CrAccess::MovTo {
+            register: register @ (0 | 4),
+            source,
+        } = access
+        else {
+            return Ok(Some(VmExit::ControlRegister));
+        };
+        if source == Gpr::Rsp {
+            self.load_rsp();
+        }
+        let cs_long = self.is_long_code();
+        let operand = self.registers.gprs[source];
+        let value = if cs_long {
+            operand
+        } else {
+            operand & 0xFFFF_FFFF
+        };
+        let old = Mode {
+            cr0: self.cr0(),
+            ..self.mode
+        };
+        let new = if register == 0 {
+            // What counts for entering IA-32e mode is the bit as it is, in whatever mode.
+            let rights = self.processor.get(fields::GUEST_CS_ACCESS_RIGHTS)?;
+            old.with_cr0(value, rights & SegmentAttributes::LONG.bits() != 0)
+        } else {
+            old.with_cr4(value, &self.imposed)
+        };
+        let Some(new) = new else {
+            self.inject(Event::GP0);
+            return Ok(None);
+        };
+        if new.loads_pdptes(&old) {
+            let pdptes = self.read_pdptes(self.processor.get(fields::GUEST_CR3)?);
+            if !pdptes_are_valid(&pdptes, self.caps.processor.physical_address_bits) {
+                self.inject(Event::GP0);
+                return Ok(None);
+            }
+            self.write_pdptes(&pdptes)?;
+        }
+        if new.efer & !old.efer & LMA != 0 {
+            self.widen_task_register()?;
+        }
+        self.set_mode(new)?;
+        self.advance();
+        Ok(None)
+    }
+
+    /// A guest may enter IA-32e mode with a 16-bit TSS in TR, but an entry in this mode takes only
+    /// the type of the 64-bit one (SDM vol. 3C, 27.3.1.2).
+    fn widen_task_register(&mut self) -> Result<(), VcpuError> {
+        const BUSY_TSS: u32 = 11;
+        let field = state::segment_fields(SegmentRegister::Tr).access_rights;
+        let rights = self.processor.get(field)?;
+        if rights & 0xF != BUSY_TSS {
+            self.processor.set(field, (rights & !0xF) | BUSY_TSS)?;
+        }
+        Ok(())
+    }
+}
+
+fn port_exit(access: IoAccess, string: bool) -> VmExit {
+    let port = PortAccess {
+        port: access.port,
+        size: access.size,
+        write: !access.input,
+    };
+    if string {
+        VmExit::StringPort(port)
+    } else {
+        VmExit::Port(port)
+    }
+}

@@ -1,0 +1,685 @@
+//! vCPUs on Intel VT-x.
+//!
+//! The guest runs on EPT, unrestricted (so in any mode), with a VPID where there are any, and with
+//! its own debug registers, segment bases, CR3 and SYSCALL registers in its hands; which bits of CR0
+//! and CR4 are not is in [`mode`]. What it must not have, or what the machine emulates, exits:
+//! CPUID, HLT, ports, all MSRs but a few, the VMX instructions, XSETBV, and the two exceptions (#DB,
+//! #AC) with which a guest could otherwise keep its processor busy for ever (CVE-2015-5307,
+//! CVE-2015-8104). The task priority lives in the virtual-APIC page, so that MOV CR8 does not exit.
+//! The rest of APIC virtualization is not used: the machine's local APIC is software, which the
+//! other backends share, and an interrupt reaches a running guest by a kick.
+//!
+//! # What an exit costs
+//!
+//! VMREAD and VMWRITE are counted, because on real processors they are what an exit costs beyond
+//! the exit itself. Registers are read when a handler asks and written when one changed them:
+//!
+//! | exit | VMREADs | VMWRITEs | which |
+//! | --- | --- | --- | --- |
+//! | CPUID | 3 | 1 | reason, length, RIP; RIP |
+//! | RDMSR, WRMSR, VMCALL, HLT | 4 | 1 | and RFLAGS, for TF and RF |
+//! | IN, OUT | 5 | 1 | and the qualification |
+//! | interrupt of the host | 1 | 0 | reason |
+//! | interrupt delivered | 3 | 1 | reason, RFLAGS, interruptibility; the event |
+//!
+//! CPUID does without RFLAGS at a price: a debugger in the guest that begins to single-step right at
+//! a CPUID sees its first trap one instruction late. Once a single step was seen, RFLAGS is read.
+//!
+//! Hardware task switches always exit on VT-x, and this backend does not emulate them: a guest that
+//! makes one stops.
+
+mod cache;
+mod exit;
+mod mode;
+mod processor;
+mod refusal;
+mod setup;
+#[cfg(test)]
+mod tests;
+
+use core::cell::Cell;
+use core::sync::atomic::{AtomicU32, Ordering};
+
+use testudo_arch::regs::{SegmentRegister, SystemRegisters};
+use testudo_arch::segment::SegmentAttributes;
+use testudo_arch::{Cr4Flags, Event, Gprs, GuestMemory, Hpa, Msr, RFlags};
+use testudo_vmx::controls::{EntryControls, Interruptibility, PendingDebug, PrimaryControls};
+use testudo_vmx::event::Injection;
+use testudo_vmx::exit::{BasicReason, ExitReason};
+use testudo_vmx::hw::instructions::{self, InveptKind, InvvpidKind};
+use testudo_vmx::hw::{CurrentVmcs, GuestRegisters, HeldInterrupts, HostState};
+use testudo_vmx::structures::VirtualApicPage;
+use testudo_vmx::{AccessError, Field, VmxCaps, encoding, fields, state};
+
+use super::{is_valid_pat, is_valid_xcr0};
+use crate::vcpu::{AwaitedInterrupt, Vcpu, VcpuError, VmExit};
+use cache::{Cache, Cached};
+use mode::{Imposed, LMA, Mode, PE};
+pub use processor::{Processor, ThisProcessor};
+pub use refusal::{Refusal, RefusalCause};
+pub use setup::{Controls, Unsuitable, VmxTables, open_direct_msrs};
+
+/// The flags that completing an instruction by software must look at.
+const STEP_FLAGS: u64 = RFlags::TRAP_FLAG.bits() | RFlags::RESUME_FLAG.bits();
+
+/// A vCPU on a processor in VMX root operation.
+pub struct VmxVcpu<'a, P, M> {
+    processor: P,
+    registers: GuestRegisters,
+    cache: Cache,
+    memory: &'a M,
+    caps: &'a VmxCaps,
+    virtual_apic: &'a VirtualApicPage,
+    imposed: Imposed,
+    xcr0_valid: u64,
+    /// Why the guest came out last.
+    reason: ExitReason,
+    /// The event for the next entry.
+    injection: Option<Event>,
+    /// RSP as `registers` and the VMCS last agreed on.
+    rsp_agreed: u64,
+    /// CR4, EFER, and those bits of CR0 that belong to the hypervisor.
+    mode: Mode,
+    xcr0: u64,
+    tsc_offset: u64,
+    primary: PrimaryControls,
+    entry: EntryControls,
+    tpr_threshold: u8,
+    /// The interrupt that the machine wants a window for.
+    window: Option<AwaitedInterrupt>,
+    /// The guest was seen single-stepping.
+    stepping: bool,
+    /// An access that failed where no error can be returned; the guest is not entered after it.
+    failure: Cell<Option<VcpuError>>,
+}
+
+/// The processor that a vCPU runs on, and what it may use there.
+pub struct VmxPlace<'a> {
+    /// The VMCS, current.
+    pub vmcs: CurrentVmcs<'a>,
+    /// The processor's interrupts.
+    pub held: HeldInterrupts,
+    /// What the processor offers.
+    pub caps: &'a VmxCaps,
+    /// What [`Controls::choose`] gave for them.
+    pub controls: &'a Controls,
+    /// The tables that the machine's vCPUs share.
+    pub tables: &'a VmxTables,
+    /// The virtual-APIC page, and its physical address.
+    pub virtual_apic: (&'a VirtualApicPage, Hpa),
+    /// The VPID: not 0.
+    pub vpid: u16,
+    /// The components that the guest may enable in XCR0.
+    pub xcr0_valid: u64,
+}
+
+impl<'a, M: GuestMemory> VmxVcpu<'a, ThisProcessor<'a>, M> {
+    /// A vCPU with reset state.
+    ///
+    /// # Errors
+    ///
+    /// An access to the VMCS failed.
+    ///
+    /// # Safety
+    ///
+    /// What [`CurrentVmcs::enter`] and [`HostState::of_this_processor`] ask, for as long as this
+    /// value lives: the tables are in place and reach only the guest's memory, the virtual-APIC
+    /// page is at its address and this vCPU's alone, and no other guest uses the VPID on this
+    /// processor. The guest's resident registers stay in this processor. The capabilities are this
+    /// processor's.
+    #[allow(
+        unsafe_code,
+        reason = "entering a guest rests on what the caller put in memory"
+    )]
+    pub unsafe fn new(place: VmxPlace<'a>, memory: &'a M) -> Result<Self, VcpuError> {
+        let VmxPlace { mut vmcs, held, .. } = place;
+        let (caps, controls) = (place.caps, place.controls);
+        let flush = controls.flush(caps, place.vpid);
+        // SAFETY: the caller's promise.
+        unsafe { HostState::of_this_processor() }.write(&mut vmcs)?;
+        // SAFETY: a current VMCS is in VMX root operation, and `Controls::choose` demands INVEPT of
+        // all contexts and, with VPIDs, INVVPID of all.
+        unsafe {
+            instructions::invept(InveptKind::AllContexts).map_err(VcpuError::Invalidation)?;
+            if flush.is_some() {
+                instructions::invvpid(InvvpidKind::AllContexts).map_err(VcpuError::Invalidation)?;
+            }
+        }
+        let processor = ThisProcessor::new(vmcs, held, flush);
+        let parts = Parts {
+            caps,
+            controls,
+            tables: place.tables,
+            virtual_apic: place.virtual_apic,
+            vpid: place.vpid,
+            xcr0_valid: place.xcr0_valid,
+        };
+        Self::on(processor, &parts, memory)
+    }
+}
+
+/// What a vCPU is made of, apart from the processor.
+struct Parts<'a> {
+    caps: &'a VmxCaps,
+    controls: &'a Controls,
+    tables: &'a VmxTables,
+    virtual_apic: (&'a VirtualApicPage, Hpa),
+    vpid: u16,
+    xcr0_valid: u64,
+}
+
+impl<'a, P: Processor, M: GuestMemory> VmxVcpu<'a, P, M> {
+    fn on(mut processor: P, parts: &Parts<'a>, memory: &'a M) -> Result<Self, VcpuError> {
+        let (virtual_apic, at) = parts.virtual_apic;
+        setup::write(&mut processor, parts.controls, parts.tables, at, parts.vpid)?;
+        let imposed = Imposed::new(parts.caps);
+        processor.set(fields::CR0_GUEST_HOST_MASK, imposed.cr0_mask())?;
+        processor.set(fields::CR4_GUEST_HOST_MASK, u64::MAX)?;
+        let mut vcpu = Self {
+            processor,
+            registers: GuestRegisters::default(),
+            cache: Cache::default(),
+            memory,
+            caps: parts.caps,
+            virtual_apic,
+            imposed,
+            xcr0_valid: parts.xcr0_valid,
+            reason: ExitReason(0),
+            injection: None,
+            // No value that a guest's can be confused with matters here: the field is written below.
+            rsp_agreed: 0,
+            mode: Mode::default(),
+            xcr0: 1,
+            tsc_offset: 0,
+            primary: parts.controls.primary,
+            entry: parts.controls.entry,
+            tpr_threshold: 0,
+            window: None,
+            stepping: false,
+            failure: Cell::new(None),
+        };
+        vcpu.processor.set(fields::GUEST_RSP, 0)?;
+        vcpu.load_system(&SystemRegisters::reset())?;
+        Ok(vcpu)
+    }
+
+    /// Remembers a failed access; the guest will not be entered.
+    #[cold]
+    fn remember(&self, error: VcpuError) {
+        self.failure.set(self.failure.get().or(Some(error)));
+    }
+
+    /// The value, or zero together with a failure that the next entry reports.
+    #[inline]
+    fn or_zero<T: Default>(&self, result: Result<T, AccessError>) -> T {
+        match result {
+            Ok(value) => value,
+            Err(error) => {
+                self.remember(error.into());
+                T::default()
+            }
+        }
+    }
+
+    #[inline]
+    fn cached(&self, register: Cached) -> u64 {
+        self.or_zero(self.cache.get(&self.processor, register))
+    }
+
+    #[inline]
+    fn interruptibility(&self) -> Interruptibility {
+        self.or_zero(self.cache.interruptibility(&self.processor))
+    }
+
+    fn field<W: encoding::Width, A: encoding::Access>(&self, field: Field<W, A>) -> W::Value
+    where
+        W::Value: Default,
+    {
+        self.or_zero(self.processor.get(field))
+    }
+
+    fn set_field<W: encoding::Width>(&mut self, field: Field<W>, value: W::Value) {
+        let result = self.processor.set(field, value);
+        self.or_zero(result);
+    }
+
+    /// Writes what handlers have changed, so that the guest can be entered.
+    #[inline]
+    fn prepare(&mut self) -> Result<(), VcpuError> {
+        if self.injection.is_some() || self.failure.get().is_some() {
+            self.prepare_injection()?;
+        }
+        if self.registers.gprs.rsp != self.rsp_agreed {
+            self.rsp_agreed = self.registers.gprs.rsp;
+            self.processor.set(fields::GUEST_RSP, self.rsp_agreed)?;
+        }
+        self.cache.write_back(&mut self.processor)?;
+        Ok(())
+    }
+
+    #[inline(never)]
+    fn prepare_injection(&mut self) -> Result<(), VcpuError> {
+        if let Some(failure) = self.failure.get() {
+            return Err(failure);
+        }
+        let Some(mut event) = self.injection.take() else {
+            return Ok(());
+        };
+        // "If ... the logical processor is in real mode, no error code is delivered" (SDM vol. 3C,
+        // 27.6.1.1), and an entry that asks for it fails.
+        if let Event::Exception { error_code, .. } = &mut event
+            && error_code.is_some()
+            && self.processor.get(fields::GUEST_CR0)? & PE == 0
+        {
+            *error_code = None;
+        }
+        if let Some(injection) = Injection::of(event) {
+            injection.write(&mut self.processor)?;
+        }
+        Ok(())
+    }
+
+    /// Runs the guest once.
+    #[inline]
+    fn enter(&mut self) -> Result<ExitReason, VcpuError> {
+        self.prepare()?;
+        // SAFETY: the controls that `new` wrote confine the guest, and nothing removes one but the
+        // windows; the rest is what the caller of `new` promised.
+        #[allow(unsafe_code, reason = "the entry; see `new`")]
+        let entered = unsafe { self.processor.enter(&mut self.registers) };
+        self.cache.forget();
+        if let Err(fail) = entered {
+            let refusal = Refusal::of_fail(fail, &self.processor, self.caps);
+            return Err(VcpuError::VmEntry(refusal));
+        }
+        self.reason = ExitReason::read(&self.processor)?;
+        Ok(self.reason)
+    }
+
+    /// CR0 as the guest sees it.
+    fn cr0(&self) -> u64 {
+        let mask = self.imposed.cr0_mask();
+        (self.field(fields::GUEST_CR0) & !mask) | (self.mode.cr0 & mask)
+    }
+
+    /// Takes up another mode: the registers that make it, and what follows from it.
+    fn set_mode(&mut self, new: Mode) -> Result<(), VcpuError> {
+        let old = core::mem::replace(&mut self.mode, new);
+        self.processor
+            .set(fields::GUEST_CR0, self.imposed.real_cr0(new.cr0))?;
+        self.processor.set(fields::CR0_READ_SHADOW, new.cr0)?;
+        self.processor
+            .set(fields::GUEST_CR4, self.imposed.real_cr4(new.cr4))?;
+        self.processor.set(fields::CR4_READ_SHADOW, new.cr4)?;
+        self.processor.set(fields::GUEST_EFER, new.efer)?;
+        let entry = if new.efer & LMA != 0 {
+            self.entry | EntryControls::IA32E_MODE_GUEST
+        } else {
+            self.entry - EntryControls::IA32E_MODE_GUEST
+        };
+        if entry != self.entry {
+            self.entry = entry;
+            self.processor.set(fields::ENTRY_CONTROLS, entry.bits())?;
+        }
+        if new.drops_translations(&old) {
+            self.forget_translations()?;
+        }
+        Ok(())
+    }
+
+    fn forget_translations(&mut self) -> Result<(), VcpuError> {
+        let forgotten = self.processor.forget_translations();
+        forgotten.map_err(VcpuError::Invalidation)
+    }
+
+    fn load_system(&mut self, system: &SystemRegisters) -> Result<(), VcpuError> {
+        // RSP is a general register: what the caller does to it afterwards must be seen.
+        self.load_rsp();
+        let mode = Mode {
+            cr0: system.cr0,
+            cr4: system.cr4,
+            efer: system.efer,
+        };
+        let hardware = SystemRegisters {
+            cr0: self.imposed.real_cr0(mode.cr0),
+            cr4: self.imposed.real_cr4(mode.cr4),
+            ..*system
+        };
+        state::write_system_registers(&mut self.processor, &hardware)?;
+        self.set_mode(mode)?;
+        if mode.pae_paging() {
+            let pdptes = self.read_pdptes(system.cr3);
+            self.write_pdptes(&pdptes)?;
+        }
+        self.forget_translations()?;
+        self.cache.set(Cached::Rip, system.rip);
+        self.cache.set(Cached::Rflags, system.rflags);
+        self.cache.set_interruptibility(Interruptibility::empty());
+        self.processor.set(fields::GUEST_ACTIVITY_STATE, 0)?;
+        self.processor.set(fields::GUEST_PENDING_DEBUG, 0)?;
+        self.injection = None;
+        self.stepping = false;
+        self.registers.cr2 = system.cr2;
+        self.processor.set_dr6(system.dr6);
+        self.set_task_priority(system.cr8 as u8);
+        Ok(())
+    }
+
+    fn read_system(&self) -> Result<SystemRegisters, AccessError> {
+        let hardware = state::read_system_registers(&self.processor)?;
+        Ok(SystemRegisters {
+            cr0: self.cr0(),
+            cr2: self.registers.cr2,
+            cr4: self.mode.cr4,
+            cr8: u64::from(self.task_priority()),
+            efer: self.mode.efer,
+            rip: self.rip(),
+            rflags: self.cached(Cached::Rflags),
+            dr6: self.processor.dr6(),
+            ..hardware
+        })
+    }
+
+    /// The four page-directory pointers at CR3; where no memory is, ones.
+    fn read_pdptes(&self, cr3: u64) -> [u64; 4] {
+        let table = testudo_arch::Gpa(cr3 & 0xFFFF_FFE0);
+        core::array::from_fn(|i| {
+            let at = table.wrapping_add(8 * i as u64);
+            self.memory.load_u64(at).unwrap_or(u64::MAX)
+        })
+    }
+
+    fn write_pdptes(&mut self, pdptes: &[u64; 4]) -> Result<(), VcpuError> {
+        for (field, value) in setup::PDPTES.into_iter().zip(*pdptes) {
+            self.processor.set(field, value)?;
+        }
+        Ok(())
+    }
+
+    fn is_long_code(&self) -> bool {
+        let rights = self.field(fields::GUEST_CS_ACCESS_RIGHTS);
+        self.mode.efer & LMA != 0 && rights & SegmentAttributes::LONG.bits() != 0
+    }
+
+    /// Opens the windows that fit the interrupt awaited and the task priority.
+    #[inline]
+    fn open_window(&mut self) {
+        let (exiting, threshold) = match self.window {
+            None => (false, 0),
+            Some(AwaitedInterrupt::External) => (true, 0),
+            Some(AwaitedInterrupt::Vector(vector)) => {
+                // An entry with a threshold above the priority fails (SDM vol. 3C, 27.2.1.1).
+                let class = vector >> 4;
+                if class > self.task_priority() {
+                    (true, 0)
+                } else {
+                    (false, class)
+                }
+            }
+        };
+        self.set_primary(PrimaryControls::INTERRUPT_WINDOW_EXITING, exiting);
+        if threshold != self.tpr_threshold {
+            self.tpr_threshold = threshold;
+            self.set_field(fields::TPR_THRESHOLD, u32::from(threshold));
+        }
+    }
+
+    #[inline]
+    fn set_primary(&mut self, control: PrimaryControls, on: bool) {
+        if self.primary.contains(control) != on {
+            self.primary.set(control, on);
+            self.set_field(fields::PRIMARY_CONTROLS, self.primary.bits());
+        }
+    }
+
+    /// What completing an instruction does beyond moving RIP: RF ends, a window looks for its
+    /// moment, and a single step leaves its #DB pending.
+    #[inline(never)]
+    fn complete_step(&mut self) {
+        if self.primary.intersects(setup::WINDOWS) {
+            self.interruptibility();
+        }
+        let rflags = self.cached(Cached::Rflags);
+        if rflags & STEP_FLAGS == 0 {
+            self.stepping = false;
+            return;
+        }
+        let resume = RFlags::RESUME_FLAG.bits();
+        if rflags & resume != 0 {
+            self.cache.set(Cached::Rflags, rflags & !resume);
+        }
+        if rflags & RFlags::TRAP_FLAG.bits() != 0 {
+            self.stepping = true;
+            let pending = self.field(fields::GUEST_PENDING_DEBUG);
+            self.set_field(
+                fields::GUEST_PENDING_DEBUG,
+                pending | PendingDebug::BS.bits(),
+            );
+        }
+    }
+}
+
+impl<P: Processor, M: GuestMemory> Vcpu for VmxVcpu<'_, P, M> {
+    #[inline]
+    fn run(&mut self, requests: &AtomicU32) -> Result<VmExit, VcpuError> {
+        loop {
+            // Interrupts are held back: what comes after this test makes the guest exit at once.
+            if requests.load(Ordering::Acquire) != 0 {
+                return Ok(VmExit::Interrupted);
+            }
+            let reason = self.enter()?;
+            // CPUID needs no more than this, and never interrupts an event.
+            if reason == CPUID {
+                return Ok(VmExit::Cpuid);
+            }
+            if let Some(exit) = self.settle(reason)? {
+                return Ok(exit);
+            }
+        }
+    }
+
+    #[inline]
+    fn gprs(&self) -> &Gprs {
+        &self.registers.gprs
+    }
+
+    #[inline]
+    fn gprs_mut(&mut self) -> &mut Gprs {
+        &mut self.registers.gprs
+    }
+
+    fn load_rsp(&mut self) {
+        if self.registers.gprs.rsp == self.rsp_agreed {
+            let rsp = self.field(fields::GUEST_RSP);
+            self.registers.gprs.rsp = rsp;
+            self.rsp_agreed = rsp;
+        }
+    }
+
+    #[inline]
+    fn rip(&self) -> u64 {
+        self.cached(Cached::Rip)
+    }
+
+    #[inline]
+    fn set_rip(&mut self, rip: u64) {
+        self.cache.set(Cached::Rip, rip);
+        self.cache.end_shadow();
+    }
+
+    fn system(&self) -> SystemRegisters {
+        self.or_zero(self.read_system())
+    }
+
+    fn set_system(&mut self, system: &SystemRegisters) {
+        if let Err(error) = self.load_system(system) {
+            self.remember(error);
+        }
+    }
+
+    fn reset(&mut self) {
+        self.set_system(&SystemRegisters::reset());
+        *self.gprs_mut() = Gprs::default();
+    }
+
+    #[inline]
+    fn advance(&mut self) {
+        let length = self.field(fields::EXIT_INSTRUCTION_LENGTH);
+        let rip = self.rip();
+        let mut next = rip.wrapping_add(u64::from(length));
+        // Outside 64-bit mode the instruction pointer has 32 bits. It can only have left them if
+        // bit 32 changed, which is worth a look at the code segment.
+        if (rip ^ next) & (1 << 32) != 0 && !self.is_long_code() {
+            next &= 0xFFFF_FFFF;
+        }
+        self.set_rip(next);
+        let brief = self.reason == CPUID && !self.stepping;
+        if !brief || self.primary.intersects(setup::WINDOWS) {
+            self.complete_step();
+        }
+    }
+
+    fn complete_read(&mut self, _: u64) {}
+
+    #[inline]
+    fn can_take_interrupt(&self) -> bool {
+        self.injection.is_none()
+            && self.cached(Cached::Rflags) & RFlags::INTERRUPT_FLAG.bits() != 0
+            && !self.interruptibility().intersects(cache::SHADOW)
+    }
+
+    fn can_take_nmi(&self) -> bool {
+        let blocked = cache::SHADOW | Interruptibility::BLOCKING_BY_NMI;
+        self.injection.is_none() && !self.interruptibility().intersects(blocked)
+    }
+
+    #[inline]
+    fn inject(&mut self, event: Event) {
+        self.injection = Some(event);
+    }
+
+    #[inline]
+    fn set_interrupt_window(&mut self, wanted: Option<AwaitedInterrupt>) {
+        self.window = wanted;
+        self.open_window();
+    }
+
+    fn set_nmi_window(&mut self, wanted: bool) {
+        self.set_primary(PrimaryControls::NMI_WINDOW_EXITING, wanted);
+    }
+
+    #[inline]
+    fn task_priority(&self) -> u8 {
+        self.virtual_apic.task_priority()
+    }
+
+    fn set_task_priority(&mut self, cr8: u8) {
+        self.virtual_apic.set_task_priority(cr8);
+        self.open_window();
+    }
+
+    fn read_msr(&mut self, msr: Msr) -> Option<u64> {
+        Some(match msr {
+            Msr::EFER => self.mode.efer,
+            Msr::PAT => self.field(fields::GUEST_PAT),
+            _ => return None,
+        })
+    }
+
+    fn write_msr(&mut self, msr: Msr, value: u64) -> Option<bool> {
+        match msr {
+            Msr::EFER => {
+                let mode = Mode {
+                    cr0: self.cr0(),
+                    ..self.mode
+                };
+                let new = mode.with_efer(value);
+                if let Some(new) = new
+                    && let Err(error) = self.set_mode(new)
+                {
+                    self.remember(error);
+                }
+                Some(new.is_some())
+            }
+            Msr::PAT => {
+                let valid = is_valid_pat(value);
+                if valid {
+                    self.set_field(fields::GUEST_PAT, value);
+                }
+                Some(valid)
+            }
+            _ => None,
+        }
+    }
+
+    fn set_xcr(&mut self, index: u32, value: u64) -> bool {
+        let valid = index == 0 && is_valid_xcr0(value) && value & !self.xcr0_valid == 0;
+        if valid {
+            self.xcr0 = value;
+            // SAFETY: the host has CR4.OSXSAVE set, or the guest's own could not have been set and
+            // XSETBV had raised #UD; the value has been checked against what the guest may have.
+            #[allow(unsafe_code, reason = "XCR0 is not in the VMCS")]
+            unsafe {
+                self.processor.set_xcr0(value);
+            }
+        }
+        valid
+    }
+
+    fn xcr0(&self) -> u64 {
+        self.xcr0
+    }
+
+    fn pkru(&self) -> u32 {
+        if self.mode.cr4 & Cr4Flags::PROTECTION_KEY_USER.bits() == 0 {
+            return 0;
+        }
+        // SAFETY: CR4.PKE is among the bits that the processor allows, so it has protection keys.
+        #[allow(unsafe_code, reason = "PKRU is not in the VMCS")]
+        unsafe {
+            self.processor.pkru()
+        }
+    }
+
+    #[inline]
+    fn cr4(&self) -> u64 {
+        self.mode.cr4
+    }
+
+    #[inline]
+    fn cpl(&self) -> u8 {
+        let rights = self.field(state::segment_fields(SegmentRegister::Ss).access_rights);
+        SegmentAttributes::from_bits_retain(rights).dpl()
+    }
+
+    fn set_cr2(&mut self, cr2: u64) {
+        self.registers.cr2 = cr2;
+    }
+
+    fn set_rflags(&mut self, rflags: u64) {
+        self.cache.set(Cached::Rflags, rflags);
+    }
+
+    fn xmm(&self, number: u8) -> Option<u128> {
+        self.registers.sse.xmm.get(usize::from(number)).copied()
+    }
+
+    fn set_xmm(&mut self, number: u8, value: u128) {
+        if let Some(register) = self.registers.sse.xmm.get_mut(usize::from(number)) {
+            *register = value;
+        }
+    }
+
+    #[inline]
+    fn guest_tsc(&self, host_tsc: u64) -> u64 {
+        host_tsc.wrapping_add(self.tsc_offset)
+    }
+
+    fn set_guest_tsc(&mut self, host_tsc: u64, guest_tsc: u64) {
+        self.tsc_offset = guest_tsc.wrapping_sub(host_tsc);
+        self.set_field(fields::TSC_OFFSET, self.tsc_offset);
+    }
+}
+
+/// The reason of an exit by CPUID, with none of its flags set.
+const CPUID: ExitReason = ExitReason(BasicReason::Cpuid.number() as u32);

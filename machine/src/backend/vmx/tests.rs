@@ -1,0 +1,1 @@
+//! The backend over a processor that is none.
