@@ -13,7 +13,7 @@ use testudo_svm::check::{Rule, Violation};
 use testudo_svm::permission::MsrPermissionMap;
 use testudo_svm::vmcb::{NestedControl, Vmcb};
 
-use crate::state::{LME, PE, PG};
+use crate::state::{LME, PAE, PE, PG};
 
 /// The emulator that this program runs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,6 +93,15 @@ use Emulator::{Bochs, Qemu};
 use Kind::{Lenient, Stops, Strict};
 
 pub(crate) const DEFECTS: &[Defect] = &[
+    Defect {
+        emulator: Qemu,
+        name: "the host's CR0 is lost after a guest with LME but neither PG nor PAE",
+        manual: "15.6: on #VMEXIT, the processor reloads the host state previously saved by the VMRUN \
+                 instruction",
+        kind: Stops(None, |vmcb, _| {
+            vmcb.efer() & LME != 0 && vmcb.cr0() & PG == 0 && vmcb.cr4() & PAE == 0
+        }),
+    },
     Defect {
         emulator: Qemu,
         name: "the nested CR3 is not checked",
