@@ -6,7 +6,7 @@
 /bin/busybox --install -s /bin
 export PATH=/bin HOME=/root TERM=${TERM:-vt100}
 for module in $(cat /etc/modules); do
-    grep -q "^$module.ko:" "/lib/modules/$(uname -r)/modules.dep" || continue # built in
+    grep -q "^$module.ko:" "/lib/modules/$(uname -r)/modules.dep" 2>/dev/null || continue # built in
     modprobe "$module" || echo "init: cannot load $module"
 done
 cd /root

@@ -180,6 +180,10 @@ impl Modules {
                 }
             }
         }
+        // In `modules.dep` each module comes before those that it needs itself: `modprobe` starts from the end.
+        // `chosen` has the opposite order.
+        let place = |need: &String| self.chosen.iter().position(|module| module.name == *need);
+        needs.sort_by_key(|need| std::cmp::Reverse(place(need)));
         self.chosen.push(Module {
             name,
             data,

@@ -2,6 +2,8 @@
 
 use core::fmt;
 
+use crate::devices::args::DeviceArgs;
+
 /// What was asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Args<'a> {
@@ -15,6 +17,8 @@ pub(crate) struct Args<'a> {
     pub(crate) stats: bool,
     /// Whether to say what is done.
     pub(crate) verbose: bool,
+    /// The virtio devices.
+    pub(crate) devices: DeviceArgs,
     /// The guest's command line.
     pub(crate) guest: &'a str,
 }
@@ -27,8 +31,10 @@ impl fmt::Display for BadWord<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "`{}` is not understood; write `memory=MIB vcpus=N nested stats verbose -- GUEST COMMAND LINE`",
-            self.0
+            "`{}` is not understood; write `memory=MIB vcpus=N nested stats verbose DEVICES -- GUEST COMMAND LINE`, \
+             DEVICES being of `{}`",
+            self.0,
+            DeviceArgs::USAGE
         )
     }
 }
@@ -42,6 +48,7 @@ impl<'a> Args<'a> {
             nested: false,
             stats: false,
             verbose: false,
+            devices: DeviceArgs::NONE,
             guest: "",
         };
         let mut rest = line.trim();
@@ -65,6 +72,7 @@ impl<'a> Args<'a> {
                     Ok(count) if count > 0 => args.vcpus = count,
                     _ => return bad,
                 },
+                _ if args.devices.take(word) => {}
                 _ => return bad,
             }
         }

@@ -10,6 +10,7 @@
 extern crate alloc;
 
 mod args;
+mod devices;
 mod frames;
 mod host;
 mod svm;
@@ -31,6 +32,7 @@ use testudo_machine::{Host, Machine, MachineConfig, Stop, VcpuLoop, layout};
 use testudo_rt::{self as rt, Boot, println};
 
 use crate::args::Args;
+use crate::devices::Backends;
 use crate::host::BareMetal;
 use crate::svm::SvmBackend;
 
@@ -42,6 +44,7 @@ const USAGE: u8 = 2;
 /// What the processors share once the machine is built.
 struct Shared {
     machine: Machine<GuestRam>,
+    backends: Backends,
     backend: SvmBackend,
     cpuid: Cpuid,
     ram: GuestRam,
@@ -97,8 +100,10 @@ fn prepare(boot: &'static Boot, args: &Args<'_>) -> Result<Shared, String> {
     };
     let host: Arc<dyn Host> = Arc::new(BareMetal::new());
     let console = Box::new(rt::serial::write_byte);
+    let (devices, backends) = devices::build(boot, args, &ram);
     let (machine, lapics) =
-        Machine::new(config, ram.clone(), host, &processor, console).map_err(|e| e.to_string())?;
+        Machine::with_devices(config, ram.clone(), host, &processor, console, devices)
+            .map_err(|e| e.to_string())?;
     if args.nested {
         backend
             .enable_nested(machine.cpuid())
@@ -124,6 +129,7 @@ fn prepare(boot: &'static Boot, args: &Args<'_>) -> Result<Shared, String> {
     }
     Ok(Shared {
         machine,
+        backends,
         backend,
         cpuid,
         ram,
@@ -160,7 +166,9 @@ fn reserve(bytes: u64, cpuid: &Cpuid) -> Result<GuestRam, String> {
 /// Runs all vCPUs until the machine stops.
 fn run(shared: &'static Shared, args: &Args<'_>) -> u8 {
     host::attach_console(|byte| {
-        if let Some(shared) = SHARED.get() {
+        if let Some(shared) = SHARED.get()
+            && !shared.backends.type_character(byte)
+        {
             shared.machine.console_input(&[byte]);
         }
     });
@@ -184,6 +192,7 @@ fn run(shared: &'static Shared, args: &Args<'_>) -> u8 {
     if args.stats {
         println!("{}", *shared.stats.lock());
     }
+    shared.backends.finish(args.stats);
     if !stop.reason.is_orderly() || args.verbose {
         println!("testudo: {stop}");
     }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
+use super::devices::Devices;
 use crate::bare::{self, Payload};
 use crate::debian;
 use crate::emulator::{Cpu, Kind, Machine, Program};
@@ -93,6 +94,8 @@ pub(crate) struct Boot {
     #[arg(long)]
     nested: bool,
 
+    #[command(flatten)]
+    devices: Devices,
     /// Print the exits by reason when the guest has ended
     #[arg(long)]
     stats: bool,
@@ -124,7 +127,14 @@ impl Boot {
             Backend::None => Cpu::Svm,
             backend => backend.cpu()?,
         };
-        let guest = self.guest()?;
+        let mut devices = self.devices.plan()?;
+        if self.backend == Backend::None {
+            if self.devices.asked_for() {
+                bail!("without a hypervisor nobody makes virtio devices");
+            }
+            devices.drivers.clear();
+        }
+        let guest = self.guest(&devices.drivers)?;
         let mut machine = Machine {
             cpu,
             processors: self.processors.unwrap_or(self.vcpus),
@@ -147,12 +157,15 @@ impl Boot {
         if self.stats {
             command_line.push_str(" stats");
         }
-        let payload = guest.payload(&command_line);
-        machine.memory = machine_memory(self.memory, &payload);
+        command_line.push_str(&devices.words);
+        let mut payload = guest.payload(&command_line);
+        payload.modules.extend(devices.take_modules());
+        machine.disks = devices.files();
+        machine.memory = machine_memory(self.memory + devices.memory, &payload);
         machine.run(&bare::build(HYPERVISOR)?, &payload)
     }
 
-    fn guest(&self) -> Result<Guest> {
+    fn guest(&self, drivers: &[String]) -> Result<Guest> {
         let quiet = if self.run.is_some() { " quiet" } else { "" };
         let command_line = self
             .cmdline
@@ -176,7 +189,7 @@ impl Boot {
                 if default_disk {
                     let disk = Initrd {
                         run: self.run.clone(),
-                        load: self.modules.clone(),
+                        load: [drivers, &self.modules].concat(),
                         ..Initrd::default()
                     };
                     initrds.push(Named {

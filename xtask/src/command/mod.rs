@@ -2,6 +2,7 @@
 
 pub(crate) mod bare_metal;
 pub(crate) mod boot;
+pub(crate) mod devices;
 pub(crate) mod diff;
 pub(crate) mod measure;
 pub(crate) mod nested;

@@ -87,6 +87,7 @@ pub(super) fn run(machine: &Machine, program: &Path, payload: &Payload) -> Resul
         std::thread::sleep(step.saturating_duration_since(Instant::now()));
     };
     let output = fs::read(&console).unwrap_or_default();
+    machine.save_disks(&output)?;
     match status_in(&String::from_utf8_lossy(&output)) {
         Some(status) => Ok(status),
         None => {

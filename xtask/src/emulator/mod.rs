@@ -4,11 +4,13 @@ mod bochs;
 mod iso;
 mod qemu;
 
+use std::fs;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Context, Result, bail};
 
 use crate::bare::Payload;
 
@@ -57,9 +59,15 @@ pub(crate) struct Machine {
     /// Takes the console's output; otherwise it goes to ours.
     pub(crate) capture: Option<PathBuf>,
     pub(crate) timeout: Option<Duration>,
+    /// The files of the guest's disks, by number; what the guest changes is written to them.
+    pub(crate) disks: Vec<Option<DiskFile>>,
     /// Further arguments for the emulator.
     pub(crate) extra: Vec<String>,
 }
+
+/// A file that a guest has as a disk and may change.
+#[derive(Clone, Debug)]
+pub(crate) struct DiskFile(pub(crate) PathBuf);
 
 /// What QEMU is to load, as it stands.
 pub(crate) struct Program {
@@ -80,6 +88,7 @@ impl Machine {
             input: false,
             capture: None,
             timeout: None,
+            disks: Vec::new(),
             extra: Vec::new(),
         }
     }
@@ -123,6 +132,64 @@ impl Machine {
     }
 }
 
+impl Machine {
+    /// Writes to the disks' files what the hypervisor says on the debug console that the guest has changed.
+    fn save_disks(&self, debug_console: &[u8]) -> Result<()> {
+        for change in Changes(debug_console) {
+            let Some(Some(DiskFile(name))) = self.disks.get(change.disk) else {
+                bail!(
+                    "the hypervisor saves a disk {} that it was not given",
+                    change.disk
+                );
+            };
+            let file = fs::File::options().write(true).open(name);
+            file.and_then(|file| file.write_all_at(change.bytes, change.offset))
+                .with_context(|| format!("cannot save the disk {}", name.display()))?;
+        }
+        Ok(())
+    }
+}
+
+/// Changed bytes of a disk.
+#[derive(Debug, PartialEq, Eq)]
+struct Change<'a> {
+    disk: usize,
+    offset: u64,
+    bytes: &'a [u8],
+}
+
+/// The changes in what the hypervisor wrote to the debug console: each a line `testudo-disk: NUMBER OFFSET
+/// LENGTH`, the bytes, and the end of a line.
+struct Changes<'a>(&'a [u8]);
+
+impl<'a> Iterator for Changes<'a> {
+    type Item = Change<'a>;
+
+    fn next(&mut self) -> Option<Change<'a>> {
+        const MARK: &[u8] = b"testudo-disk: ";
+        loop {
+            let at = self.0.windows(MARK.len()).position(|bytes| bytes == MARK)?;
+            let rest = &self.0[at + MARK.len()..];
+            self.0 = rest;
+            let end = rest.iter().position(|byte| *byte == b'\n')?;
+            let numbers: Option<Vec<u64>> = std::str::from_utf8(&rest[..end])
+                .ok()
+                .and_then(|line| line.split(' ').map(|word| word.parse().ok()).collect());
+            let Some([disk, offset, len]) = numbers.as_deref() else {
+                continue;
+            };
+            let len = usize::try_from(*len).ok()?;
+            let bytes = rest.get(end + 1..)?.get(..len)?;
+            self.0 = &rest[end + 1 + len..];
+            return Some(Change {
+                disk: usize::try_from(*disk).ok()?,
+                offset: *offset,
+                bytes,
+            });
+        }
+    }
+}
+
 /// The status in what the runtime wrote to the debug console.
 fn status_in(debug_console: &str) -> Option<u8> {
     debug_console
@@ -134,6 +201,26 @@ fn status_in(debug_console: &str) -> Option<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn changes_of_disks_are_found_between_other_output() {
+        let output = b"noise testudo-disk: 1 8192 5\n\n\xFF\0ab\ntestudo-disk: x\n\
+                       testudo-disk: 0 0 17\ntestudo-disk: 1 2\ntestudo-exit: 000\n";
+        let found: Vec<_> = Changes(output).collect();
+        let change = |disk, offset, bytes| Change {
+            disk,
+            offset,
+            bytes,
+        };
+        assert_eq!(
+            found,
+            [
+                change(1, 8192, b"\n\xFF\0ab"),
+                change(0, 0, b"testudo-disk: 1 2")
+            ]
+        );
+        assert_eq!(Changes(b"testudo-disk: 0 0 9\nshort").next(), None);
+    }
 
     #[test]
     fn the_last_status_counts() {

@@ -91,6 +91,7 @@ pub(super) fn run(machine: &Machine, kernel: &Path, payload: &Payload) -> Result
         return Ok(machine.timed_out());
     };
     let console = fs::read(&status_file).unwrap_or_default();
+    machine.save_disks(&console)?;
     match status_in(&String::from_utf8_lossy(&console)).or_else(|| debug_exit(ended)) {
         Some(status) => Ok(status),
         None => bail!("the emulator ended without a status from the program: {ended}"),

@@ -1,0 +1,74 @@
+//! The words of the command line that say which virtio devices the guest has.
+
+use testudo_machine::virtio::Transport;
+
+/// Which devices, and how the guest finds them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct DeviceArgs {
+    /// `transport=mmio|pci`.
+    pub(crate) transport: Transport,
+    /// `packed`: packed rings are offered besides split ones.
+    pub(crate) packed: bool,
+    /// `queues=N`: queues of each disk, pairs of queues of the network card.
+    pub(crate) queues: u16,
+    /// `console`.
+    pub(crate) console: bool,
+    /// `rng`.
+    pub(crate) rng: bool,
+    /// `net`.
+    pub(crate) net: bool,
+    /// `vsock`.
+    pub(crate) vsock: bool,
+    /// `scratch=MIB`: an empty disk of this size.
+    pub(crate) scratch_mib: Option<u64>,
+    /// `balloon=MIB`: a balloon, and what the guest is asked to give up at the start.
+    pub(crate) balloon_mib: Option<u64>,
+}
+
+impl DeviceArgs {
+    pub(crate) const USAGE: &str =
+        "transport=mmio|pci packed queues=N console rng net vsock scratch=MIB balloon=MIB";
+    /// The most queues of a device.
+    const MAX_QUEUES: u16 = 32;
+
+    /// No devices.
+    pub(crate) const NONE: Self = Self {
+        transport: Transport::Pci,
+        packed: false,
+        queues: 1,
+        console: false,
+        rng: false,
+        net: false,
+        vsock: false,
+        scratch_mib: None,
+        balloon_mib: None,
+    };
+
+    /// Takes a word if it is about devices and makes sense.
+    pub(crate) fn take(&mut self, word: &str) -> bool {
+        let mib = |text: &str| text.parse().ok().filter(|mib| *mib <= 1u64 << 24);
+        match word.split_once('=').unwrap_or((word, "")) {
+            ("transport", "mmio") => self.transport = Transport::Mmio,
+            ("transport", "pci") => self.transport = Transport::Pci,
+            ("packed", "") => self.packed = true,
+            ("console", "") => self.console = true,
+            ("rng", "") => self.rng = true,
+            ("net", "") => self.net = true,
+            ("vsock", "") => self.vsock = true,
+            ("queues", count) => match count.parse() {
+                Ok(count) if (1..=Self::MAX_QUEUES).contains(&count) => self.queues = count,
+                _ => return false,
+            },
+            ("scratch", size) => match mib(size) {
+                Some(size) if size > 0 => self.scratch_mib = Some(size),
+                _ => return false,
+            },
+            ("balloon", size) => match mib(size) {
+                Some(size) => self.balloon_mib = Some(size),
+                None => return false,
+            },
+            _ => return false,
+        }
+        true
+    }
+}

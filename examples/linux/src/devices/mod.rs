@@ -1,0 +1,248 @@
+//! The guest's virtio devices and what is behind them.
+
+pub(crate) mod args;
+mod console;
+mod disk;
+mod entropy;
+
+use alloc::boxed::Box;
+use alloc::format;
+use alloc::string::String;
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use core::sync::atomic::{AtomicU64, Ordering};
+
+use testudo_arch::memory::GuestRam;
+use testudo_arch::{Gpa, PAGE_SIZE};
+use testudo_machine::virtio::{DeviceHandle, Devices};
+use testudo_rt::{self as rt, Boot, println};
+use testudo_virtio::Device;
+use testudo_virtio::backend::{BlockBackend, EchoHost, ReadOnlyImage, UserHost, UserOptions};
+use testudo_virtio::device::{
+    Balloon, BalloonBackend, BalloonControl, Blk, BlkOptions, Console, Net, NetOptions, Rng, Vsock,
+};
+use testudo_virtio::transport::Options;
+
+use self::args::DeviceArgs;
+use self::console::Keyboard;
+use self::disk::Disk;
+use crate::args::Args;
+
+/// Memory that changed blocks of disks leave to the rest of this program.
+const RESERVE: u64 = 32 << 20;
+/// The guest's number among sockets; the host's is 2.
+const GUEST_CID: u64 = 3;
+/// The port at which the host echoes on sockets, as on TCP.
+const ECHO_PORT: u32 = 7;
+/// The statistics of a balloon that are shown (VIRTIO 1.3, 5.5.6.3).
+const FREE_MEMORY: u16 = 4;
+
+/// The devices' other side.
+pub(crate) struct Backends {
+    named: Vec<(String, DeviceHandle)>,
+    /// Files that the guest may change, by their number among all files.
+    disks: Vec<(usize, Disk)>,
+    keyboard: Option<Keyboard>,
+    balloon: Option<(BalloonControl, Account)>,
+}
+
+/// Makes the devices that `args` and the modules called `disk` ask for.
+pub(crate) fn build(
+    boot: &'static Boot,
+    args: &Args<'_>,
+    ram: &GuestRam,
+) -> (Devices<GuestRam>, Backends) {
+    // What is typed goes to the guest's console, which may be either.
+    let virtio_console = args.guest.contains("console=hvc0");
+    let args = &args.devices;
+    let mut plan = Plan {
+        devices: Devices::new(),
+        args,
+        backends: Backends {
+            named: Vec::new(),
+            disks: Vec::new(),
+            keyboard: None,
+            balloon: None,
+        },
+    };
+    plan.disks(boot);
+    if args.net {
+        let options = NetOptions {
+            pairs: args.queues,
+            ..NetOptions::default()
+        };
+        let numbers: String = (1..=40_000).map(|n| format!("{n}\n")).collect();
+        let host = UserHost::new(UserOptions::default()).with_page("/numbers", numbers.into());
+        plan.add("net", Box::new(Net::new(host, options)));
+    }
+    if args.rng {
+        let source = entropy::Source::of_this_processor();
+        plan.add("rng", Box::new(Rng::new(source)));
+    }
+    if args.console {
+        let (terminal, keyboard) = console::terminal();
+        let handle = plan.add("console", Box::new(Console::new(Box::new(terminal))));
+        plan.backends.keyboard = virtio_console.then(|| keyboard(handle));
+    }
+    if args.vsock {
+        let host = EchoHost { port: ECHO_PORT };
+        plan.add("vsock", Box::new(Vsock::new(host, GUEST_CID)));
+    }
+    if let Some(mib) = args.balloon_mib {
+        let account = Account::new(ram);
+        let (balloon, control) = Balloon::new(account.clone());
+        control.set_target(mib << 20);
+        control.request_stats();
+        plan.add("balloon", Box::new(balloon));
+        plan.backends.balloon = Some((control, account));
+    }
+    (plan.devices, plan.backends)
+}
+
+struct Plan<'a> {
+    devices: Devices<GuestRam>,
+    args: &'a DeviceArgs,
+    backends: Backends,
+}
+
+impl Plan<'_> {
+    fn add(&mut self, name: &str, device: Box<dyn Device<GuestRam>>) -> DeviceHandle {
+        let options = if self.args.packed {
+            Options::default()
+        } else {
+            Options::split()
+        };
+        let handle = self.devices.add(self.args.transport, options, device);
+        self.backends.named.push((name.into(), handle.clone()));
+        handle
+    }
+
+    /// A disk for each module `disk FILE[,ro]`, then the empty one.
+    fn disks(&mut self, boot: &'static Boot) {
+        let files: Vec<_> = boot
+            .modules()
+            .iter()
+            .filter(|module| module.name == "disk")
+            .map(|module| match module.args.strip_suffix(",ro") {
+                Some(name) => (name, module.data, true),
+                None => (module.args, module.data, false),
+            })
+            .collect();
+        let scratch = self.args.scratch_mib.map_or(0, |mib| mib << 20);
+        let sizes = files.iter().map(|(_, data, ro)| {
+            let writable = if *ro { 0 } else { data.len() as u64 };
+            writable.next_multiple_of(4096)
+        });
+        let wanted = scratch.saturating_add(sizes.sum());
+        let room = rt::memory::available().saturating_sub(RESERVE);
+        // A guest that changes more than there is room for finds its disk failing.
+        let budget = |size: u64| {
+            let share = u128::from(size) * u128::from(room.min(wanted)) / u128::from(wanted.max(1));
+            (share as u64).next_multiple_of(4096)
+        };
+        for (number, (name, data, read_only)) in files.into_iter().enumerate() {
+            if read_only {
+                self.disk(name, ReadOnlyImage(data));
+            } else {
+                let disk = Disk::copy_of(data, budget(data.len() as u64));
+                self.disk(name, disk.clone());
+                self.backends.disks.push((number, disk));
+            }
+        }
+        if scratch > 0 {
+            self.disk("scratch", Disk::empty(scratch, budget(scratch)));
+        }
+    }
+
+    fn disk(&mut self, name: &str, backend: impl BlockBackend + 'static) {
+        let file = name.rsplit('/').next().unwrap_or(name);
+        let mut id = [0; 20];
+        for (to, from) in id.iter_mut().zip(file.bytes()) {
+            *to = from;
+        }
+        let options = BlkOptions {
+            id,
+            queues: self.args.queues,
+            ..BlkOptions::default()
+        };
+        self.add(name, Box::new(Blk::new(backend, options)));
+    }
+}
+
+/// Which pages the guest has given back, a bit for each. It has all of this machine, so nobody else
+/// could use the memory: it stays where it is.
+#[derive(Clone)]
+struct Account(Arc<[AtomicU64]>);
+
+impl Account {
+    fn new(ram: &GuestRam) -> Self {
+        let ends = ram.ranges().map(|(gpa, len, _)| gpa.0 + len);
+        let pages = ends.max().unwrap_or(0) / PAGE_SIZE;
+        Self((0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect())
+    }
+
+    fn pages(&self, gpa: Gpa, len: u64) -> impl Iterator<Item = (&AtomicU64, u64)> {
+        let first = gpa.0 / PAGE_SIZE;
+        (first..first + len / PAGE_SIZE)
+            .filter_map(|page| Some((self.0.get((page / 64) as usize)?, 1 << (page % 64))))
+    }
+
+    /// The bytes of all pages given back.
+    fn held(&self) -> u64 {
+        let words = self.0.iter().map(|word| word.load(Ordering::Relaxed));
+        words
+            .map(|word| u64::from(word.count_ones()) * PAGE_SIZE)
+            .sum()
+    }
+}
+
+impl BalloonBackend for Account {
+    fn reclaim(&mut self, gpa: Gpa, len: u64) {
+        for (word, bit) in self.pages(gpa, len) {
+            word.fetch_or(bit, Ordering::Relaxed);
+        }
+    }
+
+    fn restore(&mut self, gpa: Gpa, len: u64) {
+        for (word, bit) in self.pages(gpa, len) {
+            word.fetch_and(!bit, Ordering::Relaxed);
+        }
+    }
+
+    fn report_free(&mut self, _: Gpa, _: u64) {}
+}
+
+impl Backends {
+    /// Gives a character to the virtio console; false if that is not the guest's console.
+    pub(crate) fn type_character(&self, byte: u8) -> bool {
+        match &self.keyboard {
+            Some(keyboard) => {
+                keyboard.press(byte);
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// What is left to do and to say when the guest has ended.
+    pub(crate) fn finish(&self, stats: bool) {
+        for (name, handle) in &self.named {
+            if let Some(fault) = handle.fault() {
+                println!("testudo: virtio device {name}: {fault}");
+            }
+        }
+        if let (Some((control, account)), true) = (&self.balloon, stats) {
+            let of_guest = control.stats();
+            let free = of_guest.iter().find(|stat| stat.tag == FREE_MEMORY);
+            println!(
+                "balloon: {} MiB held, {} MiB by the guest's account, {} MiB free in the guest at first",
+                account.held() >> 20,
+                control.actual() >> 20,
+                free.map_or(0, |stat| stat.value >> 20),
+            );
+        }
+        for (number, disk) in &self.disks {
+            disk.save(*number);
+        }
+    }
+}
