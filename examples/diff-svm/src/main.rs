@@ -21,6 +21,7 @@ mod state;
 
 use alloc::boxed::Box;
 use alloc::vec::Vec;
+use core::arch::asm;
 use core::error::Error;
 
 use arrayvec::ArrayVec;
@@ -86,6 +87,15 @@ struct Bench<'a> {
     emulator: Emulator,
     vmcb: VmcbFrame<'a>,
     held: HeldInterrupts<'a>,
+    /// This program's CR0, which every exit must restore.
+    cr0: u64,
+}
+
+fn host_cr0() -> u64 {
+    let cr0;
+    // SAFETY: reads a control register at CPL 0.
+    unsafe { asm!("mov {}, cr0", out(reg) cr0, options(nomem, nostack, preserves_flags)) };
+    cr0
 }
 
 /// The rules that a state breaks, those that need memory too.
@@ -142,6 +152,11 @@ impl Bench<'_> {
         // nothing but the arena; no other guest's registers are in the processor. Translations
         // cannot go stale: the arena maps the same in every state.
         unsafe { self.held.enter(&mut self.vmcb, &mut registers) };
+        let cr0 = host_cr0();
+        assert!(
+            cr0 == self.cr0,
+            "the processor left the host with CR0 = {cr0:#x}"
+        );
         let code = ExitCode::from_vmcb(self.vmcb.exit_code());
         if code == ExitCode::INTR || code == ExitCode::NMI {
             self.held.take_pending();
@@ -243,6 +258,7 @@ fn run(boot: &'static Boot) -> Result<bool, Box<dyn Error>> {
         // SAFETY: the frame is identity-mapped, zeroed and nobody else's.
         vmcb: unsafe { VmcbFrame::new(&mut *(address.0 as *mut Vmcb), address) },
         held: svm.hold_interrupts(),
+        cr0: host_cr0(),
     };
     let reachable = |rule: &Rule| generate::is_reachable(*rule, &caps) && !emulator.stops_at(*rule);
     let rules: Vec<Rule> = Rule::ALL.iter().copied().filter(reachable).collect();

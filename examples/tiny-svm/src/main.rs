@@ -95,9 +95,8 @@ fn run() -> Result<(), Box<dyn Error>> {
             Exit::NestedPageFault(_) => return Ok(()),
             // The entry failed: the same rules as the processor's say why.
             Exit::Invalid => {
-                return Err(check_vmrun(&vmcb, &caps, &Outside::default())
-                    .to_string()
-                    .into());
+                let broken = check_vmrun(&vmcb, &caps, &Outside::default());
+                return Err(broken.to_string().into());
             }
             _ => return Err("the guest did what this hypervisor does not handle".into()),
         };
