@@ -10,10 +10,12 @@
 extern crate alloc;
 
 mod args;
+mod backend;
 mod devices;
 mod frames;
 mod host;
 mod svm;
+mod vmx;
 mod wall_clock;
 
 use alloc::boxed::Box;
@@ -28,13 +30,13 @@ use testudo_arch::memory::GuestRam;
 use testudo_machine::boot::{BootState, Module};
 use testudo_machine::irq::Lapic;
 use testudo_machine::stats::ExitStats;
-use testudo_machine::{Host, Machine, MachineConfig, Stop, VcpuLoop, layout};
+use testudo_machine::{Host, Machine, MachineConfig, Stop, Vcpu, VcpuLoop, layout};
 use testudo_rt::{self as rt, Boot, println};
 
 use crate::args::Args;
+use crate::backend::{Backend, Work};
 use crate::devices::Backends;
 use crate::host::BareMetal;
-use crate::svm::SvmBackend;
 
 rt::entry!(main);
 
@@ -45,7 +47,7 @@ const USAGE: u8 = 2;
 struct Shared {
     machine: Machine<GuestRam>,
     backends: Backends,
-    backend: SvmBackend,
+    backend: Backend,
     cpuid: Cpuid,
     ram: GuestRam,
     lapics: Mutex<Vec<Option<Lapic>>>,
@@ -87,10 +89,12 @@ fn prepare(boot: &'static Boot, args: &Args<'_>) -> Result<Shared, String> {
     }
     let cpuid = Cpuid::of_this_processor();
     let ram = reserve(args.memory_mib << 20, &cpuid)?;
-    let mut backend = SvmBackend::new(&cpuid, &ram).map_err(|e| e.to_string())?;
+    let mut backend = Backend::new(&cpuid, &ram).map_err(|e| e.to_string())?;
     let mut processor = cpuid.clone();
     if args.nested {
-        backend.offer_nested(&mut processor);
+        backend
+            .offer_nested(&mut processor)
+            .map_err(|e| e.to_string())?;
     }
     let config = MachineConfig {
         vcpus: args.vcpus,
@@ -204,24 +208,38 @@ fn run_vcpu(shared: &'static Shared, id: usize) -> Option<Stop> {
     let lapic = shared.lapics.lock().get_mut(id)?.take()?;
     BareMetal::start_timer();
     let start = (id == 0).then_some(&shared.start);
-    let result = shared
-        .backend
-        .with_vcpu(id, &shared.cpuid, &shared.ram, |vcpu| {
-            let mut vcpu = VcpuLoop::new(&shared.machine, vcpu, lapic, start);
-            if shared.count_exits {
-                vcpu = vcpu.with_stats();
-            }
-            let stop = vcpu.run();
-            if let Some(stats) = vcpu.stats() {
-                shared.stats.lock().add(stats);
-            }
-            stop
-        });
-    match result {
+    let guest = Guest {
+        shared,
+        lapic,
+        start,
+    };
+    match shared.backend.run(id, &shared.cpuid, &shared.ram, guest) {
         Ok(stop) => Some(stop),
         Err(error) => {
             println!("testudo: processor {id}: {error}");
             None
         }
+    }
+}
+
+/// What runs on a processor, whatever makes it a virtual one.
+struct Guest {
+    shared: &'static Shared,
+    lapic: Lapic,
+    start: Option<&'static BootState>,
+}
+
+impl Work for Guest {
+    fn on<V: Vcpu>(self, vcpu: V) -> Stop {
+        let shared = self.shared;
+        let mut vcpu = VcpuLoop::new(&shared.machine, vcpu, self.lapic, self.start);
+        if shared.count_exits {
+            vcpu = vcpu.with_stats();
+        }
+        let stop = vcpu.run();
+        if let Some(stats) = vcpu.stats() {
+            shared.stats.lock().add(stats);
+        }
+        stop
     }
 }

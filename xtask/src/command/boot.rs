@@ -39,9 +39,9 @@ impl Backend {
     pub(super) fn cpu(self) -> Result<Cpu> {
         match self {
             Self::Svm => Ok(Cpu::Svm),
-            Self::Vmx => bail!("--backend vmx is not in this version yet; there is svm"),
+            Self::Vmx => Ok(Cpu::Vmx),
             Self::None => bail!("without a hypervisor there is nothing to run here"),
-            Self::Kvm => bail!("--backend kvm is not in this version yet; there is svm"),
+            Self::Kvm => bail!("--backend kvm is not in this version yet; there are svm and vmx"),
         }
     }
 

@@ -1,0 +1,87 @@
+//! Which of the two extensions makes virtual processors here.
+
+use testudo_arch::cpuid::Cpuid;
+use testudo_arch::memory::GuestRam;
+use testudo_machine::{Stop, Vcpu};
+use testudo_svm::caps::SvmUnavailable;
+use testudo_vmx::caps::NoVmx;
+
+use crate::svm::{SvmBackend, SvmError};
+use crate::vmx::{VmxBackend, VmxError};
+
+/// Why no guest can run.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum BackendError {
+    #[error("{0}, and {1}")]
+    Neither(SvmUnavailable, NoVmx),
+    #[error(transparent)]
+    Svm(#[from] SvmError),
+    #[error(transparent)]
+    Vmx(#[from] VmxError),
+    #[error("guests cannot be hypervisors here: this program offers that on AMD-V only")]
+    NoNesting,
+}
+
+/// What the processor has.
+pub(crate) enum Backend {
+    /// AMD-V.
+    Svm(SvmBackend),
+    /// Intel VT-x.
+    Vmx(VmxBackend),
+}
+
+/// What is done with a vCPU, of whichever type.
+pub(crate) trait Work {
+    /// Does it.
+    fn on<V: Vcpu>(self, vcpu: V) -> Stop;
+}
+
+impl Backend {
+    /// The backend for this processor, with the tables through which a guest reaches `ram`.
+    pub(crate) fn new(cpuid: &Cpuid, ram: &GuestRam) -> Result<Self, BackendError> {
+        match SvmBackend::new(cpuid, ram) {
+            Ok(svm) => Ok(Self::Svm(svm)),
+            Err(SvmError::Unavailable(no_svm)) => match VmxBackend::new(ram) {
+                Ok(vmx) => Ok(Self::Vmx(vmx)),
+                Err(VmxError::Unavailable(no_vmx @ NoVmx::NotSupported)) => {
+                    Err(BackendError::Neither(no_svm, no_vmx))
+                }
+                Err(error) => Err(error.into()),
+            },
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Puts into `processor` what a guest hypervisor may know of the extension.
+    pub(crate) fn offer_nested(&self, processor: &mut Cpuid) -> Result<(), BackendError> {
+        match self {
+            Self::Svm(svm) => {
+                svm.offer_nested(processor);
+                Ok(())
+            }
+            Self::Vmx(_) => Err(BackendError::NoNesting),
+        }
+    }
+
+    /// Offers guests the extension, as their CPUID table says it.
+    pub(crate) fn enable_nested(&mut self, guest: &Cpuid) -> Result<(), BackendError> {
+        match self {
+            Self::Svm(svm) => Ok(svm.enable_nested(guest)?),
+            Self::Vmx(_) => Err(BackendError::NoNesting),
+        }
+    }
+
+    /// Does `work` with a vCPU on this processor.
+    pub(crate) fn run(
+        &'static self,
+        number: usize,
+        cpuid: &Cpuid,
+        ram: &'static GuestRam,
+        work: impl Work,
+    ) -> Result<Stop, BackendError> {
+        match self {
+            Self::Svm(svm) => Ok(svm.with_vcpu(number, cpuid, ram, |vcpu| work.on(vcpu))?),
+            Self::Vmx(vmx) => Ok(vmx.with_vcpu(cpuid, ram, |vcpu| work.on(vcpu))?),
+        }
+    }
+}

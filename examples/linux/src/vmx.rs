@@ -1,0 +1,161 @@
+//! The machine's processors as Intel VT-x offers them.
+
+use alloc::boxed::Box;
+use core::ptr::NonNull;
+
+use testudo_arch::cpuid::Cpuid;
+use testudo_arch::memory::GuestRam;
+use testudo_arch::{FrameAlloc, Hpa, PageSize};
+use testudo_ept::format::ept::{Ept, EptFlags};
+use testudo_ept::{Format, PageTable, Rights};
+use testudo_machine::VcpuError;
+use testudo_machine::backend::vmx::{
+    Controls, ThisProcessor, Unsuitable, VmxPlace, VmxTables, VmxVcpu, open_direct_msrs,
+};
+use testudo_machine::policy::cpuid::XCR0_ALLOWED;
+use testudo_vmx::bitmap::MsrBitmap;
+use testudo_vmx::caps::{EptVpidCaps, NoVmx};
+use testudo_vmx::hw::{
+    EnableError, RegionFrame, ResidentRegisters, ResidentUnsupported, VmcsKind, Vmx,
+};
+use testudo_vmx::structures::VirtualApicPage;
+use testudo_vmx::{VmFail, VmxCaps};
+
+use crate::frames::Frames;
+
+/// The one guest's VPID.
+const VPID: u16 = 1;
+
+/// Why there is no VT-x to use.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum VmxError {
+    #[error(transparent)]
+    Unavailable(#[from] NoVmx),
+    #[error(transparent)]
+    Unsuitable(#[from] Unsuitable),
+    #[error(
+        "this processor's VMX differs from the first one's (its VMCS revision is {revision:#x})"
+    )]
+    Different { revision: u32 },
+    #[error(transparent)]
+    Enable(#[from] EnableError),
+    #[error("the VMCS cannot be used: {0}")]
+    Vmcs(VmFail),
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    #[error(transparent)]
+    Resident(#[from] ResidentUnsupported),
+    #[error("no memory is left for the tables")]
+    NoMemory,
+}
+
+/// What all processors share.
+pub(crate) struct VmxBackend {
+    caps: VmxCaps,
+    controls: Controls,
+    tables: VmxTables,
+    _table: PageTable<Ept, Frames>,
+    _msr_bitmap: Box<MsrBitmap>,
+}
+
+impl VmxBackend {
+    /// Builds the tables through which a guest reaches `ram` and nothing else.
+    pub(crate) fn new(ram: &GuestRam) -> Result<Self, VmxError> {
+        // SAFETY: CPL 0.
+        let caps = unsafe { Vmx::capabilities()? };
+        let controls = Controls::choose(&caps)?;
+        let format = format(&caps);
+        let flags = format.flags(Rights::all()).unwrap_or(EptFlags::empty());
+        let table = PageTable::new(format, Frames).ok_or(VmxError::NoMemory)?;
+        for (gpa, len, _) in ram.ranges() {
+            let host = ram.host_pointer(gpa, len).ok_or(VmxError::NoMemory)?;
+            let mapped = table.map(gpa, len, Hpa(host as u64), flags);
+            mapped.map_err(|_| VmxError::NoMemory)?;
+        }
+        let mut msr_bitmap = Box::new(MsrBitmap::all_exit());
+        open_direct_msrs(&mut msr_bitmap);
+        let tables = VmxTables {
+            ept_pointer: format.pointer(table.root()),
+            msr_bitmap: address(&*msr_bitmap),
+        };
+        Ok(Self {
+            caps,
+            controls,
+            tables,
+            _table: table,
+            _msr_bitmap: msr_bitmap,
+        })
+    }
+
+    /// Turns VMX on for this processor and makes a vCPU on it.
+    pub(crate) fn with_vcpu<R>(
+        &'static self,
+        cpuid: &Cpuid,
+        ram: &'static GuestRam,
+        work: impl FnOnce(VmxVcpu<'_, ThisProcessor<'_>, GuestRam>) -> R,
+    ) -> Result<R, VmxError> {
+        // SAFETY: CPL 0.
+        let own = unsafe { Vmx::capabilities()? };
+        let feature_control = self.caps.feature_control;
+        if (VmxCaps {
+            feature_control,
+            ..own.clone()
+        }) != self.caps
+        {
+            let revision = own.basic.revision();
+            return Err(VmxError::Different { revision });
+        }
+        // SAFETY: CPL 0, the capabilities are this processor's, and the program's flow stays on it.
+        let mut vmx = unsafe { Vmx::enable(&self.caps, region()?)? };
+        let vmcs = vmx.create_vmcs(region()?, VmcsKind::Ordinary);
+        let mut vmcs = vmcs.map_err(VmxError::Vmcs)?;
+        let resident = ResidentRegisters::reset(cpuid)?;
+        let virtual_apic = Box::new(VirtualApicPage::new());
+        let held = vmx.hold_interrupts();
+        let current = vmx.load(&mut vmcs).map_err(VmxError::Vmcs)?;
+        // SAFETY: the runtime uses none of these registers and has CR4.OSXSAVE and OSFXSR set.
+        unsafe { resident.load() };
+        let [low, _, _, high] = cpuid.query(0xD, 0);
+        let place = VmxPlace {
+            vmcs: current,
+            held,
+            caps: &self.caps,
+            controls: &self.controls,
+            tables: &self.tables,
+            virtual_apic: (&virtual_apic, address(&*virtual_apic)),
+            vpid: VPID,
+            xcr0_valid: (u64::from(high) << 32 | u64::from(low)) & XCR0_ALLOWED,
+        };
+        // SAFETY: `new` made the tables, which reach `ram` only, and this value keeps them; the
+        // runtime has a TSS with a stack for every vector, and memory is mapped where it is; there
+        // is one guest, so the VPID is its own, and each vCPU has its processor to itself.
+        let vcpu = unsafe { VmxVcpu::new(place, ram)? };
+        Ok(work(vcpu))
+    }
+}
+
+/// Tables in the largest pages that the processor takes.
+fn format(caps: &VmxCaps) -> Ept {
+    let format = Ept::new(caps.processor.physical_address_bits);
+    if caps.ept_vpid.contains(EptVpidCaps::PAGE_1G) {
+        format
+    } else if caps.ept_vpid.contains(EptVpidCaps::PAGE_2M) {
+        format.with_largest_page(PageSize::Size2M)
+    } else {
+        format.with_largest_page(PageSize::Size4K)
+    }
+}
+
+/// A frame for the processor's use.
+fn region() -> Result<RegionFrame, VmxError> {
+    let address = Frames.alloc().ok_or(VmxError::NoMemory)?;
+    let pointer = NonNull::new(address.0 as *mut u8).ok_or(VmxError::NoMemory)?;
+    // SAFETY: the frame is this call's alone, and memory is mapped where it is.
+    Ok(unsafe { RegionFrame::new(pointer, address) })
+}
+
+fn address<T>(place: &T) -> Hpa {
+    let address = Hpa(core::ptr::from_ref(place) as u64);
+    debug_assert!(address.is_aligned(PageSize::Size4K));
+    address
+}
