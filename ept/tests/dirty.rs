@@ -123,6 +123,29 @@ proptest! {
 }
 
 #[test]
+fn a_harvest_begins_and_ends_anywhere() {
+    let pool = FramePool::new(16);
+    let table = PageTable::new(Npt::new(48), &pool).unwrap();
+    let flags = NptFlags::WRITABLE | NptFlags::ACCESSED | NptFlags::DIRTY;
+    table
+        .map_up_to(Gpa(0), 600 * PAGE, Hpa(0), flags, PageSize::Size4K)
+        .unwrap();
+    let words = words(1024);
+    let log = PageBitmap::new(0, &words);
+    let flush = table
+        .harvest_dirty(Gpa(37 * PAGE), 501 * PAGE, &log)
+        .unwrap();
+    assert_eq!(flush.discharge(&mut Count(0)), 501);
+    let pages: Vec<u64> = log.drain().map(|address| address / PAGE).collect();
+    assert_eq!(pages, (37..538).collect::<Vec<_>>());
+    for page in 0..600 {
+        let leaf = table.translate(Gpa(page * PAGE)).unwrap().leaf;
+        let clean = (37..538).contains(&page);
+        assert_eq!(leaf.flags.contains(NptFlags::DIRTY), !clean);
+    }
+}
+
+#[test]
 fn a_hardware_log_is_harvested_entry_by_entry() {
     let pool = FramePool::new(16);
     let ept = Ept::new(46).with_accessed_dirty();

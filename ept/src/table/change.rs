@@ -34,9 +34,18 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
             self.split_range(&mut flush, offset, len, to)?;
         }
         self.cut(&mut flush, [offset, offset + len])?;
-        let change = |flags| self.format.with_rights(flags, rights).unwrap_or(flags);
-        let levels = self.format.levels();
-        self.rewrite(self.root, levels, offset, len, &change, &mut flush);
+        // Every format sets and clears certain bits, whatever the others are: these.
+        let probe = |entry| {
+            let old = self.format.leaf(entry, 1).flags;
+            let new = self.format.with_rights(old, rights).unwrap_or(old);
+            let encode = |flags| self.format.leaf_entry(Hpa(0), 1, flags);
+            (encode(old), encode(new))
+        };
+        let ((zeros, with), (ones, without)) = (probe(0), probe(!self.format.address_mask()));
+        let (set, clear) = (with & !zeros, ones & !without);
+        self.rewrite(&mut flush, offset, len, &|entry, _, _| {
+            (entry & !clear) | set
+        });
         Ok(flush)
     }
 
@@ -68,22 +77,50 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
             }
         }
         self.cut(&mut flush, [offset, offset + len])?;
-        let levels = self.format.levels();
-        self.rewrite(self.root, levels, offset, len, &change, &mut flush);
+        self.rewrite(&mut flush, offset, len, &|entry, level, offset| {
+            let leaf = self.slot(entry, level, offset);
+            self.format
+                .leaf_entry(leaf.frame, level, change(leaf.flags))
+        });
         Ok(flush)
     }
 
-    fn rewrite(
+    /// Replaces every leaf entry of the range by what `change` makes of it, and returns how many
+    /// were changed. The caller excludes other editors and has cut the range out.
+    pub(super) fn rewrite<T>(
+        &self,
+        flush: &mut Flush<'_, M, T>,
+        offset: u64,
+        len: u64,
+        change: &impl Fn(u64, u8, u64) -> u64,
+    ) -> u64 {
+        self.rewrite_table(self.root, self.format.levels(), offset, len, change, flush)
+    }
+
+    fn rewrite_table<T>(
         &self,
         table: Hpa,
         level: u8,
         mut offset: u64,
         mut len: u64,
-        change: &impl Fn(F::Flags) -> F::Flags,
-        flush: &mut Flush<'_, M>,
-    ) {
+        change: &impl Fn(u64, u8, u64) -> u64,
+        flush: &mut Flush<'_, M, T>,
+    ) -> u64 {
         let span = 1u64 << shift_of(level);
-        let (mut first, mut last) = (u64::MAX, 0);
+        let mut changed = 0;
+        if level == 1 {
+            let (first, last) = (offset, offset + (len - 1));
+            let at = place(table, level, offset);
+            for index in 0..len >> 12 {
+                let at = at.wrapping_add(index << 3);
+                changed += u64::from(self.rewrite_leaf(at, 1, offset, change));
+                offset = offset.wrapping_add(span);
+            }
+            if changed != 0 {
+                flush.cover(first, last, true);
+            }
+            return changed;
+        }
         while len > 0 {
             let at = place(table, level, offset);
             let piece = len.min(span - (offset & (span - 1)));
@@ -91,20 +128,18 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
             if !self.format.is_present(entry) {
                 // Nothing to change.
             } else if self.format.is_leaf(entry, level) {
-                if self.rewrite_leaf(at, entry, level, offset, change) {
-                    first = first.min(offset);
-                    last = offset | (span - 1);
+                if self.rewrite_leaf(at, level, offset, change) {
+                    changed += 1;
+                    flush.cover(offset, offset | (span - 1), true);
                 }
             } else {
                 let (child, below) = self.format.child(entry, level);
-                self.rewrite(child, below, offset, piece, change, flush);
+                changed += self.rewrite_table(child, below, offset, piece, change, flush);
             }
             offset += piece;
             len -= piece;
         }
-        if first <= last {
-            flush.cover(first, last, true);
-        }
+        changed
     }
 
     /// Whether the entry has changed.
@@ -112,18 +147,17 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
     fn rewrite_leaf(
         &self,
         at: Hpa,
-        mut entry: u64,
         level: u8,
         offset: u64,
-        change: &impl Fn(F::Flags) -> F::Flags,
+        change: &impl Fn(u64, u8, u64) -> u64,
     ) -> bool {
         let settled = self.format.accessed_bit() | self.format.dirty_bit();
+        let mut entry = self.frames.load(at);
         loop {
-            let leaf = self.slot(entry, level, offset);
-            let new = self
-                .format
-                .leaf_entry(leaf.frame, level, change(leaf.flags));
-            let new = self.keep_shared(entry, new);
+            if !self.format.is_present(entry) {
+                return false;
+            }
+            let new = self.keep_shared(entry, change(entry, level, offset));
             if new == entry {
                 return false;
             }

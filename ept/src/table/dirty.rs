@@ -207,54 +207,9 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
         let mut flush = self.token(0);
         let _editor = self.lock.exclusive();
         self.cut(&mut flush, [offset, offset + len])?;
-        let levels = self.format.levels();
-        self.each_leaf(
-            self.root,
-            levels,
-            offset,
-            len,
-            &mut |at, level, offset, mut entry| {
-                loop {
-                    let new = change(entry);
-                    if new == entry {
-                        return;
-                    }
-                    match self.frames.compare_exchange(at, entry, new) {
-                        Ok(_) => break,
-                        Err(now) => entry = now,
-                    }
-                }
-                *flush.value_mut() += 1;
-                flush.cover(offset, offset | ((1 << shift_of(level)) - 1), true);
-            },
-        );
+        let count = self.rewrite(&mut flush, offset, len, &|entry, _, _| change(entry));
+        *flush.value_mut() = count;
         Ok(flush)
-    }
-
-    fn each_leaf(
-        &self,
-        table: Hpa,
-        level: u8,
-        mut offset: u64,
-        mut len: u64,
-        visit: &mut impl FnMut(Hpa, u8, u64, u64),
-    ) {
-        let span = 1u64 << shift_of(level);
-        while len > 0 {
-            let at = place(table, level, offset);
-            let piece = len.min(span - (offset & (span - 1)));
-            let entry = self.frames.load(at);
-            if !self.format.is_present(entry) {
-                // Nothing to visit.
-            } else if self.format.is_leaf(entry, level) {
-                visit(at, level, offset & !(span - 1), entry);
-            } else {
-                let (child, below) = self.format.child(entry, level);
-                self.each_leaf(child, below, offset, piece, visit);
-            }
-            offset += piece;
-            len -= piece;
-        }
     }
 
     fn harvest(
@@ -329,27 +284,24 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
     ) {
         let mut bits = 0u64;
         for index in 0..count {
-            let entry = self.frames.load(Hpa(at.0.wrapping_add(index << 3)));
-            let hit = entry & harvest.wanted == harvest.wanted;
-            bits |= u64::from(hit) << index;
-        }
-        if bits == 0 {
-            return;
-        }
-        let mut rest = bits;
-        while rest != 0 {
-            let index = u64::from(rest.trailing_zeros());
-            rest &= rest.wrapping_sub(1);
-            let at = Hpa(at.0.wrapping_add(index << 3));
+            let at = at.wrapping_add(index << 3);
             let entry = self.frames.load(at);
+            if entry & harvest.wanted != harvest.wanted {
+                continue;
+            }
             if !(self.format.is_present(entry) && self.wash(at, entry, harvest)) {
-                bits &= !(1 << index);
-            } else if F::SIZED_PAGES {
+                continue;
+            }
+            bits |= 1 << index;
+            if F::SIZED_PAGES {
                 let (first, bytes) = self.extent(entry, 1, offset + (index << 12));
                 let address = self.format.address(first).as_u64();
                 harvest.log.mark_range(address, bytes >> 12);
                 flush.cover(first, first | (bytes - 1), true);
             }
+        }
+        if bits == 0 {
+            return;
         }
         let address = self.format.address(offset).as_u64();
         harvest.log.mark_word(harvest.log.index(address), bits);

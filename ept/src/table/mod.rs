@@ -143,13 +143,20 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
     pub(crate) fn find(&self, offset: u64) -> Found {
         let mut table = self.root;
         let mut level = self.format.levels();
-        loop {
+        while level > 1 {
             let at = place(table, level, offset);
             let entry = self.frames.load(at);
             if !self.format.is_present(entry) || self.format.is_leaf(entry, level) {
                 return Found { at, level, entry };
             }
             (table, level) = self.format.child(entry, level);
+        }
+        let at = place(table, 1, offset);
+        let entry = self.frames.load(at);
+        Found {
+            at,
+            level: 1,
+            entry,
         }
     }
 
@@ -228,16 +235,6 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
             self.format.absent(),
             value,
         )
-    }
-
-    /// Replaces an entry and returns what it held.
-    #[inline]
-    fn swap(&self, at: Hpa, new: u64) -> u64 {
-        let mut old = self.frames.load(at);
-        while let Err(now) = self.frames.compare_exchange(at, old, new) {
-            old = now;
-        }
-        old
     }
 
     /// Frees the whole table once hardware has forgotten it, and returns the frames' source.

@@ -199,7 +199,7 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
     #[inline]
     fn clear_leaf<S: Sink<F>>(&self, at: Hpa, level: u8, offset: u64, flush: &mut Flush<'_, M, S>) {
         if S::WANTED {
-            let leaf = self.slot(self.swap(at, self.format.absent()), level, offset);
+            let leaf = self.slot(self.take_entry(at), level, offset);
             flush.value_mut().take(self.format.address(offset), leaf);
         } else {
             self.frames.store(at, self.format.absent());
@@ -221,12 +221,30 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
                     let (child, below) = self.format.child(entry, level);
                     self.retire(child, below, offset, flush);
                 } else if S::WANTED {
-                    let leaf = self.slot(self.swap(at, self.format.absent()), level, offset);
+                    let leaf = self.slot(self.take_entry(at), level, offset);
                     flush.value_mut().take(self.format.address(offset), leaf);
                 }
             }
         }
         flush.retire(table);
+    }
+
+    /// Makes an entry absent and returns what it held, with every bit that hardware has set.
+    #[inline]
+    fn take_entry(&self, at: Hpa) -> u64 {
+        let settled = self.format.accessed_bit() | self.format.dirty_bit();
+        let mut old = self.frames.load(at);
+        loop {
+            // With A and D set hardware has nothing left to write, and other editors are out.
+            if old & settled == settled {
+                self.frames.store(at, self.format.absent());
+                return old;
+            }
+            match self.frames.compare_exchange(at, old, self.format.absent()) {
+                Ok(_) => return old,
+                Err(now) => old = now,
+            }
+        }
     }
 
     fn is_empty(&self, table: Hpa) -> bool {
