@@ -52,6 +52,10 @@ impl Initrd {
             0o755,
             &fs::read(bare::build("exit-port")?)?,
         );
+        if self.load.iter().any(|name| name.contains("vsock")) {
+            let pipe = fs::read(bare::build("vsock-pipe")?)?;
+            archive.file("bin/vsock-pipe", 0o755, &pipe);
+        }
         let init = self.init.as_deref().unwrap_or(include_str!("init.sh"));
         archive.file("init", 0o755, init.as_bytes());
         archive.file(
