@@ -1,6 +1,14 @@
 //! The control words of the VMCS, bit by bit (SDM vol. 3C, 25.6 to 25.8).
 //!
 //! Every type keeps unknown bits: a value that came from a VMCS goes back unchanged.
+//!
+//! ```
+//! use testudo_vmx::controls::PinControls;
+//!
+//! let pin = PinControls::from_bits_retain(0x1F);
+//! assert!(pin.contains(PinControls::NMI_EXITING));
+//! assert_eq!(pin.to_string(), "EXTERNAL_INTERRUPT_EXITING, NMI_EXITING, bits 0x16");
+//! ```
 
 use core::fmt;
 

@@ -4,6 +4,14 @@
 //! controls of which a processor must offer one for the field to exist. Typed constants, [`FIELDS`],
 //! names, the layout of [`VmcsImage`](crate::image::VmcsImage) and the table-wide tests follow from
 //! the row.
+//!
+//! ```
+//! use testudo_vmx::{caps::fixtures, fields};
+//!
+//! let info = fields::PML_ADDRESS.encoding().info().unwrap();
+//! assert_eq!((info.name, info.section), ("PML_ADDRESS", "25.6.17"));
+//! assert!(info.exists(&fixtures::skylake_sp()) && !info.exists(&fixtures::haswell()));
+//! ```
 
 use crate::caps::VmxCaps;
 use crate::controls::{

@@ -1,4 +1,14 @@
 //! The guest-state area as a whole: to and from the form that both vendors share.
+//!
+//! ```
+//! use testudo_arch::regs::SystemRegisters;
+//! use testudo_vmx::{VmcsRead, fake::FakeVmcs, fields, state};
+//!
+//! let mut vmcs = FakeVmcs::new();
+//! state::write_system_registers(&mut vmcs, &SystemRegisters::reset())?;
+//! assert_eq!(vmcs.get(fields::GUEST_CS_BASE)?, 0xFFFF_0000);
+//! # Ok::<(), testudo_vmx::AccessError>(())
+//! ```
 
 use testudo_arch::regs::{SegmentRegister, SystemRegisters};
 use testudo_arch::segment::SegmentAttributes;

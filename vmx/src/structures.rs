@@ -1,4 +1,13 @@
 //! The other structures in memory to which a VMCS points, in the processor's formats.
+//!
+//! ```
+//! use testudo_vmx::structures::PostedInterrupts;
+//!
+//! let posted = PostedInterrupts::default();
+//! assert!(posted.post(0x40)); // the first one needs a notification
+//! assert!(!posted.post(0x41));
+//! assert_eq!(posted.take()[1], 0b11);
+//! ```
 
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 

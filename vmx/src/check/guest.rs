@@ -161,6 +161,20 @@ fn loaded_msrs<V: VmcsRead>(c: &mut Checker<'_, V>) -> Result<(), AccessError> {
             uinv.into(),
         );
     }
+    if entry.contains(EntryControls::LOAD_FRED) {
+        c.require_fred(
+            Rule::GuestFred,
+            [
+                fields::GUEST_FRED_CONFIG,
+                fields::GUEST_FRED_RSP1,
+                fields::GUEST_FRED_RSP2,
+                fields::GUEST_FRED_RSP3,
+                fields::GUEST_FRED_SSP1,
+                fields::GUEST_FRED_SSP2,
+                fields::GUEST_FRED_SSP3,
+            ],
+        )?;
+    }
     Ok(())
 }
 

@@ -5,7 +5,7 @@ use super::{
     efer_bits, is_valid_cet, is_valid_pat,
 };
 use crate::caps::Processor;
-use crate::controls::ExitControls;
+use crate::controls::{ExitControls, SecondaryExitControls};
 use crate::error::AccessError;
 use crate::fields;
 use crate::vmcs::VmcsRead;
@@ -80,6 +80,20 @@ fn registers<V: VmcsRead>(c: &mut Checker<'_, V>) -> Result<(), AccessError> {
     if exit.contains(ExitControls::LOAD_PKRS) {
         let pkrs = c.get(fields::HOST_PKRS)?;
         c.require(pkrs >> 32 == 0, Rule::HostPkrs, fields::HOST_PKRS, pkrs);
+    }
+    if c.words.exit2.contains(SecondaryExitControls::LOAD_FRED) {
+        c.require_fred(
+            Rule::HostFred,
+            [
+                fields::HOST_FRED_CONFIG,
+                fields::HOST_FRED_RSP1,
+                fields::HOST_FRED_RSP2,
+                fields::HOST_FRED_RSP3,
+                fields::HOST_FRED_SSP1,
+                fields::HOST_FRED_SSP2,
+                fields::HOST_FRED_SSP3,
+            ],
+        )?;
     }
     Ok(())
 }

@@ -251,21 +251,29 @@ impl<'a, V: VmcsRead> Checker<'a, V> {
         })
     }
 
+    // Inlined, so that the place of a field named by a constant is a constant.
+    #[inline(always)]
     fn get<W: Width, A: Access>(&self, field: Field<W, A>) -> Result<W::Value, AccessError> {
         self.vmcs.get(field)
     }
 
     /// Reports `rule` unless `ok`.
+    #[inline(always)]
     fn require(&mut self, ok: bool, rule: Rule, field: impl Into<Encoding>, value: u64) {
         self.found.apply(rule);
         if !ok {
-            self.found.push(Violation {
-                rule,
-                field: field.into(),
-                value,
-                entry: 0,
-            });
+            self.violated(rule, field.into(), value);
         }
+    }
+
+    #[cold]
+    fn violated(&mut self, rule: Rule, field: Encoding, value: u64) {
+        self.found.push(Violation {
+            rule,
+            field,
+            value,
+            entry: 0,
+        });
     }
 
     /// Checks an address of a structure: its low `zeros` bits, and the physical-address width.
@@ -319,6 +327,19 @@ impl<'a, V: VmcsRead> Checker<'a, V> {
     ) -> Result<(), AccessError> {
         let address = self.get(field)?;
         self.require(self.is_canonical(address), rule, field, address);
+        Ok(())
+    }
+
+    /// Checks the FRED MSRs: configuration, stack pointers of levels 1 to 3, shadow-stack pointers of
+    /// levels 1 to 3. Their addresses are canonical; stacks are 64-byte aligned, shadow stacks 8-byte
+    /// aligned, and bits 2, 5:4 and 11 of the configuration are reserved.
+    fn require_fred(&mut self, rule: Rule, fields: [Field<u64>; 7]) -> Result<(), AccessError> {
+        const RESERVED: [u64; 7] = [0x834, 0x3F, 0x3F, 0x3F, 7, 7, 7];
+        for (field, reserved) in fields.into_iter().zip(RESERVED) {
+            let value = self.get(field)?;
+            let ok = value & reserved == 0 && self.is_canonical(value);
+            self.require(ok, rule, field, value);
+        }
         Ok(())
     }
 

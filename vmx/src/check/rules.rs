@@ -242,6 +242,8 @@ rules! {
         HostInterruptSspTable;
         /// If loaded, bits 63:32 of host IA32_PKRS are 0.
         HostPkrs;
+        /// If loaded, the addresses of the host's FRED MSRs are canonical and their reserved bits 0.
+        HostFred;
     }
     "27.2.3", HOST {
         /// RPL and TI are 0 in every host selector.
@@ -319,6 +321,8 @@ rules! {
         GuestPkrs;
         /// If loaded, bits 15:8 of guest UINV are 0.
         GuestUinv;
+        /// If loaded, the addresses of the guest's FRED MSRs are canonical and their reserved bits 0.
+        GuestFred;
     }
     "27.3.1.2", GUEST {
         /// The TI flag of guest TR is 0.

@@ -7,7 +7,7 @@ use super::{CR0_PE, CR0_PG, CR4_CET, CR4_PAE, CR4_PCIDE, EFER_LMA, EFER_LME, Rul
 use crate::caps::{EptVpidCaps, ProcessorFeatures, VmxCaps};
 use crate::controls::{
     ControlWord, EntryControls, ExitControls, PinControls, PrimaryControls, SecondaryControls,
-    TertiaryControls,
+    SecondaryExitControls, TertiaryControls,
 };
 use crate::encoding::{Field, Natural};
 use crate::error::AccessError;

@@ -2,6 +2,20 @@
 //!
 //! [`Exit::read`] reads the exit reason and then only the fields that this reason defines. Nothing
 //! here fails on what it does not know: new hardware gives [`Exit::Unknown`].
+//!
+//! ```
+//! use testudo_vmx::exit::{self, Exit};
+//! use testudo_vmx::{VmcsRead, fake::FakeVmcs, fields};
+//!
+//! let mut vmcs = FakeVmcs::new();
+//! vmcs.preset(fields::EXIT_REASON, 10);
+//! vmcs.preset(fields::EXIT_INSTRUCTION_LENGTH, 2);
+//! assert_eq!(Exit::read(&vmcs)?, Exit::Cpuid);
+//! exit::advance(&mut vmcs)?;
+//! assert_eq!(vmcs.get(fields::GUEST_RIP)?, 2);
+//! assert_eq!(vmcs.counts(), (4, 1)); // one VMREAD is this example's own
+//! # Ok::<(), testudo_vmx::AccessError>(())
+//! ```
 
 use testudo_arch::{Gpa, Gva};
 

@@ -61,6 +61,13 @@ impl<V: VmcsWrite> Editor<'_, V> {
                 exit!(e, LOAD_PKRS);
                 return e.set(fields::HOST_PKRS, 1 << 32);
             }
+            Rule::HostFred => {
+                exit!(e, ACTIVATE_SECONDARY_CONTROLS);
+                let bits = SecondaryExitControls::LOAD_FRED;
+                wants!(e.caps.exit2.allows(bits));
+                e.vmcs.set(fields::SECONDARY_EXIT_CONTROLS, bits.bits())?;
+                return e.set(fields::HOST_FRED_RSP2, 1 << 5);
+            }
             Rule::HostSelectorRplTi => {
                 let old = e.vmcs.get(fields::HOST_DS_SELECTOR)?;
                 return e.set16(fields::HOST_DS_SELECTOR, old | 1);
@@ -178,6 +185,10 @@ impl<V: VmcsWrite> Editor<'_, V> {
             Rule::GuestUinv => {
                 entry!(e, LOAD_UINV);
                 e.set16(fields::GUEST_UINV, 0x100)
+            }
+            Rule::GuestFred => {
+                entry!(e, LOAD_FRED);
+                e.set(fields::GUEST_FRED_SSP3, 1 << 2)
             }
             _ => Ok(None),
         }
