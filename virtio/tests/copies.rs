@@ -15,7 +15,7 @@ use testudo_virtio::driver::{DriverQueue, ring_bytes};
 use testudo_virtio::transport::{Mmio, Options};
 use testudo_virtio::{Device, Features, Segment};
 
-/// Guest memory that counts the bytes copied by `read` and `write`.
+/// Guest memory that counts the bytes that are copied, in whatever way.
 #[derive(Clone)]
 struct Counting {
     ram: GuestRam,
@@ -51,21 +51,27 @@ impl GuestMemory for Counting {
         self.ram.write(gpa, data)
     }
     fn load_u16(&self, gpa: Gpa) -> Result<u16, MemoryFault> {
+        self.read.fetch_add(2, Ordering::Relaxed);
         self.ram.load_u16(gpa)
     }
     fn store_u16(&self, gpa: Gpa, value: u16) -> Result<(), MemoryFault> {
+        self.written.fetch_add(2, Ordering::Relaxed);
         self.ram.store_u16(gpa, value)
     }
     fn load_u32(&self, gpa: Gpa) -> Result<u32, MemoryFault> {
+        self.read.fetch_add(4, Ordering::Relaxed);
         self.ram.load_u32(gpa)
     }
     fn store_u32(&self, gpa: Gpa, value: u32) -> Result<(), MemoryFault> {
+        self.written.fetch_add(4, Ordering::Relaxed);
         self.ram.store_u32(gpa, value)
     }
     fn load_u64(&self, gpa: Gpa) -> Result<u64, MemoryFault> {
+        self.read.fetch_add(8, Ordering::Relaxed);
         self.ram.load_u64(gpa)
     }
     fn store_u64(&self, gpa: Gpa, value: u64) -> Result<(), MemoryFault> {
+        self.written.fetch_add(8, Ordering::Relaxed);
         self.ram.store_u64(gpa, value)
     }
     fn compare_exchange_u32(
@@ -88,10 +94,6 @@ impl GuestMemory for Counting {
         self.ram.contains(gpa, len)
     }
 }
-
-/// What a split ring costs for one chain: its descriptors, and the entry in the used ring.
-const DESCRIPTOR: u64 = 16;
-const USED_ENTRY: u64 = 8;
 
 struct Machine {
     mmio: Mmio<Counting>,
@@ -154,50 +156,67 @@ fn segment(len: u32) -> Segment {
     Segment { gpa, len }
 }
 
+/// What is read and written besides the data: rings, descriptors, headers, the status.
+const OVERHEAD: u64 = 160;
+
+/// Asserts that of two costs for `len` and for twice as many bytes the second is larger by exactly
+/// `len` in the direction of the data and equal in the other, and that neither has much besides.
+fn once(len: u64, cost: impl Fn(u64) -> (u64, u64), data_is_read: bool) {
+    let (one, two) = (cost(len), cost(2 * len));
+    let expected = if data_is_read { (len, 0) } else { (0, len) };
+    assert_eq!((two.0 - one.0, two.1 - one.1), expected);
+    assert!(
+        one.0 - expected.0 <= OVERHEAD && one.1 - expected.1 <= OVERHEAD,
+        "{one:?}"
+    );
+}
+
 #[test]
 fn a_block_is_copied_once_each_way() {
-    // With the write cache (FLUSH), so that a write is not flushed at once.
-    let disk = Blk::new(MemoryImage(vec![7u8; 1 << 20]), BlkOptions::default());
-    let mut machine = Machine::new(disk, Features::bit(9));
-    let (header, data, status) = (segment(16), segment(4096), segment(1));
-    machine.offer(0, &[header], &[data, status]);
-    machine.notify(0);
-    let read = 3 * DESCRIPTOR + 16;
-    assert_eq!(machine.memory.take(), (read, 4096 + 1 + USED_ENTRY));
-    machine.memory.ram.store_u32(header.gpa, 1).unwrap();
-    machine.offer(0, &[header, data], &[status]);
-    machine.notify(0);
-    assert_eq!(machine.memory.take(), (read + 4096, 1 + USED_ENTRY));
+    let cost = |kind: u32, len: u64| {
+        // With the write cache (FLUSH), so that a write is not flushed at once.
+        let disk = Blk::new(MemoryImage(vec![7u8; 1 << 20]), BlkOptions::default());
+        let mut machine = Machine::new(disk, Features::bit(9));
+        let (header, data, status) = (segment(16), segment(len as u32), segment(1));
+        machine.memory.ram.store_u32(header.gpa, kind).unwrap();
+        match kind {
+            0 => machine.offer(0, &[header], &[data, status]),
+            _ => machine.offer(0, &[header, data], &[status]),
+        }
+        machine.notify(0);
+        machine.memory.take()
+    };
+    once(4096, |len| cost(0, len), false);
+    once(4096, |len| cost(1, len), true);
 }
 
 #[test]
 fn a_frame_is_copied_once_each_way() {
-    let (near, mut far) = Wire::pair(Offloads::empty());
     // With merged receive buffers (MRG_RXBUF).
-    let card = Net::new(near, NetOptions::default());
-    let mut machine = Machine::new(card, Features::bit(15));
-    let out = segment(12 + 1514);
-    machine.offer(1, &[out], &[]);
-    machine.notify(1);
-    assert_eq!(machine.memory.take(), (DESCRIPTOR + 12 + 1514, USED_ENTRY));
-    assert_eq!(far.peek().map(|(_, frame)| frame.len()), Some(1514));
-
-    let mut fill = |to: &mut [u8]| {
-        to.fill(0xFF);
-        Ok(())
+    let card = |wire| Machine::new(Net::new(wire, NetOptions::default()), Features::bit(15));
+    let sent = |len: u64| {
+        let (near, mut far) = Wire::pair(Offloads::empty());
+        let mut machine = card(near);
+        machine.offer(1, &[segment(12 + len as u32)], &[]);
+        machine.notify(1);
+        assert_eq!(far.peek().map(|(_, frame)| frame.len() as u64), Some(len));
+        machine.memory.take()
     };
-    far.send(NetHeader::default(), 1000, &mut fill).unwrap();
-    machine.offer(0, &[], &[segment(1526)]);
-    machine.notify(0);
-    assert_eq!(machine.memory.take(), (DESCRIPTOR, 12 + 1000 + USED_ENTRY));
-    // Over three buffers: besides the data, only the count in the header is written again.
-    far.send(NetHeader::default(), 1000, &mut fill).unwrap();
-    for _ in 0..3 {
-        machine.offer(0, &[], &[segment(400)]);
-    }
-    machine.notify(0);
-    assert_eq!(
-        machine.memory.take(),
-        (3 * DESCRIPTOR, 12 + 1000 + 2 + 3 * USED_ENTRY)
-    );
+    once(750, sent, true);
+    let received = |len: u64| {
+        let (near, mut far) = Wire::pair(Offloads::empty());
+        let mut machine = card(near);
+        let mut fill = |to: &mut [u8]| {
+            to.fill(0xFF);
+            Ok(())
+        };
+        far.send(NetHeader::default(), len as usize, &mut fill)
+            .unwrap();
+        // Both lengths take two buffers.
+        machine.offer(0, &[], &[segment(600)]);
+        machine.offer(0, &[], &[segment(1500)]);
+        machine.notify(0);
+        machine.memory.take()
+    };
+    once(750, received, false);
 }

@@ -21,7 +21,7 @@ pub struct Segment {
 pub struct Token {
     pub(super) id: u16,
     pub(super) descriptors: u16,
-    pub(super) sequence: u16,
+    pub(super) sequence: u32,
 }
 
 impl Token {

@@ -329,8 +329,8 @@ pub struct Queue {
     limits: Limits,
     in_flight: InFlight,
     in_order: bool,
-    popped: u16,
-    completed: u16,
+    popped: u32,
+    completed: u32,
 }
 
 impl Queue {
@@ -346,7 +346,7 @@ impl Queue {
     /// The number of chains that were taken and not yet returned.
     #[inline]
     pub fn in_flight(&self) -> u16 {
-        self.popped.wrapping_sub(self.completed)
+        self.popped.wrapping_sub(self.completed) as u16
     }
 
     /// Takes the next available chain.

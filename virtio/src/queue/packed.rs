@@ -22,142 +22,148 @@ const EVENT_ENABLE: u16 = 0;
 const EVENT_DISABLE: u16 = 1;
 const EVENT_DESC: u16 = 2;
 
-/// A place in the ring with the wrap counter of the lap it is in.
+/// A place in the ring and the lap it is in, as the place on a line of two laps: the wrap counter
+/// is 1 on the first.
+///
+/// One number, so that the processor never reads together what it has just written apart.
 #[derive(Clone, Copy, Debug)]
-struct Position {
-    index: u16,
-    wrap: bool,
-}
+struct Position(u32);
 
 impl Position {
-    const START: Self = Self {
-        index: 0,
-        wrap: true,
-    };
+    /// The place that an event structure names, which may not exist in a ring of this size.
+    #[inline]
+    fn from_event(event: u32, size: u32) -> Self {
+        let wrap = event & 0x8000 != 0;
+        Self((event & 0x7FFF) + if wrap { 0 } else { size })
+    }
+
+    #[inline]
+    fn wrap(self, size: u32) -> bool {
+        self.0 < size
+    }
+
+    #[inline]
+    fn index(self, size: u32) -> u32 {
+        if self.wrap(size) {
+            self.0
+        } else {
+            self.0 - size
+        }
+    }
 
     /// The place `count` further on; `count` is at most `size`.
     #[inline]
-    fn advance(self, count: u16, size: u16) -> Self {
-        let index = u32::from(self.index) + u32::from(count);
-        if index >= u32::from(size) {
-            Self {
-                index: (index - u32::from(size)) as u16,
-                wrap: !self.wrap,
-            }
+    fn advance(self, count: u32, size: u32) -> Self {
+        let sum = self.0 + count;
+        Self(if sum >= 2 * size { sum - 2 * size } else { sum })
+    }
+
+    /// How far `self` is past `earlier`, less than two laps.
+    #[inline]
+    fn since(self, earlier: Self, size: u32) -> u32 {
+        if self.0 >= earlier.0 {
+            self.0 - earlier.0
         } else {
-            Self {
-                index: index as u16,
-                wrap: self.wrap,
-            }
+            self.0 + 2 * size - earlier.0
         }
     }
 
     /// The place `count` before; `count` is at most `size`.
     #[inline]
-    fn retreat(self, count: u16, size: u16) -> Self {
-        if count <= self.index {
-            Self {
-                index: self.index - count,
-                wrap: self.wrap,
-            }
-        } else {
-            Self {
-                index: (u32::from(self.index) + u32::from(size) - u32::from(count)) as u16,
-                wrap: !self.wrap,
-            }
-        }
-    }
-
-    /// The place on a line that repeats after two laps.
-    #[inline]
-    fn linear(self, size: u16) -> u32 {
-        u32::from(self.index) + if self.wrap { 0 } else { u32::from(size) }
+    fn retreat(self, count: u32, size: u32) -> Self {
+        self.advance(2 * size - count, size)
     }
 }
 
 #[derive(Debug)]
 pub(super) struct Packed {
-    size: u16,
+    size: u32,
     ring: Gpa,
     driver_event: Gpa,
     device_event: Gpa,
     event_idx: bool,
+    /// The next place to take from. What lies between the next to return to and it is with the
+    /// device.
     next_available: Position,
     next_used: Position,
-    in_flight: u16,
-    /// The first descriptor of the batch, whose flags show the whole batch to the driver.
-    first_of_batch: Option<(Gpa, u64)>,
-    /// Places used since the last decision about an interrupt.
-    since_publish: u32,
+    /// The end of what the driver has been shown.
+    published: Position,
+    /// The second half of the first descriptor that it has not: its flags will show all of them.
+    hidden: u64,
     muted: bool,
 }
 
 impl Packed {
     pub(super) fn new(config: &QueueConfig, event_idx: bool) -> Self {
         Self {
-            size: config.size,
+            size: config.size.into(),
             ring: config.descriptors,
             driver_event: config.driver,
             device_event: config.device,
             event_idx,
-            next_available: Position::START,
-            next_used: Position::START,
-            in_flight: 0,
-            first_of_batch: None,
-            since_publish: 0,
+            next_available: Position(0),
+            next_used: Position(0),
+            published: Position(0),
+            hidden: 0,
             muted: false,
         }
     }
 
     #[inline]
     pub(super) fn size(&self) -> u16 {
-        self.size
+        self.size as u16
     }
 
     /// Where the second half of a descriptor is: length, buffer number, flags.
     #[inline]
-    fn second_half(&self, index: u16) -> Gpa {
+    fn second_half(&self, index: u32) -> Gpa {
         self.ring.wrapping_add(16 * u64::from(index) + 8)
     }
 
     /// The second half of the next descriptor, if it is available.
     #[inline]
     fn available<M: GuestMemory>(&self, memory: &M) -> Result<Option<u64>, QueueError> {
-        let half = memory.load_u64(self.second_half(self.next_available.index))?;
+        let next = self.next_available;
+        let half = memory.load_u64(self.second_half(next.index(self.size)))?;
         let flags = (half >> 48) as u16;
-        let wrap = self.next_available.wrap;
-        let is_available = (flags & AVAIL != 0) == wrap && (flags & USED != 0) != wrap;
-        Ok(is_available.then_some(half))
+        let expected = if next.wrap(self.size) { AVAIL } else { USED };
+        Ok((flags & (AVAIL | USED) == expected).then_some(half))
+    }
+
+    /// The places that are not with the device. Without one, the ring has nothing more to offer,
+    /// whatever the flags say.
+    #[inline]
+    fn room(&self) -> u32 {
+        let in_flight = self.next_available.since(self.next_used, self.size);
+        self.size.saturating_sub(in_flight)
     }
 
     /// Whether there is a chain to take.
     #[inline]
     pub(super) fn more<M: GuestMemory>(&mut self, memory: &M) -> Result<bool, QueueError> {
-        Ok(self.in_flight < self.size && self.available(memory)?.is_some())
+        Ok(self.room() > 0 && self.available(memory)?.is_some())
     }
 
-    #[inline]
+    #[inline(always)]
     pub(super) fn pop<M: GuestMemory>(
         &mut self,
         memory: &M,
         segments: &mut [Segment],
         limits: Limits,
     ) -> Result<Option<Taken>, QueueError> {
-        // Until the device returns something, a full ring has nothing more to offer, whatever the
-        // flags say.
-        if self.in_flight >= self.size {
+        let room = self.room();
+        if room == 0 {
             return Ok(None);
         }
         let Some(mut half) = self.available(memory)? else {
             return Ok(None);
         };
-        let room = self.size - self.in_flight;
         let mut collector = Collector::new(segments, limits);
-        let mut index = self.next_available.index;
+        let mut index = self.next_available.index(self.size);
         let mut count = 0;
         let id = loop {
             if count >= room {
-                return Err(QueueError::TooManyInFlight(self.size));
+                return Err(QueueError::TooManyInFlight(self.size()));
             }
             count += 1;
             let address = memory.load_u64(self.ring.wrapping_add(16 * u64::from(index)))?;
@@ -165,7 +171,7 @@ impl Packed {
             let flags = descriptor.packed_flags();
             if flags & INDIRECT != 0 {
                 let entries = collector.indirect_table(descriptor, flags)?;
-                collect_indirect(memory, descriptor.gpa, entries, &mut collector)?;
+                collector = collect_indirect(memory, descriptor.gpa, entries, collector)?;
                 break descriptor.id();
             }
             collector.push(descriptor, flags)?;
@@ -176,14 +182,12 @@ impl Packed {
             half = memory.load_u64(self.second_half(index))?;
         };
         self.next_available = self.next_available.advance(count, self.size);
-        self.in_flight += count;
-        Ok(Some(collector.finish(id, count)))
+        Ok(Some(collector.finish(id, count as u16)))
     }
 
     #[inline]
     pub(super) fn give_back(&mut self, descriptors: u16) {
-        self.next_available = self.next_available.retreat(descriptors, self.size);
-        self.in_flight -= descriptors;
+        self.next_available = self.next_available.retreat(descriptors.into(), self.size);
     }
 
     #[inline]
@@ -194,44 +198,43 @@ impl Packed {
         descriptors: u16,
         written: u32,
     ) -> Result<(), QueueError> {
-        let Position { index, wrap } = self.next_used;
-        let mut flags = if wrap { AVAIL | USED } else { 0 };
+        let place = self.next_used;
+        let mut flags = if place.wrap(self.size) {
+            AVAIL | USED
+        } else {
+            0
+        };
         if written > 0 {
             flags |= WRITE;
         }
         let half = u64::from(written) | (u64::from(id) << 32) | (u64::from(flags) << 48);
-        let gpa = self.second_half(index);
-        if self.first_of_batch.is_none() {
-            self.first_of_batch = Some((gpa, half));
+        if place.0 == self.published.0 {
+            self.hidden = half;
         } else {
-            memory.store_u64(gpa, half)?;
+            memory.store_u64(self.second_half(place.index(self.size)), half)?;
         }
-        self.next_used = self.next_used.advance(descriptors, self.size);
-        self.in_flight -= descriptors;
-        self.since_publish += u32::from(descriptors);
+        self.next_used = place.advance(descriptors.into(), self.size);
         Ok(())
     }
 
     #[inline]
     pub(super) fn publish<M: GuestMemory>(&mut self, memory: &M) -> Result<bool, QueueError> {
-        let Some((gpa, half)) = self.first_of_batch.take() else {
+        let first = self.published;
+        let used = self.next_used.since(first, self.size);
+        if used == 0 {
             return Ok(false);
-        };
-        memory.store_u64(gpa, half)?;
-        let used = core::mem::take(&mut self.since_publish);
+        }
+        memory.store_u64(self.second_half(first.index(self.size)), self.hidden)?;
+        self.published = self.next_used;
         fence(Ordering::SeqCst);
         let event = memory.load_u32(self.driver_event)?;
         Ok(match (event >> 16) as u16 & 3 {
             EVENT_DISABLE => false,
             EVENT_DESC if self.event_idx => {
-                let at = Position {
-                    index: event as u16 & 0x7FFF,
-                    wrap: event & 0x8000 != 0,
-                };
                 // A place that the ring does not have is passed as little as any other.
-                let lap = 2 * u32::from(self.size);
-                let new = self.next_used.linear(self.size);
-                let passed = (new + 2 * lap - 1).wrapping_sub(at.linear(self.size) % lap) % lap;
+                let lap = 2 * self.size;
+                let at = Position::from_event(event, self.size).0 % lap;
+                let passed = (self.next_used.0 + 2 * lap - at - 1) % lap;
                 passed < used
             }
             _ => true,
@@ -249,9 +252,9 @@ impl Packed {
 
     #[inline]
     pub(super) fn listen<M: GuestMemory>(&mut self, memory: &M) -> Result<bool, QueueError> {
-        let Position { index, wrap } = self.next_available;
         if self.event_idx {
-            let place = u32::from(index) | (u32::from(wrap) << 15);
+            let next = self.next_available;
+            let place = next.index(self.size) | (u32::from(next.wrap(self.size)) << 15);
             memory.store_u32(self.device_event, place | (u32::from(EVENT_DESC) << 16))?;
         } else if self.muted {
             memory.store_u32(self.device_event, u32::from(EVENT_ENABLE) << 16)?;
@@ -264,13 +267,13 @@ impl Packed {
 
 /// Collects all `count` descriptors of an indirect table: in this format the table's length, not
 /// NEXT, says where the chain ends (2.8.7).
-#[inline]
-fn collect_indirect<M: GuestMemory>(
+#[inline(never)]
+fn collect_indirect<'w, M: GuestMemory>(
     memory: &M,
     table: Gpa,
     count: u16,
-    collector: &mut Collector<'_>,
-) -> Result<(), QueueError> {
+    mut collector: Collector<'w>,
+) -> Result<Collector<'w>, QueueError> {
     for index in 0..count {
         let descriptor = Descriptor::read(memory, table, index)?;
         let flags = descriptor.packed_flags();
@@ -279,5 +282,5 @@ fn collect_indirect<M: GuestMemory>(
         }
         collector.push(descriptor, flags)?;
     }
-    Ok(())
+    Ok(collector)
 }

@@ -23,13 +23,14 @@ pub(super) struct Split {
     available: Gpa,
     used: Gpa,
     event_idx: bool,
-    /// The chain to take next, and the end of those known to be available.
-    next_available: u16,
-    seen_available: u16,
-    /// The next place in the used ring, what the driver has been shown, and what it was at the
-    /// last decision about an interrupt.
-    next_used: u16,
-    published: u16,
+    /// The chain to take next, and the end of those known to be available. These indices run
+    /// freely, and their low halves are the ring's; each is a word of its own, so that the processor
+    /// never reads together what it has just written apart.
+    next_available: u32,
+    seen_available: u32,
+    /// The next place in the used ring, and what the driver has been shown.
+    next_used: u32,
+    published: u32,
     muted: bool,
 }
 
@@ -56,8 +57,8 @@ impl Split {
 
     /// The element that a free-running index stands for.
     #[inline]
-    fn slot(&self, index: u16) -> u64 {
-        u64::from(index & (self.size - 1))
+    fn slot(&self, index: u32) -> u64 {
+        u64::from(index & (u32::from(self.size) - 1))
     }
 
     /// Whether there is a chain to take; looks at the driver's index only when all that was known
@@ -68,18 +69,20 @@ impl Split {
             return Ok(true);
         }
         let index = memory.load_u16(self.available.wrapping_add(INDEX))?;
-        if index.wrapping_sub(self.next_available) > self.size {
+        let next = self.next_available as u16;
+        let ahead = index.wrapping_sub(next);
+        if ahead > self.size {
             return Err(QueueError::AvailableIndex {
                 index,
-                next: self.next_available,
+                next,
                 size: self.size,
             });
         }
-        self.seen_available = index;
-        Ok(index != self.next_available)
+        self.seen_available = self.next_available.wrapping_add(ahead.into());
+        Ok(ahead != 0)
     }
 
-    #[inline]
+    #[inline(always)]
     pub(super) fn pop<M: GuestMemory>(
         &mut self,
         memory: &M,
@@ -111,10 +114,8 @@ impl Split {
         let element = self
             .used
             .wrapping_add(ELEMENTS + 8 * self.slot(self.next_used));
-        let [id, len] = [u32::from(head).to_le_bytes(), written.to_le_bytes()];
-        let [a, b, c, d] = id;
-        let [e, f, g, h] = len;
-        memory.write(element, &[a, b, c, d, e, f, g, h])?;
+        let entry = u64::from(head) | (u64::from(written) << 32);
+        memory.write(element, &entry.to_le_bytes())?;
         self.next_used = self.next_used.wrapping_add(1);
         Ok(())
     }
@@ -125,7 +126,7 @@ impl Split {
         if old == new {
             return Ok(false);
         }
-        memory.store_u16(self.used.wrapping_add(INDEX), new)?;
+        memory.store_u16(self.used.wrapping_add(INDEX), new as u16)?;
         self.published = new;
         // The driver stores its event index (or flags) and then looks at the used index again:
         // one of the two must see the other's store (2.7.7.2).
@@ -133,8 +134,8 @@ impl Split {
         if self.event_idx {
             let at = ELEMENTS + 2 * u64::from(self.size);
             let event = memory.load_u16(self.available.wrapping_add(at))?;
-            let passed = new.wrapping_sub(event).wrapping_sub(1);
-            Ok(passed < new.wrapping_sub(old))
+            let passed = (new as u16).wrapping_sub(event).wrapping_sub(1);
+            Ok(u32::from(passed) < new.wrapping_sub(old))
         } else {
             Ok(memory.load_u16(self.available)? & NO_INTERRUPT == 0)
         }
@@ -154,7 +155,7 @@ impl Split {
     pub(super) fn listen<M: GuestMemory>(&mut self, memory: &M) -> Result<bool, QueueError> {
         if self.event_idx {
             let at = ELEMENTS + 8 * u64::from(self.size);
-            memory.store_u16(self.used.wrapping_add(at), self.next_available)?;
+            memory.store_u16(self.used.wrapping_add(at), self.next_available as u16)?;
         } else if self.muted {
             memory.store_u16(self.used, 0)?;
             self.muted = false;
@@ -166,7 +167,7 @@ impl Split {
 }
 
 /// Follows the chain that begins at `head`.
-#[inline]
+#[inline(always)]
 fn collect<M: GuestMemory>(
     memory: &M,
     table: Gpa,
@@ -185,7 +186,7 @@ fn collect<M: GuestMemory>(
         let flags = descriptor.split_flags();
         if flags & INDIRECT != 0 {
             let count = collector.indirect_table(descriptor, flags)?;
-            collect_indirect(memory, descriptor.gpa, count, &mut collector)?;
+            collector = collect_indirect(memory, descriptor.gpa, count, collector)?;
             break;
         }
         collector.push(descriptor, flags)?;
@@ -198,13 +199,13 @@ fn collect<M: GuestMemory>(
 }
 
 /// Follows the chain in an indirect table of `count` descriptors, from its first one.
-#[inline]
-fn collect_indirect<M: GuestMemory>(
+#[inline(never)]
+fn collect_indirect<'w, M: GuestMemory>(
     memory: &M,
     table: Gpa,
     count: u16,
-    collector: &mut Collector<'_>,
-) -> Result<(), QueueError> {
+    mut collector: Collector<'w>,
+) -> Result<Collector<'w>, QueueError> {
     let mut index = 0;
     loop {
         if index >= count {
@@ -217,7 +218,7 @@ fn collect_indirect<M: GuestMemory>(
         }
         collector.push(descriptor, flags)?;
         if flags & NEXT == 0 {
-            return Ok(());
+            return Ok(collector);
         }
         index = descriptor.next();
     }
