@@ -78,6 +78,9 @@ impl Generator<'_> {
         if random.chance(20) {
             self.blocking(&mut random, &mut state);
         }
+        if random.chance(15) {
+            self.privilege(&mut random, &mut state);
+        }
         for _ in 0..random.pick(&[0, 1, 1, 1, 2, 2, 3]) {
             let change = if random.chance(30) {
                 Change::Violate(random.pick(self.rules))
@@ -98,6 +101,7 @@ impl Generator<'_> {
             2 => random.pick(&[2u64, 2, 2, 3]),
             3 => random.below(34) as u64,
             7 => random.pick(&[0u64, 0, 1]),
+            _ if random.chance(25) => 18,
             _ => random.below(256) as u64,
         };
         let usual = kind == 3 && matches!(vector, 8 | 10..=14 | 17);
@@ -131,7 +135,7 @@ impl Generator<'_> {
     /// Activity, interruptibility, and pending debug exceptions, related to one another.
     fn blocking(&self, random: &mut Random, state: &mut State) {
         let activity = random.pick(&[0u64, 0, 1, 1, 2, 3, 4]);
-        let blocking = random.pick(&[0u64, 1, 2, 3, 4, 8, 9, 10, 16, 32]);
+        let blocking = random.pick(&[0u64, 0, 0, 0, 0, 1, 2, 3, 4, 8, 8, 9, 10, 16, 32]);
         let pending = random.pick(&[
             0u64,
             1 << 14,
@@ -160,6 +164,44 @@ impl Generator<'_> {
             state
                 .changes
                 .push(Change::Set(fields::GUEST_DEBUGCTL.encoding(), 2));
+        }
+    }
+
+    /// Privilege levels and types of segments, related to one another.
+    fn privilege(&self, random: &mut Random, state: &mut State) {
+        let dpl = random.below(4) as u64;
+        let near = |random: &mut Random| {
+            if random.chance(70) {
+                dpl
+            } else {
+                random.below(4) as u64
+            }
+        };
+        let code = random.pick(&[0xA09Bu64, 0xA09F, 0xA099, 0xA09D, 0xC09B, 0xC09F, 0x93]);
+        let (cs_dpl, cs_rpl) = (near(random), near(random));
+        let (ss_dpl, ss_rpl) = (near(random), near(random));
+        let data = random.pick(&[0xC093u64, 0xC097, 0xC09B, 0xC09F, 0xC091, 0x1_0000]);
+        let (ds_dpl, ds_rpl) = (near(random), near(random));
+        for (field, value) in [
+            (
+                fields::GUEST_CS_ACCESS_RIGHTS.encoding(),
+                code | cs_dpl << 5,
+            ),
+            (fields::GUEST_CS_SELECTOR.encoding(), 8 | cs_rpl),
+            (
+                fields::GUEST_SS_ACCESS_RIGHTS.encoding(),
+                0xC093 | ss_dpl << 5,
+            ),
+            (fields::GUEST_SS_SELECTOR.encoding(), 0x10 | ss_rpl),
+            (
+                fields::GUEST_DS_ACCESS_RIGHTS.encoding(),
+                data | ds_dpl << 5,
+            ),
+            (fields::GUEST_DS_SELECTOR.encoding(), 0x10 | ds_rpl),
+        ] {
+            if state.changes.len() < MAX_CHANGES {
+                state.changes.push(Change::Set(field, value));
+            }
         }
     }
 

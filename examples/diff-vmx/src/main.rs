@@ -167,7 +167,10 @@ impl Bench<'_> {
             Kind::Stops(matches) => matches(&image, self.caps),
             _ => false,
         };
-        if let Some(used) = self.defects.iter().position(stops) {
+        // What is rejected first does not come to that.
+        if let Some(used) = self.defects.iter().position(stops)
+            && self.is_explained(&image, Did::Enter(ExitReason(0)))?
+        {
             uses[used] += 1;
             return Ok((Verdict::NotTried, said));
         }
@@ -217,9 +220,8 @@ impl Bench<'_> {
         Ok(Did::Enter(reason))
     }
 
-    /// Whether the validator, seeing the state through the documented defects, comes to what the
-    /// processor did.
-    fn explain(&self, image: &VmcsImage, said: &Said, did: Did, uses: &mut [u64]) -> Result<bool> {
+    /// Whether the validator, seeing the state through the documented defects, comes to this.
+    fn is_explained(&self, image: &VmcsImage, did: Did) -> Result<bool> {
         let mut seen = Box::new(image.clone());
         for defect in self.defects {
             if let Kind::Sees(see) = defect.kind {
@@ -227,19 +229,25 @@ impl Bench<'_> {
             }
         }
         let again = self.ask(&seen)?;
-        let matching = agrees(&again, did, self.defects_for(image).as_slice());
-        if matching {
+        Ok(agrees(&again, did, &self.defects_for(image)))
+    }
+
+    /// As [`Self::is_explained`], and counts the defects that play a part.
+    fn explain(&self, image: &VmcsImage, said: &Said, did: Did, uses: &mut [u64]) -> Result<bool> {
+        let explained = self.is_explained(image, did)?;
+        if explained {
             for (defect, used) in self.defects.iter().zip(uses) {
                 *used += u64::from(self.plays_a_part(defect, image, said)?);
             }
         }
-        Ok(matching)
+        Ok(explained)
     }
 
     /// The defects that change how violations of this state are reported.
     fn defects_for(&self, image: &VmcsImage) -> ArrayVec<&'static Defect, 32> {
         let applies = |defect: &&Defect| match defect.kind {
-            Kind::Ignores(_, matches) | Kind::Rejects(matches) => matches(image),
+            Kind::Ignores(_, matches) => matches(image, self.caps),
+            Kind::Rejects(matches) => matches(image),
             Kind::Reports(..) => true,
             Kind::Sees(_) | Kind::Stops(_) => false,
         };
@@ -249,7 +257,7 @@ impl Bench<'_> {
     fn plays_a_part(&self, defect: &Defect, image: &VmcsImage, said: &Said) -> Result<bool> {
         let violates = |rule: Rule| all(said).any(|v| v.rule == rule);
         Ok(match defect.kind {
-            Kind::Ignores(rule, matches) => violates(rule) && matches(image),
+            Kind::Ignores(rule, matches) => violates(rule) && matches(image, self.caps),
             Kind::Reports(rule, _) => violates(rule),
             Kind::Rejects(matches) => matches(image),
             Kind::Sees(see) => {

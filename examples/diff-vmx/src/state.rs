@@ -13,7 +13,7 @@ use testudo_vmx::{AccessError, Encoding, VmcsRead, VmcsWrite, VmxCaps, fields};
 use crate::arena::{Arena, Frame};
 
 /// The largest number of changes.
-pub(crate) const MAX_CHANGES: usize = 16;
+pub(crate) const MAX_CHANGES: usize = 24;
 
 /// A state: what is done to the valid one, in order.
 #[derive(Clone, Default)]
