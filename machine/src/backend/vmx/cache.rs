@@ -16,6 +16,8 @@ pub(super) enum Cached {
 }
 
 impl Cached {
+    const ALL: [Self; 3] = [Self::Rip, Self::Rflags, Self::Interruptibility];
+
     const fn field(self) -> Encoding {
         match self {
             Self::Rip => fields::GUEST_RIP.encoding(),
@@ -24,43 +26,60 @@ impl Cached {
         }
     }
 
-    const fn bit(self) -> u8 {
+    /// The flag that says that the value is here.
+    const fn known(self) -> u16 {
         1 << self as u8
+    }
+
+    /// The flag that says that the value is not in the VMCS yet.
+    const fn changed(self) -> u16 {
+        1 << (8 + self as u8)
     }
 }
 
 /// The shadow of STI or MOV SS is over, because software has completed an instruction.
-const SHADOW_OVER: u8 = 1 << 7;
+const SHADOW_OVER: u16 = 1 << 3;
+/// Something that the cache does not hold is to be done before the next entry.
+const OTHER_WORK: u16 = 1 << 15;
+/// Everything that must be done before the next entry.
+const WORK: u16 = OTHER_WORK
+    | Cached::Rip.changed()
+    | Cached::Rflags.changed()
+    | Cached::Interruptibility.changed();
 
 /// STI's and MOV SS's shadow.
 pub(super) const SHADOW: Interruptibility =
     Interruptibility::BLOCKING_BY_STI.union(Interruptibility::BLOCKING_BY_MOV_SS);
 
-/// Cached registers, each of them known or not, changed or not.
+/// Cached registers, each of them known or not, changed or not; and whether anything must be done
+/// before the next entry, all in one word, so that an entry with little to do finds out at once.
 #[derive(Debug, Default)]
 pub(super) struct Cache {
     values: [Cell<u64>; 3],
-    known: Cell<u8>,
-    changed: Cell<u8>,
+    flags: Cell<u16>,
 }
 
 impl Cache {
     /// Forgets all, after the guest ran.
     #[inline]
     pub(super) fn forget(&self) {
-        self.known.set(0);
+        self.flags.set(0);
     }
 
-    /// Whether the value is here, so that asking for it costs nothing.
     #[inline]
-    fn knows(&self, register: Cached) -> bool {
-        self.known.get() & register.bit() != 0
+    fn add(&self, flags: u16) {
+        self.flags.set(self.flags.get() | flags);
+    }
+
+    #[inline]
+    fn has(&self, flags: u16) -> bool {
+        self.flags.get() & flags != 0
     }
 
     #[inline]
     pub(super) fn get(&self, vmcs: &impl VmcsRead, register: Cached) -> Result<u64, AccessError> {
         let place = &self.values[register as usize];
-        if self.knows(register) {
+        if self.has(register.known()) {
             return Ok(place.get());
         }
         let field = register.field();
@@ -68,44 +87,25 @@ impl Cache {
             .read_raw(field)
             .map_err(|fail| AccessError::Read { field, fail })?;
         place.set(value);
-        self.known.set(self.known.get() | register.bit());
+        self.add(register.known());
         Ok(value)
     }
 
     #[inline]
     pub(super) fn set(&self, register: Cached, value: u64) {
         self.values[register as usize].set(value);
-        self.known.set(self.known.get() | register.bit());
-        self.changed.set(self.changed.get() | register.bit());
+        self.add(register.known() | register.changed());
     }
 
-    /// The interruptibility state at the next entry.
+    /// Sets RIP past an instruction that software has completed, and ends the shadow of STI and
+    /// MOV SS: at once where that is known, else when somebody asks for it. A shadow that nobody
+    /// asks about ends one instruction late, which is as if the interrupt that it held back had
+    /// come one instruction later.
     #[inline]
-    pub(super) fn interruptibility(
-        &self,
-        vmcs: &impl VmcsRead,
-    ) -> Result<Interruptibility, AccessError> {
-        let raw = self.get(vmcs, Cached::Interruptibility)?;
-        let mut state = Interruptibility::from_bits_retain(raw as u32);
-        if self.known.get() & SHADOW_OVER != 0 && state.intersects(SHADOW) {
-            state -= SHADOW;
-            self.set_interruptibility(state);
-        }
-        Ok(state)
-    }
-
-    #[inline]
-    pub(super) fn set_interruptibility(&self, state: Interruptibility) {
-        self.set(Cached::Interruptibility, u64::from(state.bits()));
-    }
-
-    /// Ends the shadow of STI and MOV SS: at once where the state is known, else when somebody asks
-    /// for it. An instruction's shadow that nobody asks about ends one instruction late, which is
-    /// as if the interrupt that it held back had come one instruction later.
-    #[inline]
-    pub(super) fn end_shadow(&self) {
-        self.known.set(self.known.get() | SHADOW_OVER);
-        if self.knows(Cached::Interruptibility) {
+    pub(super) fn complete_to(&self, rip: u64) {
+        self.values[Cached::Rip as usize].set(rip);
+        self.add(Cached::Rip.known() | Cached::Rip.changed() | SHADOW_OVER);
+        if self.has(Cached::Interruptibility.known()) {
             self.end_known_shadow();
         }
     }
@@ -119,24 +119,47 @@ impl Cache {
         }
     }
 
-    /// Writes what has changed, before an entry.
+    /// The interruptibility state at the next entry.
     #[inline]
-    pub(super) fn write_back(&self, vmcs: &mut impl VmcsWrite) -> Result<(), AccessError> {
-        let changed = self.changed.get();
-        if changed & Cached::Rip.bit() != 0 {
-            vmcs.set(fields::GUEST_RIP, self.values[Cached::Rip as usize].get())?;
+    pub(super) fn interruptibility(
+        &self,
+        vmcs: &impl VmcsRead,
+    ) -> Result<Interruptibility, AccessError> {
+        let raw = self.get(vmcs, Cached::Interruptibility)?;
+        let mut state = Interruptibility::from_bits_retain(raw as u32);
+        if self.has(SHADOW_OVER) && state.intersects(SHADOW) {
+            state -= SHADOW;
+            self.set_interruptibility(state);
         }
-        if changed & !Cached::Rip.bit() != 0 {
-            self.write_rest(vmcs, changed)?;
-        }
-        self.changed.set(0);
-        Ok(())
+        Ok(state)
     }
 
-    #[inline(never)]
-    fn write_rest(&self, vmcs: &mut impl VmcsWrite, changed: u8) -> Result<(), AccessError> {
-        for register in [Cached::Rflags, Cached::Interruptibility] {
-            if changed & register.bit() != 0 {
+    #[inline]
+    pub(super) fn set_interruptibility(&self, state: Interruptibility) {
+        self.set(Cached::Interruptibility, u64::from(state.bits()));
+    }
+
+    /// Says that there is other work before the next entry.
+    #[inline]
+    pub(super) fn add_work(&self) {
+        self.add(OTHER_WORK);
+    }
+
+    /// Writes RIP; whether there is more to do before the entry.
+    #[inline]
+    pub(super) fn write_rip(&self, vmcs: &mut impl VmcsWrite) -> Result<bool, AccessError> {
+        let work = self.flags.get() & WORK;
+        if work == Cached::Rip.changed() {
+            vmcs.set(fields::GUEST_RIP, self.values[Cached::Rip as usize].get())?;
+            return Ok(false);
+        }
+        Ok(work != 0)
+    }
+
+    /// Writes whatever has changed.
+    pub(super) fn write_all(&self, vmcs: &mut impl VmcsWrite) -> Result<(), AccessError> {
+        for register in Cached::ALL {
+            if self.has(register.changed()) {
                 let (field, value) = (register.field(), self.values[register as usize].get());
                 vmcs.write_raw(field, value)
                     .map_err(|fail| AccessError::Write { field, value, fail })?;

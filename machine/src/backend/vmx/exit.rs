@@ -120,7 +120,7 @@ impl<P: Processor, M: GuestMemory> VmxVcpu<'_, P, M> {
                 let open = state - Interruptibility::BLOCKING_BY_NMI;
                 self.cache.set_interruptibility(open);
             }
-            self.injection = Some(event);
+            self.inject(event);
         }
         Ok(())
     }
@@ -174,7 +174,7 @@ impl<P: Processor, M: GuestMemory> VmxVcpu<'_, P, M> {
             }));
         };
         let combined = interrupted.map_or(Combined::Serial, |first| first.combine(exception));
-        self.injection = Some(match combined {
+        self.inject(match combined {
             Combined::Serial => event,
             Combined::DoubleFault => Event::fault_with(Exception::DoubleFault, 0),
             Combined::Shutdown => return Ok(Some(VmExit::Shutdown)),
@@ -192,7 +192,7 @@ impl<P: Processor, M: GuestMemory> VmxVcpu<'_, P, M> {
                 .set(fields::GUEST_DR7, dr7 & !DR7_GENERAL_DETECT)?;
         }
         if cause.contains(DebugQualification::BS) {
-            self.stepping = true;
+            self.watchful = true;
         }
         // In a shadow of STI or MOV SS, an entry with TF set demands that a single step is pending
         // (SDM vol. 3C, 27.3.1.5).

@@ -87,8 +87,9 @@ pub struct VmxVcpu<'a, P, M> {
     tpr_threshold: u8,
     /// The interrupt that the machine wants a window for.
     window: Option<AwaitedInterrupt>,
-    /// The guest was seen single-stepping.
-    stepping: bool,
+    /// A window is open, or the guest was seen single-stepping: what else completing an instruction
+    /// does cannot wait.
+    watchful: bool,
     /// An access that failed where no error can be returned; the guest is not entered after it.
     failure: Cell<Option<VcpuError>>,
 }
@@ -195,7 +196,7 @@ impl<'a, P: Processor, M: GuestMemory> VmxVcpu<'a, P, M> {
             entry: parts.controls.entry,
             tpr_threshold: 0,
             window: None,
-            stepping: false,
+            watchful: false,
             failure: Cell::new(None),
         };
         vcpu.processor.set(fields::GUEST_RSP, 0)?;
@@ -207,6 +208,7 @@ impl<'a, P: Processor, M: GuestMemory> VmxVcpu<'a, P, M> {
     #[cold]
     fn remember(&self, error: VcpuError) {
         self.failure.set(self.failure.get().or(Some(error)));
+        self.cache.add_work();
     }
 
     /// The value, or zero together with a failure that the next entry reports.
@@ -246,22 +248,22 @@ impl<'a, P: Processor, M: GuestMemory> VmxVcpu<'a, P, M> {
     /// Writes what handlers have changed, so that the guest can be entered.
     #[inline]
     fn prepare(&mut self) -> Result<(), VcpuError> {
-        if self.injection.is_some() || self.failure.get().is_some() {
-            self.prepare_injection()?;
-        }
         if self.registers.gprs.rsp != self.rsp_agreed {
             self.rsp_agreed = self.registers.gprs.rsp;
             self.processor.set(fields::GUEST_RSP, self.rsp_agreed)?;
         }
-        self.cache.write_back(&mut self.processor)?;
+        if self.cache.write_rip(&mut self.processor)? {
+            self.prepare_rest()?;
+        }
         Ok(())
     }
 
     #[inline(never)]
-    fn prepare_injection(&mut self) -> Result<(), VcpuError> {
+    fn prepare_rest(&mut self) -> Result<(), VcpuError> {
         if let Some(failure) = self.failure.get() {
             return Err(failure);
         }
+        self.cache.write_all(&mut self.processor)?;
         let Some(mut event) = self.injection.take() else {
             return Ok(());
         };
@@ -358,7 +360,6 @@ impl<'a, P: Processor, M: GuestMemory> VmxVcpu<'a, P, M> {
         self.processor.set(fields::GUEST_ACTIVITY_STATE, 0)?;
         self.processor.set(fields::GUEST_PENDING_DEBUG, 0)?;
         self.injection = None;
-        self.stepping = false;
         self.registers.cr2 = system.cr2;
         self.processor.set_dr6(system.dr6);
         self.set_task_priority(system.cr8 as u8);
@@ -428,6 +429,7 @@ impl<'a, P: Processor, M: GuestMemory> VmxVcpu<'a, P, M> {
     fn set_primary(&mut self, control: PrimaryControls, on: bool) {
         if self.primary.contains(control) != on {
             self.primary.set(control, on);
+            self.watchful |= on;
             self.set_field(fields::PRIMARY_CONTROLS, self.primary.bits());
         }
     }
@@ -436,12 +438,12 @@ impl<'a, P: Processor, M: GuestMemory> VmxVcpu<'a, P, M> {
     /// moment, and a single step leaves its #DB pending.
     #[inline(never)]
     fn complete_step(&mut self) {
-        if self.primary.intersects(setup::WINDOWS) {
+        self.watchful = self.primary.intersects(setup::WINDOWS);
+        if self.watchful {
             self.interruptibility();
         }
         let rflags = self.cached(Cached::Rflags);
         if rflags & STEP_FLAGS == 0 {
-            self.stepping = false;
             return;
         }
         let resume = RFlags::RESUME_FLAG.bits();
@@ -449,7 +451,7 @@ impl<'a, P: Processor, M: GuestMemory> VmxVcpu<'a, P, M> {
             self.cache.set(Cached::Rflags, rflags & !resume);
         }
         if rflags & RFlags::TRAP_FLAG.bits() != 0 {
-            self.stepping = true;
+            self.watchful = true;
             let pending = self.field(fields::GUEST_PENDING_DEBUG);
             self.set_field(
                 fields::GUEST_PENDING_DEBUG,
@@ -503,8 +505,7 @@ impl<P: Processor, M: GuestMemory> Vcpu for VmxVcpu<'_, P, M> {
 
     #[inline]
     fn set_rip(&mut self, rip: u64) {
-        self.cache.set(Cached::Rip, rip);
-        self.cache.end_shadow();
+        self.cache.complete_to(rip);
     }
 
     fn system(&self) -> SystemRegisters {
@@ -533,8 +534,7 @@ impl<P: Processor, M: GuestMemory> Vcpu for VmxVcpu<'_, P, M> {
             next &= 0xFFFF_FFFF;
         }
         self.set_rip(next);
-        let brief = self.reason == CPUID && !self.stepping;
-        if !brief || self.primary.intersects(setup::WINDOWS) {
+        if self.reason != CPUID || self.watchful {
             self.complete_step();
         }
     }
@@ -556,6 +556,7 @@ impl<P: Processor, M: GuestMemory> Vcpu for VmxVcpu<'_, P, M> {
     #[inline]
     fn inject(&mut self, event: Event) {
         self.injection = Some(event);
+        self.cache.add_work();
     }
 
     #[inline]
