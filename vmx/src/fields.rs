@@ -9,7 +9,7 @@
 //! use testudo_vmx::{caps::fixtures, fields};
 //!
 //! let info = fields::PML_ADDRESS.encoding().info().unwrap();
-//! assert_eq!((info.name, info.section), ("PML_ADDRESS", "25.6.17"));
+//! assert_eq!((info.name, info.section), ("PML_ADDRESS", "25.6.19"));
 //! assert!(info.exists(&fixtures::skylake_sp()) && !info.exists(&fixtures::haswell()));
 //! ```
 
@@ -205,7 +205,7 @@ fields! {
         /// Executive-VMCS pointer
         EXECUTIVE_VMCS_POINTER = 0x200C, "25.6.10";
         /// PML address
-        PML_ADDRESS = 0x200E, "25.6.17" if Secondary ENABLE_PML;
+        PML_ADDRESS = 0x200E, "25.6.19" if Secondary ENABLE_PML;
         /// TSC offset
         TSC_OFFSET = 0x2010, "25.6.5";
         /// Virtual-APIC address
@@ -245,11 +245,11 @@ fields! {
         /// Tertiary processor-based VM-execution controls
         TERTIARY_CONTROLS = 0x2034, "25.6.2" if Primary ACTIVATE_TERTIARY_CONTROLS;
         /// ENCLV-exiting bitmap
-        ENCLV_EXITING_BITMAP = 0x2036, "25.6.16" if Secondary ENABLE_ENCLV_EXITING;
+        ENCLV_EXITING_BITMAP = 0x2036, "25.6.17" if Secondary ENABLE_ENCLV_EXITING;
         /// Low PASID directory address
-        LOW_PASID_DIRECTORY = 0x2038, "25.6.19" if Secondary PASID_TRANSLATION;
+        LOW_PASID_DIRECTORY = 0x2038, "25.6.24" if Secondary PASID_TRANSLATION;
         /// High PASID directory address
-        HIGH_PASID_DIRECTORY = 0x203A, "25.6.19" if Secondary PASID_TRANSLATION;
+        HIGH_PASID_DIRECTORY = 0x203A, "25.6.24" if Secondary PASID_TRANSLATION;
         /// Shared EPT pointer, of trust domains
         SHARED_EPT_POINTER = 0x203C, "25.6.11" if Never;
         /// PCONFIG-exiting bitmap
@@ -261,9 +261,9 @@ fields! {
         /// Secondary VM-exit controls
         SECONDARY_EXIT_CONTROLS = 0x2044, "25.7.1" if Exit ACTIVATE_SECONDARY_CONTROLS;
         /// IA32_SPEC_CTRL mask
-        SPEC_CTRL_MASK = 0x204A, "25.6.24" if Tertiary VIRTUALIZE_SPEC_CTRL;
+        SPEC_CTRL_MASK = 0x204A, "25.6.26" if Tertiary VIRTUALIZE_SPEC_CTRL;
         /// IA32_SPEC_CTRL shadow
-        SPEC_CTRL_SHADOW = 0x204C, "25.6.24" if Tertiary VIRTUALIZE_SPEC_CTRL;
+        SPEC_CTRL_SHADOW = 0x204C, "25.6.26" if Tertiary VIRTUALIZE_SPEC_CTRL;
         /// Injected-event data
         INJECTED_EVENT_DATA = 0x2052, "25.8.3" if Entry LOAD_FRED;
     }
