@@ -29,8 +29,11 @@ extern crate alloc;
 #[cfg(test)]
 extern crate std;
 
+mod kvm;
 mod open_words;
 pub mod svm;
 #[cfg(test)]
 mod test_memory;
 pub mod vmx;
+
+pub use kvm::FormatError;

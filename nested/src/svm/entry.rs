@@ -121,7 +121,7 @@ impl NestedSvm {
     /// Makes the copy what a processor with L1's features sees in it: bits of other features do
     /// nothing.
     #[inline]
-    fn ignore_what_is_not_offered(&mut self) {
+    pub(super) fn ignore_what_is_not_offered(&mut self) {
         let features = self.features;
         let has = |feature| features.contains(feature);
         let mut nested = NestedControl::empty();
@@ -160,7 +160,7 @@ impl NestedSvm {
 
     /// The page tables and the translations that L2 uses. `false` if there is no table for it.
     #[inline]
-    fn select_translation<M, S: SecondStage>(
+    pub(super) fn select_translation<M, S: SecondStage>(
         &mut self,
         unchanged: CleanBits,
         cx: &mut Context<'_, M, S>,
@@ -240,7 +240,7 @@ impl NestedSvm {
 
     /// Everything of the control area.
     #[inline]
-    fn join_controls<M: GuestMemory, S>(&mut self, cx: &Context<'_, M, S>) {
+    pub(super) fn join_controls<M: GuestMemory, S>(&mut self, cx: &Context<'_, M, S>) {
         self.window = None;
         let intercepts = self.merged_intercepts(cx.vmcb01);
         let theirs_misc1 = self.vmcb12.intercept_misc1();
@@ -330,7 +330,7 @@ impl NestedSvm {
 
     /// L2's registers, as far as they have changed.
     #[inline]
-    fn join_state(&mut self, unchanged: CleanBits, vmcb01: &Vmcb) {
+    pub(super) fn join_state(&mut self, unchanged: CleanBits, vmcb01: &Vmcb) {
         let (theirs, vmcb02) = (&*self.vmcb12, &mut self.pages.vmcb);
         let changed = |part| !unchanged.contains(part);
         if changed(CleanBits::SEGMENTS) {

@@ -5,7 +5,7 @@ use testudo_svm::Vmcb;
 use testudo_svm::caps::Features;
 use testudo_svm::event::RawEvent;
 use testudo_svm::exit::{ExitCode, NestedFaultBits, NestedPageFault};
-use testudo_svm::vmcb::{VintrFlags, VirtualExtensions};
+use testudo_svm::vmcb::{VintrFlags, VirtualExtensions, VirtualInterrupts};
 
 use super::{Context, NestedFault, NestedSvm, RawExit, Route, SecondStage, image, route};
 
@@ -215,27 +215,37 @@ impl NestedSvm {
     }
 
     /// V_TPR, V_IRQ and V_GIF as the processor left them, in the word that L1 gave (APM vol. 2,
-    /// 15.21.4). The next entry makes this word of `vmcb02` anew.
+    /// 15.21.4).
     #[inline]
-    fn collect_virtual_interrupts(&mut self, vmcb01: &mut Vmcb) {
+    pub(super) fn collected_virtual_interrupts(&self) -> VirtualInterrupts {
         let live = self.pages.vmcb.virtual_interrupts();
         let theirs = self.vmcb12.virtual_interrupts();
-        let held = self.window.take();
         let mut taken = VintrFlags::V_IRQ;
         if theirs.contains(VintrFlags::V_GIF_ENABLE) {
             taken |= VintrFlags::V_GIF;
         }
-        let source = held.unwrap_or(live);
+        let source = self.window.unwrap_or(live);
         let word = theirs.remove(taken).insert(source.flags() & taken);
-        let word = if theirs.contains(VintrFlags::V_INTR_MASKING) {
+        if theirs.contains(VintrFlags::V_INTR_MASKING) {
             word.with_tpr(live.tpr())
         } else {
+            word
+        }
+    }
+
+    /// Puts that word where an exit writes it from, and L1's own task priority where it belongs. The
+    /// next entry makes the word of `vmcb02` anew.
+    #[inline]
+    fn collect_virtual_interrupts(&mut self, vmcb01: &mut Vmcb) {
+        let word = self.collected_virtual_interrupts();
+        let live = self.pages.vmcb.virtual_interrupts();
+        if !word.contains(VintrFlags::V_INTR_MASKING) {
             let ours = vmcb01.virtual_interrupts();
             if ours.tpr() != live.tpr() {
                 vmcb01.set_virtual_interrupts(ours.with_tpr(live.tpr()));
             }
-            word
-        };
+        }
+        self.window = None;
         self.pages.vmcb.set_virtual_interrupts(word);
     }
 

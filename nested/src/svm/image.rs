@@ -158,6 +158,20 @@ pub(super) fn copy_resident(from: &Vmcb, to: &mut Vmcb) {
     );
 }
 
+/// All registers that VMRUN loads and #VMEXIT saves.
+pub(super) fn copy_own_state(from: &Vmcb, to: &mut Vmcb) {
+    copy_segments(from, to);
+    copy_descriptor_tables(from, to);
+    copy_control_registers(from, to);
+    copy_debug_registers(from, to);
+    copy_flow(from, to);
+    copy(
+        from,
+        to,
+        [0x5D8..0x5E0, 0x5F8..0x600, 0x640..0x648, 0x668..0x670],
+    );
+}
+
 /// ES, CS, SS, DS and the CPL.
 #[inline]
 pub(super) fn copy_segments(from: &Vmcb, to: &mut Vmcb) {

@@ -36,6 +36,7 @@ mod instruction;
 mod maps;
 mod msr;
 mod route;
+mod saved;
 mod stage;
 #[cfg(test)]
 mod tests;
@@ -57,6 +58,7 @@ pub use events::{Acceptance, PhysicalEvent};
 pub use exit::{Handled, PredictorBarrier};
 pub use instruction::{Instruction, Outcome};
 pub use route::{RawExit, Route, route};
+pub use saved::{RestoreError, SavedGuest, SavedSvm};
 pub use stage::{NestedFault, NestedTable, NoSecondStage, SecondStage};
 
 /// What the processor reads while L2 runs: its VMCB and its permission maps, in one piece of

@@ -121,7 +121,7 @@ impl NestedVmx {
     }
 
     /// Without VPID, and with a new one, no cached translation of L2 may be used.
-    fn note_vpid(&mut self, l1: &L1Controls) -> Result<(), AccessError> {
+    pub(super) fn note_vpid(&mut self, l1: &L1Controls) -> Result<(), AccessError> {
         let vpid = if l1.secondary.contains(SecondaryControls::ENABLE_VPID) {
             self.vmcs12.image.get(fields::VPID)?
         } else {
@@ -133,7 +133,7 @@ impl NestedVmx {
     }
 
     /// Controls and guest state into `vmcs02`.
-    fn load_l2<P: VmcsPair, M: GuestMemory, S, R>(
+    pub(super) fn load_l2<P: VmcsPair, M: GuestMemory, S, R>(
         &mut self,
         l1: &L1Controls,
         composed: Option<u64>,

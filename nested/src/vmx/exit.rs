@@ -288,7 +288,7 @@ impl NestedVmx {
     }
 
     /// L2's state into L1's VMCS (28.3).
-    fn save_guest<P: VmcsPair, M, S, R>(
+    pub(super) fn save_guest<P: VmcsPair, M, S, R>(
         &mut self,
         l1: &L1Controls,
         cx: &mut Context<'_, P, M, S, R>,

@@ -528,7 +528,7 @@ impl NestedVmx {
     }
 
     /// "not 4 KByte aligned" or "sets any bits beyond the physical-address width".
-    fn is_region_address(&self, at: Gpa) -> bool {
+    pub(super) fn is_region_address(&self, at: Gpa) -> bool {
         at.0 & 0xFFF == 0 && !self.caps.processor.exceeds_physical(at.0)
     }
 

@@ -25,8 +25,10 @@ mod exit;
 mod guest_fields;
 mod instruction;
 mod join;
+mod kvm_layout;
 mod operand;
 mod route;
+mod saved;
 #[cfg(test)]
 mod tests;
 mod vmcs12;
@@ -46,6 +48,7 @@ pub use instruction::{Instruction, Outcome};
 pub use join::{Joined, L0Controls};
 pub use operand::Fault;
 pub use route::{ExitDetails, Route, route};
+pub use saved::{RestoreError, SavedVmcs, SavedVmx};
 pub use vmcs12::{LaunchState, REVISION};
 
 /// The two VMCSs that the processor runs one vCPU with. Only one is current at a time, so one is

@@ -9,7 +9,7 @@ use testudo_svm::vmcb::{TlbControl, VirtualExtensions};
 use zerocopy::IntoBytes;
 
 /// What must be true of `vmcb02` at every moment.
-fn assert_contained(vm: &mut Vm) {
+pub(super) fn assert_contained(vm: &mut Vm) {
     let l0 = vm.vmcb01.intercepts();
     let offered = vm.nested.features;
     let maps_at = (

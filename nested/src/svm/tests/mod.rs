@@ -25,6 +25,7 @@ mod events;
 mod instructions;
 mod regressions;
 mod routing;
+mod saved;
 
 /// Where the tests put L1's control block and maps.
 pub(super) const VMCB12: Gpa = Gpa(0x10000);

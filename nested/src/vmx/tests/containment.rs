@@ -13,7 +13,7 @@ fn get(vm: &Vm, field: impl Into<Encoding>) -> u64 {
     vm.vmcs.l2.image().read_raw(field.into()).unwrap()
 }
 
-fn assert_contained(vm: &Vm, host: &[(Encoding, u64)]) {
+pub(super) fn assert_contained(vm: &Vm, host: &[(Encoding, u64)]) {
     let l0 = vm.vmcs.l1.image();
     let bits = |field: Encoding| (get(vm, field), l0.read_raw(field).unwrap());
     // Everything that L0 wants to see.
@@ -95,7 +95,7 @@ fn assert_contained(vm: &Vm, host: &[(Encoding, u64)]) {
 }
 
 /// The fields of `vmcs02` that no L1 may change.
-fn untouchable(vm: &Vm) -> Vec<(Encoding, u64)> {
+pub(super) fn untouchable(vm: &Vm) -> Vec<(Encoding, u64)> {
     let mine = [
         fields::PIN_CONTROLS.encoding(),
         fields::PRIMARY_CONTROLS.encoding(),

@@ -25,6 +25,7 @@ mod containment;
 mod instructions;
 mod model;
 mod routing;
+mod saved;
 mod transitions;
 
 pub(super) const VMXON_REGION: Gpa = Gpa(0x8000);

@@ -1,0 +1,344 @@
+//! The nested state at rest: what a snapshot or a migration carries of VMX for L1.
+//!
+//! # Format, version 1
+//!
+//! | bytes | what |
+//! | --- | --- |
+//! | 0 | `TESTNVMX` |
+//! | 8 | version, 32 bits |
+//! | 12 | flags, 32 bits: 1 in VMX operation, 2 a VMCS is current, 4 L2 runs, 8 launched |
+//! | 16, 24 | the VMXON region, the current-VMCS pointer |
+//! | 32 | zero |
+//! | 64 | if a VMCS is current: its fields, as in [`VmcsImage`] (4 KiB) |
+//!
+//! All numbers are little-endian. While L2 runs, the image has L2's registers as they stand; those
+//! that its controls do not save (the PAT, for instance) are the vCPU's and travel with it. L1's own
+//! registers are the image's host state.
+//!
+//! VMCSs that are not current lie in L1's memory, in the layout of [`REVISION`](super::REVISION). KVM's
+//! layout differs, so between KVM and this layer only an L1 can move that has cleared the others.
+
+use alloc::boxed::Box;
+use alloc::vec;
+use alloc::vec::Vec;
+
+use testudo_arch::{EferFlags, Gpa, GuestMemory, Hpa};
+use testudo_vmx::check::{EntryContext, Violations, check_entry_from};
+use testudo_vmx::controls::SecondaryControls;
+use testudo_vmx::encoding::FieldWidth;
+use testudo_vmx::image::VmcsImage;
+use testudo_vmx::{AccessError, VmcsRead, VmcsWrite, fields};
+
+use super::join::L1Controls;
+use super::vmcs12::LaunchState;
+use super::{Context, NestedVmx, SecondStage, VmcsPair, kvm_layout};
+use crate::kvm::{self, FormatError};
+
+/// The nested state of one vCPU, apart from its memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SavedVmx {
+    /// The VMXON region, in VMX operation.
+    pub vmxon: Option<Gpa>,
+    /// The current VMCS.
+    pub current: Option<SavedVmcs>,
+    /// Whether L2 runs.
+    pub is_guest: bool,
+}
+
+/// A current VMCS.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SavedVmcs {
+    /// Where its region is.
+    pub at: Gpa,
+    /// Its launch state.
+    pub launch_state: LaunchState,
+    /// Its fields.
+    pub image: Box<VmcsImage>,
+}
+
+/// State that cannot be restored.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum RestoreError {
+    /// Its bytes are not what they should be.
+    #[error(transparent)]
+    Format(#[from] FormatError),
+    /// L2 could not have run with it.
+    #[error("a VMCS that no processor enters: {0}")]
+    Invalid(Violations),
+    /// A region that cannot be one, a current VMCS outside VMX operation, or L2 without a VMCS.
+    #[error("an impossible combination of VMX operation and regions")]
+    Regions,
+    /// There is no EPT for L2.
+    #[error("no composition of L1's EPT")]
+    SecondStage,
+    /// L2 runs in the vCPU that is to be restored.
+    #[error("the vCPU is running a nested guest")]
+    Busy,
+    /// L0's own access to a VMCS failed.
+    #[error(transparent)]
+    Access(#[from] AccessError),
+}
+
+const NAME: &[u8; 8] = b"TESTNVMX";
+const VERSION: u32 = 1;
+const VMXON: u32 = 1;
+const CURRENT: u32 = 2;
+const GUEST: u32 = 4;
+const LAUNCHED: u32 = 8;
+const BLOCK: usize = 64;
+
+impl SavedVmx {
+    /// In the format above.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let current = self.current.as_ref();
+        let mut bytes = vec![0; BLOCK + current.map_or(0, |_| kvm::BLOCK)];
+        let flag = |set, bit| if set { bit } else { 0 };
+        let launched = current.is_some_and(|c| c.launch_state == LaunchState::Launched);
+        let flags = flag(self.vmxon.is_some(), VMXON)
+            | flag(current.is_some(), CURRENT)
+            | flag(self.is_guest, GUEST)
+            | flag(launched, LAUNCHED);
+        kvm::set_own_header(&mut bytes, NAME, VERSION, flags);
+        kvm::set_u64(&mut bytes, 16, self.vmxon.map_or(0, |at| at.0));
+        if let Some(current) = current {
+            kvm::set_u64(&mut bytes, 24, current.at.0);
+            bytes[BLOCK..].copy_from_slice(current.image.as_bytes());
+        }
+        bytes
+    }
+
+    /// From the format above.
+    ///
+    /// # Errors
+    ///
+    /// [`FormatError`], if the bytes are something else.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, FormatError> {
+        let flags = kvm::own_header(bytes, NAME, VERSION)?;
+        if flags & !(VMXON | CURRENT | GUEST | LAUNCHED) != 0 {
+            return Err(FormatError::Flags(flags));
+        }
+        let is_current = flags & CURRENT != 0;
+        let expected = BLOCK + if is_current { kvm::BLOCK } else { 0 };
+        if bytes.len() != expected {
+            return Err(FormatError::Length {
+                found: bytes.len(),
+                expected,
+            });
+        }
+        let launch_state = if flags & LAUNCHED != 0 {
+            LaunchState::Launched
+        } else {
+            LaunchState::Clear
+        };
+        let current = is_current.then(|| {
+            let mut image = Box::new(VmcsImage::new());
+            image.as_mut_bytes().copy_from_slice(&bytes[BLOCK..]);
+            SavedVmcs {
+                at: Gpa(kvm::u64_at(bytes, 24)),
+                launch_state,
+                image,
+            }
+        });
+        Ok(Self {
+            vmxon: (flags & VMXON != 0).then(|| Gpa(kvm::u64_at(bytes, 16))),
+            current,
+            is_guest: flags & GUEST != 0,
+        })
+    }
+
+    /// In KVM's layout.
+    pub fn to_kvm(&self) -> Vec<u8> {
+        // KVM's data are two blocks: the VMCS, and the shadow VMCS that it links to.
+        let blocks = if self.current.is_some() { 2 } else { 0 };
+        let mut bytes = vec![0; kvm::HEADER + blocks * kvm::BLOCK];
+        let flags = if self.is_guest { kvm::GUEST_MODE } else { 0 };
+        kvm::set_header(&mut bytes, kvm::FORMAT_VMX, flags);
+        kvm::set_u64(&mut bytes, 8, self.vmxon.map_or(u64::MAX, |at| at.0));
+        let pointer = self.current.as_ref().map_or(u64::MAX, |c| c.at.0);
+        kvm::set_u64(&mut bytes, 16, pointer);
+        if let Some(current) = &self.current {
+            let block = &mut bytes[kvm::HEADER..kvm::HEADER + kvm::BLOCK];
+            block[..4].copy_from_slice(&kvm_layout::REVISION.to_le_bytes());
+            block[8] = u8::from(current.launch_state == LaunchState::Launched);
+            for &(field, at) in kvm_layout::OFFSETS {
+                let value = current.image.read_raw(field).unwrap_or(0).to_le_bytes();
+                let (at, width) = (usize::from(at), field.width().bytes());
+                block[at..at + width].copy_from_slice(&value[..width]);
+            }
+        }
+        bytes
+    }
+
+    /// From KVM's layout.
+    ///
+    /// # Errors
+    ///
+    /// [`FormatError`], if the bytes are something else, or use an enlightened VMCS or SMM.
+    pub fn from_kvm(bytes: &[u8]) -> Result<Self, FormatError> {
+        const RUN_PENDING: u16 = 2;
+        let flags = kvm::header(bytes, kvm::FORMAT_VMX)?;
+        if flags & !(kvm::GUEST_MODE | RUN_PENDING) != 0 || flags & kvm::EVMCS != 0 {
+            return Err(FormatError::Flags(flags.into()));
+        }
+        let smm = u16::from_le_bytes([bytes[24], bytes[25]]);
+        if smm != 0 {
+            return Err(FormatError::Flags(smm.into()));
+        }
+        let pointer = |at| {
+            Some(kvm::u64_at(bytes, at))
+                .filter(|p| *p != u64::MAX)
+                .map(Gpa)
+        };
+        let current = match pointer(16) {
+            None => None,
+            Some(at) => {
+                let block = bytes.get(kvm::HEADER..kvm::HEADER + kvm::BLOCK);
+                let block = block.ok_or(FormatError::Length {
+                    found: bytes.len(),
+                    expected: kvm::HEADER + kvm::BLOCK,
+                })?;
+                if kvm::u32_at(block, 0) != kvm_layout::REVISION {
+                    return Err(FormatError::Version(kvm::u32_at(block, 0)));
+                }
+                Some(SavedVmcs {
+                    at,
+                    launch_state: match kvm::u32_at(block, 8) {
+                        1 => LaunchState::Launched,
+                        _ => LaunchState::Clear,
+                    },
+                    image: from_kvm_block(block),
+                })
+            }
+        };
+        Ok(Self {
+            vmxon: pointer(8),
+            current,
+            is_guest: flags & kvm::GUEST_MODE != 0,
+        })
+    }
+}
+
+fn from_kvm_block(block: &[u8]) -> Box<VmcsImage> {
+    let mut image = Box::new(VmcsImage::new());
+    for &(field, at) in kvm_layout::OFFSETS {
+        let at = usize::from(at);
+        let value = match field.width() {
+            FieldWidth::Bits16 => u64::from(u16::from_le_bytes([block[at], block[at + 1]])),
+            FieldWidth::Bits32 => kvm::u32_at(block, at).into(),
+            FieldWidth::Bits64 | FieldWidth::Natural => kvm::u64_at(block, at),
+        };
+        // Every field of KVM's is in the table of fields, as a test shows.
+        let _in_table = image.write_raw(field, value).is_ok();
+    }
+    image
+}
+
+impl NestedVmx {
+    /// The nested state as it stands between two entries.
+    ///
+    /// # Errors
+    ///
+    /// L0's own access to a VMCS failed.
+    pub fn save<P: VmcsPair, M, S, R>(
+        &mut self,
+        cx: &mut Context<'_, P, M, S, R>,
+    ) -> Result<SavedVmx, AccessError> {
+        if self.is_guest {
+            let l1 = L1Controls::read(&self.vmcs12.image)?;
+            self.save_guest(&l1, cx)?;
+            // What is on its way into L2, which an exit would report instead.
+            let vmcs02 = cx.vmcs.l2();
+            let image = &mut *self.vmcs12.image;
+            let pending = vmcs02.get(fields::ENTRY_INTERRUPTION_INFORMATION)?;
+            image.set(fields::ENTRY_INTERRUPTION_INFORMATION, pending)?;
+            let code = vmcs02.get(fields::ENTRY_EXCEPTION_ERROR_CODE)?;
+            image.set(fields::ENTRY_EXCEPTION_ERROR_CODE, code)?;
+            let length = vmcs02.get(fields::ENTRY_INSTRUCTION_LENGTH)?;
+            image.set(fields::ENTRY_INSTRUCTION_LENGTH, length)?;
+        }
+        let current = self.current.map(|at| SavedVmcs {
+            at,
+            launch_state: self.vmcs12.launch_state,
+            image: self.vmcs12.image.clone(),
+        });
+        Ok(SavedVmx {
+            vmxon: self.vmxon,
+            current,
+            is_guest: self.is_guest,
+        })
+    }
+
+    /// Takes up saved state, in a vCPU that is not running L2 and whose `vmcs01` has L0's controls.
+    ///
+    /// # Errors
+    ///
+    /// [`RestoreError`]: the state is one that no vCPU of this kind can have been in. Then nothing
+    /// may be run before another attempt succeeds.
+    pub fn restore<P: VmcsPair, M: GuestMemory, S: SecondStage, R>(
+        &mut self,
+        saved: &SavedVmx,
+        cx: &mut Context<'_, P, M, S, R>,
+    ) -> Result<(), RestoreError> {
+        if self.is_guest {
+            return Err(RestoreError::Busy);
+        }
+        let current = saved.current.as_ref();
+        let region = |at: Option<Gpa>| at.is_none_or(|at| self.is_region_address(at));
+        let possible = region(saved.vmxon)
+            && region(current.map(|c| c.at))
+            && (saved.vmxon.is_some() || current.is_none())
+            && (saved.vmxon.is_none() || saved.vmxon != current.map(|c| c.at))
+            && (current.is_some() || !saved.is_guest);
+        if !possible {
+            return Err(RestoreError::Regions);
+        }
+        self.vmxon = saved.vmxon;
+        self.current = current.map(|c| c.at);
+        self.in_vmcs02 = None;
+        self.rare_dirty = true;
+        self.joined = None;
+        self.flush = super::Flush {
+            vpid: true,
+            ept: true,
+            l1: true,
+        };
+        if let Some(current) = current {
+            self.vmcs12.image.clone_from(&current.image);
+            self.vmcs12.launch_state = current.launch_state;
+            if saved.is_guest {
+                return self.restore_guest(current.at, cx);
+            }
+        }
+        Ok(())
+    }
+
+    fn restore_guest<P: VmcsPair, M: GuestMemory, S: SecondStage, R>(
+        &mut self,
+        at: Gpa,
+        cx: &mut Context<'_, P, M, S, R>,
+    ) -> Result<(), RestoreError> {
+        let efer = cx.vmcs.l1().get(fields::GUEST_EFER)?;
+        let context = EntryContext {
+            long_mode: efer & EferFlags::LONG_MODE_ACTIVE.bits() != 0,
+            in_smm: false,
+            current_vmcs: Some(Hpa(at.0)),
+        };
+        let violations = check_entry_from(&*self.vmcs12.image, &self.caps, &context)?;
+        if !violations.is_empty() {
+            return Err(RestoreError::Invalid(violations));
+        }
+        let l1 = L1Controls::read(&self.vmcs12.image)?;
+        let composed = if l1.secondary.contains(SecondaryControls::ENABLE_EPT) {
+            let eptp = self.vmcs12.image.get(fields::EPT_POINTER)?;
+            let composed = cx.second_stage.activate(eptp);
+            Some(composed.ok_or(RestoreError::SecondStage)?)
+        } else {
+            None
+        };
+        self.note_vpid(&l1)?;
+        self.load_l2(&l1, composed, cx)?;
+        self.is_guest = true;
+        Ok(())
+    }
+}
