@@ -41,6 +41,7 @@ mod pool;
 pub mod shadow;
 #[cfg(feature = "alloc")]
 pub mod sharing;
+pub mod sub_page;
 mod table;
 pub mod walk;
 

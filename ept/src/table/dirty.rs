@@ -282,17 +282,21 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
         harvest: Harvest<'_>,
         flush: &mut Flush<'_, M, u64>,
     ) {
+        let settled = harvest.wanted | self.format.accessed_bit() | self.format.dirty_bit();
         let mut bits = 0u64;
         for index in 0..count {
             let at = at.wrapping_add(index << 3);
             let entry = self.frames.load(at);
-            if entry & harvest.wanted != harvest.wanted {
+            if entry & harvest.wanted != harvest.wanted || !self.format.is_present(entry) {
                 continue;
             }
-            if !(self.format.is_present(entry) && self.wash(at, entry, harvest)) {
+            if entry & settled == settled {
+                // Hardware has nothing left to write, and other editors are out.
+                self.frames.store(at, entry & !harvest.clear);
+            } else if !self.wash(at, entry, harvest) {
                 continue;
             }
-            bits |= 1 << index;
+            bits |= 1u64.wrapping_shl(index as u32);
             if F::SIZED_PAGES {
                 let (first, bytes) = self.extent(entry, 1, offset + (index << 12));
                 let address = self.format.address(first).as_u64();
