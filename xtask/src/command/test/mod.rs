@@ -2,6 +2,7 @@
 
 mod boots;
 mod selftests;
+mod virtio;
 
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
@@ -73,6 +74,7 @@ impl Test {
         if !self.quick {
             selftests::run(&mut tally, self.full)?;
             boots::run(&mut tally, self.full)?;
+            virtio::run(&mut tally, self.full)?;
         }
         if !tally.failures.is_empty() {
             println!("\nfailed:");

@@ -1,0 +1,204 @@
+//! Virtio devices with the drivers of Debian's kernel, in a guest: each device over both transports, with
+//! both formats of rings, with one queue and with two.
+
+use std::fs;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+
+use super::Tally;
+use crate::run;
+use crate::workplace::RunFolder;
+
+/// What `virtio.sh` checks, in its order.
+const CHECKS: [&str; 15] = [
+    "transport",
+    "ring_format",
+    "queues",
+    "disk",
+    "disk_after_reset",
+    "read_only_disk",
+    "discard",
+    "dhcp",
+    "ping_host",
+    "http",
+    "tcp_echo",
+    "random",
+    "console",
+    "sockets",
+    "balloon",
+];
+
+/// Longer than everything together takes on a busy machine.
+const TIMEOUT: &str = "400";
+const DISK_SIZE: usize = 16 << 20;
+
+/// One way to attach all devices.
+#[derive(Clone, Copy)]
+struct Setting {
+    mmio: bool,
+    packed: bool,
+    queues: u8,
+}
+
+impl Setting {
+    fn all() -> impl Iterator<Item = Self> {
+        (0..8).map(|bits| Self {
+            mmio: bits & 1 != 0,
+            packed: bits & 2 != 0,
+            queues: 1 + (bits >> 2),
+        })
+    }
+
+    /// Two settings that differ in everything.
+    fn is_quick(self) -> bool {
+        let Self {
+            mmio,
+            packed,
+            queues,
+        } = self;
+        mmio == packed && packed == (queues == 2)
+    }
+
+    fn name(self) -> String {
+        format!(
+            "virtio::{}_{}_{}",
+            if self.mmio { "mmio" } else { "pci" },
+            if self.packed { "packed" } else { "split" },
+            self.queues
+        )
+    }
+
+    fn transport(self) -> [&'static str; 2] {
+        ["--transport", if self.mmio { "mmio" } else { "pci" }]
+    }
+}
+
+pub(super) fn run(tally: &mut Tally, full: bool) -> Result<()> {
+    run::progress("virtio devices in a guest");
+    for setting in Setting::all().filter(|setting| full || setting.is_quick()) {
+        check(tally, setting)?;
+    }
+    tally.check("virtio::balloon_deflates", balloon_deflates());
+    tally.check("virtio::broken_disk_is_an_error", broken_disk());
+    Ok(())
+}
+
+/// Checks all devices in one setting, then boots again over the other transport and looks at the disk.
+fn check(tally: &mut Tally, setting: Setting) -> Result<()> {
+    let folder = RunFolder::new()?;
+    let disk = folder.file("disk");
+    fs::write(&disk, vec![0; DISK_SIZE])?;
+    let disk = disk.to_str().context("the build's folder is not UTF-8")?;
+    let fixed = format!("{disk},ro");
+    let script = format!(
+        "WHERE={} PACKED={} QUEUES={}\n{}",
+        if setting.mmio { "LNRO0005" } else { "pci" },
+        u8::from(setting.packed),
+        setting.queues,
+        include_str!("virtio.sh"),
+    );
+    let queues = setting.queues.to_string();
+    let mut arguments = vec!["--vcpus", "2", "--queues", &queues, "--vsock", "--stats"];
+    arguments.extend(["--balloon", "64", "--disk", disk, "--disk", &fixed]);
+    arguments.extend(setting.transport());
+    if setting.packed {
+        arguments.push("--packed");
+    }
+    let name = setting.name();
+    let output = match boot(&arguments, &script) {
+        Ok(output) => output,
+        Err(error) => {
+            tally.check(&name, Err(error));
+            return Ok(());
+        }
+    };
+    for what in CHECKS {
+        let passed = output.contains(&format!("check {what} ok"));
+        let result = if passed {
+            Ok(())
+        } else {
+            Err(anyhow!("the output was:\n{output}"))
+        };
+        tally.check(&format!("{name}::{what}"), result);
+    }
+    let says = |words: &str| {
+        ensure!(output.contains(words), "nothing says «{words}»:\n{output}");
+        Ok(())
+    };
+    tally.check(
+        &format!("{name}::console_is_heard"),
+        says("spoken on 229:0"),
+    );
+    tally.check(
+        &format!("{name}::host_holds_the_balloon"),
+        says("balloon: 64 MiB held, 64 MiB by the guest's account"),
+    );
+    let other = Setting {
+        mmio: !setting.mmio,
+        ..setting
+    };
+    tally.check(
+        &format!("{name}::disk_outlives_the_guest"),
+        again(other, disk),
+    );
+    Ok(())
+}
+
+/// Looks in a new guest at what the one before has left on the disk, which the host can read too.
+fn again(setting: Setting, disk: &str) -> Result<()> {
+    let image = fs::read(disk)?;
+    ensure!(
+        image.get(1080..1082) == Some(&[0x53, 0xEF]),
+        "the file holds no ext2 file system"
+    );
+    let script = "mkdir /mnt; mount -o ro /dev/vda /mnt && seq 1 200000 | cmp - /mnt/kept && \
+                  test $(wc -c </mnt/random) = 2097152 && echo 'all is there'";
+    let mut arguments = vec!["--no-virtio", "--disk", disk];
+    arguments.extend(setting.transport());
+    let output = boot(&arguments, script)?;
+    ensure!(output.contains("all is there"), "the output was:\n{output}");
+    Ok(())
+}
+
+/// A driver that goes takes back what it gave.
+fn balloon_deflates() -> Result<()> {
+    let script = "for try in $(seq 1 100); do grep -q 'balloon_inflate 8192' /proc/vmstat && break; \
+                  usleep 100000; done; rmmod virtio_balloon; grep balloon /proc/vmstat";
+    let output = boot(&["--no-virtio", "--balloon", "32", "--stats"], script)?;
+    for words in ["balloon_inflate 8192", "balloon: 0 MiB held, 0 MiB by"] {
+        ensure!(output.contains(words), "nothing says «{words}»:\n{output}");
+    }
+    Ok(())
+}
+
+fn broken_disk() -> Result<()> {
+    let folder = RunFolder::new()?;
+    let disk = folder.file("disk");
+    fs::write(&disk, [0; 700])?;
+    let disk = disk.to_str().context("the build's folder is not UTF-8")?;
+    match boot(&["--disk", disk], "true") {
+        Ok(_) => bail!("a disk of 700 bytes is accepted"),
+        Err(error) if error.to_string().contains("whole sectors") => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Boots and runs a script; gives the output of a run that ended well.
+fn boot(arguments: &[&str], script: &str) -> Result<String> {
+    let output = Command::new(std::env::current_exe()?)
+        .args(["boot", "--timeout", TIMEOUT])
+        .args(arguments)
+        .args(["--run", script])
+        .stdin(Stdio::null())
+        .output()
+        .context("cannot run xtask")?;
+    let text = [output.stdout, output.stderr].concat();
+    let text = String::from_utf8_lossy(&text).into_owned();
+    ensure!(
+        output.status.success(),
+        "{}; the output was:\n{text}",
+        output.status
+    );
+    Ok(text)
+}
