@@ -11,10 +11,10 @@ use testudo_arch::memory::GuestRam;
 use testudo_arch::pci::PciFunction;
 use testudo_arch::{Gpa, GuestMemory};
 use testudo_virtio::backend::{
-    EchoHost, MemoryImage, NetBackend, NetHeader, Offloads, UserHost, UserOptions, Wire,
+    EchoHost, MemoryImage, MemoryTree, NetBackend, NetHeader, Offloads, UserHost, UserOptions, Wire,
 };
 use testudo_virtio::device::{
-    Balloon, BalloonBackend, Blk, BlkOptions, Console, ConsolePort, Iommu, IommuState, Mem,
+    Balloon, BalloonBackend, Blk, BlkOptions, Console, ConsolePort, Fs, Iommu, IommuState, Mem,
     MemBackend, MemOptions, Net, NetOptions, Pmem, PortOptions, Rng, Vsock,
 };
 use testudo_virtio::driver::{DriverQueue, ring_bytes};
@@ -156,10 +156,11 @@ pub enum Kind {
     Iommu,
     Mem,
     Pmem,
+    Fs,
 }
 
 impl Kind {
-    const ALL: [Self; 10] = [
+    const ALL: [Self; 11] = [
         Self::Blk,
         Self::Net,
         Self::UserNet,
@@ -170,6 +171,7 @@ impl Kind {
         Self::Iommu,
         Self::Mem,
         Self::Pmem,
+        Self::Fs,
     ];
 }
 
@@ -267,6 +269,12 @@ fn make(kind: Kind) -> Box<dyn Device<GuestRam>> {
             Box::new(mem)
         }
         Kind::Pmem => Box::new(Pmem::new(|| true, Gpa(1 << 33), 1 << 20)),
+        Kind::Fs => {
+            let tree = MemoryTree::new()
+                .with_file("a/b", vec![1; 5000])
+                .with_link("c", "a/b");
+            Box::new(Fs::new(tree, "tag"))
+        }
     }
 }
 

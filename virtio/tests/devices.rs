@@ -6,10 +6,10 @@ use std::sync::{Arc, Mutex};
 
 use support::{Connect, MmioGuest, PciGuest, RAM_BASE, RAM_SIZE, RawDriver, alloc, memory};
 use testudo_arch::{Gpa, GuestMemory};
-use testudo_virtio::backend::{MemoryImage, Unplugged, Wire};
+use testudo_virtio::backend::{MemoryImage, MemoryTree, Unplugged, Wire};
 use testudo_virtio::device::{
-    Balloon, BalloonBackend, Blk, BlkOptions, Console, ConsolePort, Iommu, IommuMemory, IommuState,
-    Mem, MemBackend, MemOptions, Net, NetOptions, Pmem, PortOptions, Stat,
+    Balloon, BalloonBackend, Blk, BlkOptions, Console, ConsolePort, Fs, Iommu, IommuMemory,
+    IommuState, Mem, MemBackend, MemOptions, Net, NetOptions, Pmem, PortOptions, Stat,
 };
 use testudo_virtio::{Features, Segment};
 
@@ -44,6 +44,7 @@ in_all_ways! {
     iommu_maps_translates_and_reports
     a_queue_can_be_reset_alone
     console_ports_are_added_named_and_opened
+    fs_offers_a_tree_to_read
 }
 
 fn request(kind: u32, sector: u64, rest: &[u8]) -> Vec<u8> {
@@ -674,4 +675,126 @@ fn console_ports_are_added_named_and_opened<T: Connect>(packed: bool) {
     let mut bytes = [0; 3];
     memory().read(gpa, &mut bytes).unwrap();
     assert_eq!(&bytes, b"IBM");
+}
+
+fn fs_offers_a_tree_to_read<T: Connect>(packed: bool) {
+    let tree = MemoryTree::new()
+        .with_file("a/b/file", vec![0x42; 10_000])
+        .with_program("a/run", b"#!/bin/sh\n".to_vec())
+        .with_link("a/link", "b/file")
+        .with_directory("empty");
+    let mut driver = RawDriver::<T>::new(Fs::new(tree, "share"), packed);
+    assert_eq!(
+        driver.guest.read_config_space::<[u8; 6]>(0).unwrap(),
+        *b"share\0"
+    );
+    assert_eq!(driver.guest.read_config_space::<u32>(36).unwrap(), 1);
+    let mut unique = 100u64;
+    // Error and body of the answer to a request.
+    let mut ask = |opcode: u32, node: u64, body: &[u8], room: u32| -> (i32, Vec<u8>) {
+        unique += 1;
+        let mut bytes = (40 + body.len() as u32).to_le_bytes().to_vec();
+        bytes.extend_from_slice(&opcode.to_le_bytes());
+        bytes.extend_from_slice(&unique.to_le_bytes());
+        bytes.extend_from_slice(&node.to_le_bytes());
+        bytes.extend_from_slice(&[0; 16]);
+        bytes.extend_from_slice(body);
+        let answer = driver.exchange(1, &bytes, 16 + room).unwrap();
+        let word = |at: usize| u32::from_le_bytes(answer[at..at + 4].try_into().unwrap());
+        assert_eq!(word(0) as usize, answer.len());
+        assert_eq!(answer[8..16], unique.to_le_bytes());
+        (word(4) as i32, answer[16..].to_vec())
+    };
+    let number = |bytes: &[u8]| u64::from_le_bytes(bytes[..8].try_into().unwrap());
+    let words = |words: &[u64]| -> Vec<u8> { words.iter().flat_map(|w| w.to_le_bytes()).collect() };
+
+    // INIT: version 7.31, and readdirplus of all flags offered.
+    let mut init = Vec::new();
+    for word in [7u32, 36, 131_072, u32::MAX] {
+        init.extend_from_slice(&word.to_le_bytes());
+    }
+    let (error, out) = ask(26, 0, &init, 64);
+    assert_eq!((error, out.len()), (0, 64));
+    assert_eq!(number(&out), 7 | 31 << 32);
+    assert_eq!(u32::from_le_bytes(out[12..16].try_into().unwrap()), 1 << 13);
+
+    let mut look = |node: u64, name: &str| {
+        let (error, out) = ask(1, node, &[name.as_bytes(), &[0]].concat(), 128);
+        // The node's number, its size, and its mode.
+        (error == 0).then(|| (number(&out), number(&out[48..]), out[100], out[101]))
+    };
+    let (a, ..) = look(1, "a").unwrap();
+    let (b, ..) = look(a, "b").unwrap();
+    let (file, size, ..) = look(b, "file").unwrap();
+    assert_eq!(size, 10_000);
+    let (run, _, low, high) = look(a, "run").unwrap();
+    assert_eq!(u16::from_le_bytes([low, high]), 0o100_555);
+    let (link, ..) = look(a, "link").unwrap();
+    assert_eq!(
+        (look(1, "none"), look(file, "x"), look(999, "a")),
+        (None, None, None)
+    );
+
+    assert_eq!(ask(5, link, &[], 100), (0, b"b/file".to_vec()));
+    assert_eq!(ask(14, file, &[0; 8], 16).0, 0);
+    let (_, bytes) = ask(15, file, &words(&[0, 9_990, 4096, 0, 0]), 4096);
+    assert_eq!(bytes, [0x42; 10]);
+    let (_, bytes) = ask(15, file, &words(&[0, 100, 4096, 0, 0]), 4096);
+    assert_eq!(bytes, [0x42; 4096]);
+    assert_eq!(
+        ask(15, file, &words(&[0, u64::MAX, 4096, 0, 0]), 4096),
+        (0, vec![])
+    );
+    // Directories, plain and with attributes; from a place; with too little room.
+    let (_, list) = ask(28, a, &words(&[0, 0, 4096, 0, 0]), 4096);
+    let entry = |bytes: &[u8]| {
+        let len = bytes[16] as usize;
+        let name = String::from_utf8(bytes[24..24 + len].to_vec()).unwrap();
+        (
+            name,
+            number(bytes),
+            number(&bytes[8..]),
+            (24 + len).next_multiple_of(8),
+        )
+    };
+    let mut names = Vec::new();
+    let mut at = 0;
+    while at < list.len() {
+        let (name, node, next, len) = entry(&list[at..]);
+        names.push((name, node, next));
+        at += len;
+    }
+    let named = |name: &str, node: u64, next: u64| (name.to_string(), node, next);
+    let expected = [
+        named(".", a, 1),
+        named("..", 1, 2),
+        named("b", b, 3),
+        named("run", run, 4),
+        named("link", link, 5),
+    ];
+    assert_eq!(names, expected);
+    let (_, list) = ask(28, a, &words(&[0, 3, 40, 0, 0]), 4096);
+    assert_eq!((list.len(), entry(&list).0), (32, "run".to_string()));
+    let (_, list) = ask(44, a, &words(&[0, 2, 4096, 0, 0]), 4096);
+    assert_eq!((number(&list), entry(&list[128..]).0), (b, "b".to_string()));
+    assert_eq!(
+        ask(28, a, &words(&[0, u64::MAX, 4096, 0, 0]), 4096),
+        (0, vec![])
+    );
+    // What would change something is refused, what is unknown too, and what is no directory.
+    assert_eq!(ask(16, file, &[0; 40], 8).0, -30);
+    assert_eq!(ask(9, a, b"new\0", 128).0, -30);
+    assert_eq!(ask(14, file, &[1, 0, 0, 0], 16).0, -30);
+    assert_eq!(ask(34, file, &[1, 0, 0, 0], 0).0, -13);
+    assert_eq!(ask(34, run, &[1, 0, 0, 0], 0).0, 0);
+    assert_eq!(ask(22, file, &[0; 8], 8).0, -38);
+    assert_eq!(ask(27, file, &[0; 8], 16).0, -20);
+    assert_eq!(ask(14, a, &[0; 8], 16).0, -21);
+    assert_eq!(ask(1, a, b"no zero", 128).0, -22);
+    assert_eq!(ask(3, file, &[0; 16], 50).0, -22);
+    // FORGET has no answer at all.
+    let mut forget = vec![48, 0, 0, 0, 2, 0, 0, 0];
+    forget.extend_from_slice(&[0; 40]);
+    assert_eq!(driver.exchange(0, &forget, 0), Some(vec![]));
+    assert!(!driver.needs_reset());
 }

@@ -10,9 +10,9 @@ use testudo_arch::bus::BusDevice;
 use testudo_arch::memory::GuestRam;
 use testudo_arch::pci::PciFunction;
 use testudo_arch::{Gpa, GuestMemory, MemoryFault};
-use testudo_virtio::backend::{EchoHost, MemoryImage, Unplugged};
+use testudo_virtio::backend::{EchoHost, MemoryImage, MemoryTree, Unplugged};
 use testudo_virtio::device::{
-    Balloon, BalloonBackend, Blk, BlkOptions, Console, ConsolePort, Iommu, IommuState, Mem,
+    Balloon, BalloonBackend, Blk, BlkOptions, Console, ConsolePort, Fs, Iommu, IommuState, Mem,
     MemBackend, MemOptions, Net, NetOptions, Pmem, Rng, Vsock,
 };
 use testudo_virtio::driver::{DriverQueue, ring_bytes};
@@ -155,6 +155,8 @@ fn queues_in_use_cannot_be_changed<T: Connect>(packed: bool) {
     let elsewhere = alloc(0x10000).0;
     let parts = (elsewhere, elsewhere + 0x4000, elsewhere + 0x8000);
     driver.guest.queue_set(0, 16, parts.0, parts.1, parts.2);
+    // On PCI this reads the size as it is now.
+    assert_eq!(driver.guest.max_queue_size(0), 256);
     assert!(works(&mut driver));
     let mut all = vec![0; 0x10000];
     memory().read(Gpa(elsewhere), &mut all).unwrap();
@@ -420,6 +422,10 @@ fn zoo() -> Vec<Box<dyn Device<GuestRam>>> {
         Box::new(Iommu::new(IommuState::new([1, 2]))),
         Box::new(Mem::new(NoPages, options).unwrap().0),
         Box::new(Pmem::new(|| true, Gpa(1 << 33), 1 << 20)),
+        Box::new(Fs::new(
+            MemoryTree::new().with_file("a/b", vec![1; 5000]),
+            "tag",
+        )),
     ]
 }
 

@@ -4,6 +4,7 @@ mod block;
 mod net;
 #[cfg(feature = "std")]
 mod tap;
+mod tree;
 #[cfg(feature = "user-net")]
 mod user;
 mod vsock;
@@ -16,6 +17,7 @@ pub use net::{
 };
 #[cfg(feature = "std")]
 pub use tap::Tap;
+pub use tree::{MemoryTree, NodeInfo, NodeKind, ROOT, TreeBackend, TreeEntry};
 #[cfg(feature = "user-net")]
 pub use user::{UserHost, UserOptions};
 pub use vsock::{EchoHost, VsockConnect, VsockHost, VsockStream};

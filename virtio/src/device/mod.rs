@@ -3,6 +3,7 @@
 mod balloon;
 mod blk;
 mod console;
+mod fs;
 mod iommu;
 mod mem;
 mod net;
@@ -13,6 +14,7 @@ mod vsock;
 pub use balloon::{Balloon, BalloonBackend, BalloonControl, Stat};
 pub use blk::{Blk, BlkOptions};
 pub use console::{Console, ConsolePort, PortOptions};
+pub use fs::Fs;
 pub use iommu::{Iommu, IommuMemory, IommuState, TranslateError};
 pub use mem::{Mem, MemBackend, MemControl, MemOptions};
 pub use net::{Net, NetOptions};
