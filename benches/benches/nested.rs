@@ -72,6 +72,9 @@ impl svm::SecondStage for Ready {
     fn fault(&mut self, fault: testudo_svm::exit::NestedPageFault) -> svm::NestedFault {
         svm::NestedFault::Reflect(fault)
     }
+    fn translate(&mut self, gpa: Gpa) -> Option<Gpa> {
+        Some(gpa)
+    }
 }
 
 struct SvmVcpu {

@@ -29,6 +29,7 @@ extern crate alloc;
 #[cfg(test)]
 extern crate std;
 
+mod composed;
 mod kvm;
 mod open_words;
 pub mod svm;

@@ -25,7 +25,7 @@ use alloc::vec::Vec;
 use testudo_arch::{EferFlags, Gpa, Gprs, GuestMemory};
 use testudo_svm::Vmcb;
 use testudo_svm::caps::{Features, SvmCaps, VmCr};
-use testudo_svm::check::{Outside, Violations, check_vmrun};
+use testudo_svm::check::{Outside, Violation, Violations, check_vmrun};
 use testudo_svm::intercept::Misc2;
 use testudo_svm::vmcb::{CleanBits, NestedControl};
 use zerocopy::{FromZeros, IntoBytes};
@@ -69,7 +69,7 @@ pub enum RestoreError {
     Format(#[from] FormatError),
     /// L2 could not have run with it.
     #[error("a control block that no processor accepts: {0}")]
-    Invalid(Violations),
+    Invalid(Violation),
     /// VM_CR or VM_HSAVE_PA has a value that L1 could not have written, or L2 runs without SVM.
     #[error("an impossible combination of VM_CR, VM_HSAVE_PA and EFER.SVME")]
     Registers,
@@ -310,12 +310,12 @@ impl NestedSvm {
             u_cet: 0,
         };
         let violations = check_vmrun(&self.vmcb12, &self.l1_caps, &outside);
-        if !violations.is_empty() {
-            return Err(RestoreError::Invalid(violations));
+        if let Some(&violation) = violations.first() {
+            return Err(RestoreError::Invalid(violation));
         }
         let violations = self.check_l1(&guest.block);
-        if !violations.is_empty() {
-            return Err(RestoreError::Invalid(violations));
+        if let Some(&violation) = violations.first() {
+            return Err(RestoreError::Invalid(violation));
         }
         // L1's own registers, all of which `vmcb01` holds while L2 runs; what VMLOAD moves is L2's.
         image::copy_own_state(&guest.block, cx.vmcb01);

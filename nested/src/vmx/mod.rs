@@ -20,6 +20,7 @@
 //! those of the last entry.
 
 mod caps;
+mod composed;
 mod entry;
 mod exit;
 mod guest_fields;
@@ -43,6 +44,7 @@ use testudo_vmx::{VmcsWrite, VmxCaps};
 use crate::open_words::OpenWords;
 
 pub use caps::{Offer, offer, read_msr};
+pub use composed::{ComposedParts, ComposedStage};
 pub use exit::{Acceptance, Handled, PhysicalEvent, PredictorBarrier};
 pub use instruction::{Instruction, Outcome};
 pub use join::{Joined, L0Controls};
@@ -88,6 +90,10 @@ pub trait SecondStage {
 
     /// Handles an EPT violation or misconfiguration of L2 under the current composition.
     fn fault(&mut self, fault: EptFault) -> EptHandled;
+
+    /// Where an address of L2's lies in L1, by L1's current table: for L0 to read L2's code and
+    /// operands. `None` if L1 does not map it.
+    fn translate(&mut self, gpa: Gpa) -> Option<Gpa>;
 }
 
 /// An EPT violation of L2.
@@ -126,6 +132,10 @@ impl SecondStage for NoSecondStage {
 
     fn fault(&mut self, fault: EptFault) -> EptHandled {
         EptHandled::Violation(fault.qualification)
+    }
+
+    fn translate(&mut self, gpa: Gpa) -> Option<Gpa> {
+        Some(gpa)
     }
 }
 

@@ -23,7 +23,7 @@ use alloc::vec;
 use alloc::vec::Vec;
 
 use testudo_arch::{EferFlags, Gpa, GuestMemory, Hpa};
-use testudo_vmx::check::{EntryContext, Violations, check_entry_from};
+use testudo_vmx::check::{EntryContext, Violation, check_entry_from};
 use testudo_vmx::controls::SecondaryControls;
 use testudo_vmx::encoding::FieldWidth;
 use testudo_vmx::image::VmcsImage;
@@ -65,7 +65,7 @@ pub enum RestoreError {
     Format(#[from] FormatError),
     /// L2 could not have run with it.
     #[error("a VMCS that no processor enters: {0}")]
-    Invalid(Violations),
+    Invalid(Violation),
     /// A region that cannot be one, a current VMCS outside VMX operation, or L2 without a VMCS.
     #[error("an impossible combination of VMX operation and regions")]
     Regions,
@@ -325,8 +325,8 @@ impl NestedVmx {
             current_vmcs: Some(Hpa(at.0)),
         };
         let violations = check_entry_from(&*self.vmcs12.image, &self.caps, &context)?;
-        if !violations.is_empty() {
-            return Err(RestoreError::Invalid(violations));
+        if let Some(&violation) = violations.first() {
+            return Err(RestoreError::Invalid(violation));
         }
         let l1 = L1Controls::read(&self.vmcs12.image)?;
         let composed = if l1.secondary.contains(SecondaryControls::ENABLE_EPT) {

@@ -88,6 +88,9 @@ impl SecondStage for Stage {
         self.answer
             .unwrap_or(EptHandled::Violation(fault.qualification))
     }
+    fn translate(&mut self, gpa: Gpa) -> Option<Gpa> {
+        Some(gpa)
+    }
 }
 
 /// One vCPU and the machine around it.
