@@ -133,6 +133,20 @@ mod sse {
 
 use sse::{load_host_sse, load_sse, store_sse};
 
+/// Undoes the pushes of [`enter_guest`], and returns to its caller.
+macro_rules! restore_host {
+    () => {
+        "pop rdi
+         pop r15
+         pop r14
+         pop r13
+         pop r12
+         pop rbx
+         pop rbp
+         ret"
+    };
+}
+
 /// How [`enter_guest`] ended.
 pub(super) const EXITED: u64 = 0;
 pub(super) const FAILED_INVALID: u64 = 1;
@@ -222,7 +236,7 @@ pub(super) unsafe extern "sysv64" fn enter_guest(
     );
 }
 
-/// Where VM exits arrive: stores the guest's registers and goes on to [`leave_guest`].
+/// Where VM exits arrive: stores the guest's registers, and returns to [`enter_guest`]'s caller.
 ///
 /// # Safety
 ///
@@ -258,31 +272,25 @@ unsafe extern "sysv64" fn exit_guest() {
         "xor r10d, r10d",
         "xor r11d, r11d",
         "xor eax, eax",
-        "jmp {leave}",
+        load_host_sse!(),
+        restore_host!(),
         cr2 = const CR2,
         mxcsr = const MXCSR,
         xmm = const XMM,
-        leave = sym leave_guest,
+        host_mxcsr = sym HOST_MXCSR,
     );
 }
 
-/// The common end: the host's MXCSR and the registers that the ABI wants kept.
+/// How a failed entry leaves: the host's registers are still on the stack.
 ///
 /// # Safety
 ///
-/// To be reached from [`enter_guest`] and [`exit_guest`] only.
+/// To be reached from [`enter_guest`] only.
 #[unsafe(naked)]
 unsafe extern "sysv64" fn leave_guest() {
     naked_asm!(
         load_host_sse!(),
-        "pop rdi",
-        "pop r15",
-        "pop r14",
-        "pop r13",
-        "pop r12",
-        "pop rbx",
-        "pop rbp",
-        "ret",
+        restore_host!(),
         host_mxcsr = sym HOST_MXCSR,
     );
 }
