@@ -6,7 +6,9 @@ use std::sync::{Arc, Mutex};
 
 use support::{Connect, MmioGuest, PciGuest, RAM_BASE, RAM_SIZE, RawDriver, alloc, memory};
 use testudo_arch::{Gpa, GuestMemory};
-use testudo_virtio::backend::{MemoryImage, MemoryTree, Unplugged, Wire};
+use testudo_virtio::backend::{
+    MemoryImage, MemoryTree, NetBackend, NetHeader, Offloads, Unplugged, Wire,
+};
 use testudo_virtio::device::{
     Balloon, BalloonBackend, Blk, BlkOptions, Console, ConsolePort, Fs, Iommu, IommuMemory,
     IommuState, Mem, MemBackend, MemOptions, Net, NetOptions, Pmem, PortOptions, Stat,
@@ -45,6 +47,7 @@ in_all_ways! {
     a_queue_can_be_reset_alone
     console_ports_are_added_named_and_opened
     fs_offers_a_tree_to_read
+    net_passes_only_the_offloads_that_were_agreed_on
 }
 
 fn request(kind: u32, sector: u64, rest: &[u8]) -> Vec<u8> {
@@ -124,7 +127,6 @@ fn frame(to: [u8; 6], len: usize) -> Vec<u8> {
 }
 
 fn give(wire: &mut Wire, bytes: &[u8]) {
-    use testudo_virtio::backend::{NetBackend, NetHeader};
     let mut fill = |to: &mut [u8]| {
         to.copy_from_slice(bytes);
         Ok(())
@@ -134,7 +136,7 @@ fn give(wire: &mut Wire, bytes: &[u8]) {
 }
 
 fn net_filters_as_it_is_told<T: Connect>(packed: bool) {
-    let (near, mut far) = Wire::pair(testudo_virtio::backend::Offloads::empty());
+    let (near, mut far) = Wire::pair(Offloads::empty());
     let options = NetOptions::default();
     let mac = options.mac;
     let mut driver = RawDriver::<T>::new(Net::new(near, options), packed);
@@ -202,7 +204,7 @@ fn net_filters_as_it_is_told<T: Connect>(packed: bool) {
 }
 
 fn net_merges_buffers_for_long_frames<T: Connect>(packed: bool) {
-    let (near, mut far) = Wire::pair(testudo_virtio::backend::Offloads::empty());
+    let (near, mut far) = Wire::pair(Offloads::empty());
     let mut driver = RawDriver::<T>::new(Net::new(near, NetOptions::default()), packed);
     let long = frame([0xFF; 6], 5000);
     give(&mut far, &long);
@@ -235,7 +237,7 @@ fn net_merges_buffers_for_long_frames<T: Connect>(packed: bool) {
     assert_eq!(received[12..], long);
     // Without the feature, a frame that one buffer cannot hold is lost, the buffer is not.
     let no_merging = |offered: Features| offered - Features::bit(15);
-    let (near, mut far) = Wire::pair(testudo_virtio::backend::Offloads::empty());
+    let (near, mut far) = Wire::pair(Offloads::empty());
     let card = Net::new(near, NetOptions::default());
     let mut driver = RawDriver::<T>::with_features(card, packed, no_merging);
     let gpa = alloc(1500);
@@ -797,4 +799,67 @@ fn fs_offers_a_tree_to_read<T: Connect>(packed: bool) {
     forget.extend_from_slice(&[0; 40]);
     assert_eq!(driver.exchange(0, &forget, 0), Some(vec![]));
     assert!(!driver.needs_reset());
+}
+
+fn net_passes_only_the_offloads_that_were_agreed_on<T: Connect>(packed: bool) {
+    let open = NetHeader {
+        flags: NetHeader::NEEDS_CSUM | NetHeader::DATA_VALID,
+        csum_start: 14,
+        csum_offset: 16,
+        ..NetHeader::default()
+    };
+    let split = NetHeader {
+        gso_type: NetHeader::GSO_TCPV4,
+        gso_size: 1000,
+        ..open
+    };
+    let (checksum, no_tso) = (Features::bit(0), Features::bit(11));
+    for (without, passes) in [
+        (Features::empty(), [true, true]),
+        (no_tso, [true, false]),
+        (checksum, [false, false]),
+    ] {
+        let (near, mut far) = Wire::pair(Offloads::CHECKSUM | Offloads::TSO4);
+        let card = Net::new(near, NetOptions::default());
+        let choose = |offered: Features| offered - without;
+        let mut driver = RawDriver::<T>::with_features(card, packed, choose);
+        for (header, passes) in [open, split].into_iter().zip(passes) {
+            let mut packet = header.to_bytes().to_vec();
+            packet.extend_from_slice(&[0, 0]);
+            packet.extend_from_slice(&frame([0xFF; 6], 2000));
+            assert_eq!(driver.exchange(1, &packet, 0), Some(vec![]));
+            // The driver's word that a checksum is right is not passed on.
+            let seen = far.peek().map(|(header, frame)| (header, frame.len()));
+            let expected = NetHeader {
+                flags: NetHeader::NEEDS_CSUM,
+                ..header
+            };
+            assert_eq!(seen, passes.then_some((expected, 2000)));
+            far.consume();
+        }
+    }
+    // The other way: what the driver does not take is not given to it.
+    let (near, mut far) = Wire::pair(Offloads::CHECKSUM | Offloads::TSO4);
+    let card = Net::new(near, NetOptions::default());
+    let choose = |offered: Features| offered - Features::bit(1) - Features::bit(7);
+    let mut driver = RawDriver::<T>::with_features(card, packed, choose);
+    let gpa = alloc(4096);
+    driver.offer(0, &[], &[Segment { gpa, len: 4096 }]);
+    let verified = NetHeader {
+        flags: NetHeader::DATA_VALID,
+        ..NetHeader::default()
+    };
+    for header in [open, split, verified] {
+        let mut fill = |to: &mut [u8]| {
+            to.fill(0xFF);
+            Ok(())
+        };
+        far.send(header, 100, &mut fill).unwrap();
+    }
+    driver.guest.poll(0);
+    assert_eq!(driver.take_used(0).map(|(_, len)| len), Some(112));
+    assert_eq!(driver.take_used(0), None);
+    let mut header = [0xAA; 12];
+    memory().read(gpa, &mut header).unwrap();
+    assert_eq!(header, [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]);
 }

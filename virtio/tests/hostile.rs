@@ -77,6 +77,14 @@ fn features_are_final<T: Connect>(packed: bool) {
     let other = driver.features ^ Features::RING_PACKED ^ Features::INDIRECT_DESC;
     driver.guest.write_driver_features(other.bits());
     assert!(works(&mut driver));
+    // Nor does it count for a queue that is set up later.
+    driver.guest.reset_queue(0);
+    let queue = DriverQueue::new(alloc(ring_bytes(256)), 256, packed);
+    let config = *queue.config();
+    let (table, area) = (config.descriptors.0, config.driver.0);
+    driver.guest.queue_set(0, 256, table, area, config.device.0);
+    driver.queues[0] = queue;
+    assert!(works(&mut driver));
 }
 
 fn features_that_were_not_offered_are_refused<T: Connect>(packed: bool) {

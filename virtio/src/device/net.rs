@@ -161,7 +161,9 @@ impl<B: NetBackend> Net<B> {
             let header: [u8; HEADER] = reader.read_value()?;
             let mut fields = [0; 10];
             fields.copy_from_slice(&header[..10]);
-            let header = NetHeader::from_bytes(fields);
+            let mut header = NetHeader::from_bytes(fields);
+            // That a checksum was verified is for a device to say, not for a driver (5.1.6.2).
+            header.flags &= NetHeader::NEEDS_CSUM;
             let len = reader.remaining() as usize;
             // What the driver may not leave to us does not go out, and neither does what is no
             // frame at all: the chain is returned, the frame lost.
@@ -184,12 +186,16 @@ impl<B: NetBackend> Net<B> {
         let mut touched = 0u64;
         let mut next = Next::Again;
         for _ in 0..RECEIVE_BUDGET {
-            let Some((header, frame)) = self.backend.peek() else {
+            let Some((mut header, frame)) = self.backend.peek() else {
                 next = Next::Idle;
                 break;
             };
             let fits = header.needs(frame.len()).is_some_and(|n| takes.contains(n));
             let wanted = self.link_up && fits && frame.len() <= MAX_FRAME;
+            // A driver that knows nothing of checksums must find no flag (5.1.6.4.1).
+            if !takes.contains(Offloads::CHECKSUM) {
+                header.flags = 0;
+            }
             if wanted && self.filter.accepts(frame) {
                 let pair = flow(frame) % pairs;
                 let Some(mut queue) = io.queue(2 * pair) else {
