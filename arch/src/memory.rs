@@ -243,8 +243,9 @@ impl<M: GuestMemory + ?Sized> GuestMemory for &M {
 ///
 /// # Safety
 ///
-/// A frame that `alloc` returned belongs to the caller alone until the caller gives it to `free`;
-/// it is memory that the matching [`FrameMem`] can reach; and all of it reads as zero.
+/// A frame that `alloc` or `alloc_any` returned belongs to the caller alone until the caller gives it to `free`;
+/// it is memory that the matching [`FrameMem`] can reach; and all of it reads as zero (for `alloc_any`,
+/// as anything).
 #[allow(
     unsafe_code,
     reason = "the promise of exclusive memory that an implementation makes"
@@ -252,6 +253,13 @@ impl<M: GuestMemory + ?Sized> GuestMemory for &M {
 pub unsafe trait FrameAlloc {
     /// A zeroed frame, or `None` when there is none left.
     fn alloc(&self) -> Option<Hpa>;
+
+    /// As [`Self::alloc`], for a caller that writes the whole frame before anything reads it: the
+    /// frame may hold anything. By default it is zeroed nevertheless.
+    #[inline]
+    fn alloc_any(&self) -> Option<Hpa> {
+        self.alloc()
+    }
 
     /// Takes back a frame that `alloc` returned, once nothing refers to it any more, neither a
     /// table nor a cached translation.
@@ -297,6 +305,10 @@ unsafe impl<A: FrameAlloc + ?Sized> FrameAlloc for &A {
     #[inline]
     fn alloc(&self) -> Option<Hpa> {
         (**self).alloc()
+    }
+    #[inline]
+    fn alloc_any(&self) -> Option<Hpa> {
+        (**self).alloc_any()
     }
     #[inline]
     fn free(&self, frame: Hpa) {

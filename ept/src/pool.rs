@@ -9,7 +9,7 @@ use testudo_arch::{FrameAlloc, FrameMem, Hpa};
 /// A fixed number of frames in ordinary memory, for tests and for tables that only software reads.
 ///
 /// It checks what hardware would not: touching a frame that is not handed out, or freeing one
-/// twice, panics with the address.
+/// twice, panics with the address; and a frame that may hold anything holds ones.
 #[derive(Debug)]
 pub struct FramePool {
     entries: Box<[AtomicU64]>,
@@ -47,6 +47,20 @@ impl FramePool {
         }
     }
 
+    /// A free frame, filled with `word`.
+    fn take(&self, word: u64) -> Option<Hpa> {
+        let take = |flag: &AtomicU64| {
+            flag.compare_exchange(0, 1, Ordering::Acquire, Ordering::Relaxed)
+                .is_ok()
+        };
+        let number = self.used.iter().position(take)?;
+        self.free.fetch_sub(1, Ordering::Relaxed);
+        for entry in &self.entries[number * 512..(number + 1) * 512] {
+            entry.store(word, Ordering::Relaxed);
+        }
+        Some(Hpa(Self::BASE + number as u64 * 4096))
+    }
+
     #[inline]
     fn entry(&self, entry: Hpa) -> &AtomicU64 {
         let number = self.number(entry);
@@ -58,19 +72,14 @@ impl FramePool {
 }
 
 #[allow(unsafe_code, reason = "the promise of exclusive frames")]
-// SAFETY: `used` gives each frame to one caller at a time, and `alloc` zeroes it.
+// SAFETY: `used` gives each frame to one caller at a time, and `take` fills it.
 unsafe impl FrameAlloc for FramePool {
     fn alloc(&self) -> Option<Hpa> {
-        let take = |flag: &AtomicU64| {
-            flag.compare_exchange(0, 1, Ordering::Acquire, Ordering::Relaxed)
-                .is_ok()
-        };
-        let number = self.used.iter().position(take)?;
-        self.free.fetch_sub(1, Ordering::Relaxed);
-        for entry in &self.entries[number * 512..(number + 1) * 512] {
-            entry.store(0, Ordering::Relaxed);
-        }
-        Some(Hpa(Self::BASE + number as u64 * 4096))
+        self.take(0)
+    }
+
+    fn alloc_any(&self) -> Option<Hpa> {
+        self.take(u64::MAX)
     }
 
     fn free(&self, frame: Hpa) {

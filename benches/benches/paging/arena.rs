@@ -80,6 +80,10 @@ unsafe impl FrameAlloc for Frames {
         take_zeroed(self.0).map(Hpa)
     }
     #[inline]
+    fn alloc_any(&self) -> Option<Hpa> {
+        take().map(Hpa)
+    }
+    #[inline]
     fn free(&self, frame: Hpa) {
         give(frame.0);
     }

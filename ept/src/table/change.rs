@@ -320,7 +320,7 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
         }
     }
 
-    /// Replaces the leaf at `at` by `table`, a zeroed frame, filled with leaves that say the same.
+    /// Replaces the leaf at `at` by `table`, a frame, filled with leaves that say the same.
     pub(super) fn break_up(&self, at: Hpa, level: u8, offset: u64, table: Hpa) {
         let mut entry = self.frames.load(at);
         loop {

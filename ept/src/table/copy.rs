@@ -3,7 +3,7 @@
 use testudo_arch::{FrameAlloc, FrameMem, Hpa};
 
 use super::map::Spare;
-use super::{EditError, PageTable, blank};
+use super::{EditError, PageTable};
 use crate::format::{Format, Leaf};
 use crate::lock::EditLock;
 
@@ -44,7 +44,7 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
         change: &impl Fn(Leaf<F::Flags>) -> F::Flags,
     ) -> Hpa {
         let to = spare.take();
-        blank(&self.format, frames, to);
+        frames.fill(to, 512, self.format.absent(), 0);
         for index in 0..512u64 {
             let entry = self.frames.load(Hpa(from.0 | index << 3));
             if !self.format.is_present(entry) {

@@ -276,7 +276,7 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
     #[inline]
     fn harvest_word(
         &self,
-        at: Hpa,
+        first: Hpa,
         count: u64,
         offset: u64,
         harvest: Harvest<'_>,
@@ -284,24 +284,34 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
     ) {
         let settled = harvest.wanted | self.format.accessed_bit() | self.format.dirty_bit();
         let mut bits = 0u64;
-        for index in 0..count {
-            let at = at.wrapping_add(index << 3);
-            let entry = self.frames.load(at);
-            if entry & harvest.wanted != harvest.wanted || !self.format.is_present(entry) {
-                continue;
+        let mut index = 0;
+        while index < count {
+            let at = first.wrapping_add(index << 3);
+            if !F::SIZED_PAGES && count - index >= 8 {
+                // Mostly, entries that lie together are alike.
+                let entries: [u64; 8] =
+                    core::array::from_fn(|n| self.frames.load(at.wrapping_add(n as u64 * 8)));
+                let any = entries.iter().fold(0, |sum, entry| sum | entry);
+                let all = entries.iter().fold(!0, |sum, entry| sum & entry);
+                if any & harvest.wanted != harvest.wanted {
+                    index += 8;
+                    continue;
+                }
+                // Hardware has nothing left to write then, and other editors are out.
+                if all & settled == settled && self.format.is_present(all) {
+                    for (n, entry) in (0..).zip(entries) {
+                        let at = at.wrapping_add(n * 8);
+                        self.frames.store(at, entry & !harvest.clear);
+                    }
+                    bits |= 0xFFu64.wrapping_shl(index as u32);
+                    index += 8;
+                    continue;
+                }
             }
-            if entry & settled == settled {
-                // Hardware has nothing left to write, and other editors are out.
-                self.frames.store(at, entry & !harvest.clear);
-            } else if !self.wash(at, entry, harvest) {
-                continue;
-            }
-            bits |= 1u64.wrapping_shl(index as u32);
-            if F::SIZED_PAGES {
-                let (first, bytes) = self.extent(entry, 1, offset + (index << 12));
-                let address = self.format.address(first).as_u64();
-                harvest.log.mark_range(address, bytes >> 12);
-                flush.cover(first, first | (bytes - 1), true);
+            let end = count.min(index + 8);
+            while index < end {
+                bits |= self.harvest_one(first, index, offset, harvest, flush);
+                index += 1;
             }
         }
         if bits == 0 {
@@ -312,6 +322,30 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
         let last = offset.wrapping_add((count << 12).wrapping_sub(1));
         flush.cover(offset, last, true);
         *flush.value_mut() += u64::from(bits.count_ones());
+    }
+
+    /// Harvests entry `index` from `first` on: its bit, if it was wanted.
+    #[inline]
+    fn harvest_one(
+        &self,
+        first: Hpa,
+        index: u64,
+        offset: u64,
+        harvest: Harvest<'_>,
+        flush: &mut Flush<'_, M, u64>,
+    ) -> u64 {
+        let at = first.wrapping_add(index << 3);
+        let entry = self.frames.load(at);
+        if !(self.format.is_present(entry) && self.wash(at, entry, harvest)) {
+            return 0;
+        }
+        if F::SIZED_PAGES {
+            let (first, bytes) = self.extent(entry, 1, offset + (index << 12));
+            let address = self.format.address(first).as_u64();
+            harvest.log.mark_range(address, bytes >> 12);
+            flush.cover(first, first | (bytes - 1), true);
+        }
+        1u64.wrapping_shl(index as u32)
     }
 
     /// The first offset and the size of the page that a leaf entry belongs to.

@@ -54,7 +54,7 @@ impl<Flags> Job<Flags> {
     }
 }
 
-/// Zeroed frames that an edit has allocated beforehand, so that it cannot fail halfway.
+/// Frames that an edit has allocated beforehand, so that it cannot fail halfway.
 pub(super) struct Spare<'a, M: FrameAlloc + FrameMem> {
     frames: &'a M,
     head: u64,
@@ -65,19 +65,18 @@ impl<'a, M: FrameAlloc + FrameMem> Spare<'a, M> {
     pub(super) fn new(frames: &'a M, count: usize) -> Result<Self, EditError> {
         let mut spare = Self { frames, head: 0 };
         for _ in 0..count {
-            let frame = frames.alloc().ok_or(EditError::OutOfFrames)?;
+            let frame = frames.alloc_any().ok_or(EditError::OutOfFrames)?;
             frames.store(frame, spare.head);
             spare.head = frame.0;
         }
         Ok(spare)
     }
 
-    /// One zeroed frame. The edit that took the frames has counted them.
+    /// One frame, which holds anything. The edit that took the frames has counted them.
     #[inline]
     pub(super) fn take(&mut self) -> Hpa {
         let frame = Hpa(self.head);
         self.head = self.frames.load(frame);
-        self.frames.store(frame, 0);
         frame
     }
 }
@@ -226,6 +225,11 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
         mut job: Job<F::Flags>,
     ) -> Result<usize, MapError> {
         let mut needed = 0;
+        if table.is_none() && level == 2 && job.largest == 1 {
+            // No large page: one table for each entry that is touched.
+            let (first, last) = (job.offset, job.offset + (job.len - 1));
+            return Ok(((last >> shift_of(2)) - (first >> shift_of(2)) + 1) as usize);
+        }
         while job.len > 0 {
             let mut part = job;
             part.len = job.piece(level);
@@ -285,8 +289,13 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
                 self.install(child, level, part, false, spare);
             } else {
                 let child = spare.take();
-                blank(&self.format, &self.frames, child);
-                self.install(child, level - 1, part, true, spare);
+                if part.len == span && part.fits(level - 1) {
+                    // Every entry is written, and no other preparation needed.
+                    self.fill_run(child, level - 1, 512, &part);
+                } else {
+                    self.frames.fill(child, 512, self.format.absent(), 0);
+                    self.install(child, level - 1, part, true, spare);
+                }
                 self.frames.store(at, self.format.table_entry(child, level));
             }
             job.advance(part.len);
