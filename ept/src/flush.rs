@@ -153,7 +153,21 @@ impl Chain {
 ///
 /// The value, and the frames of tables that the edit retired, come out of [`Self::discharge`] only.
 /// A token that is dropped instead leaks them: nothing is reused that might still be in use. It
-/// borrows the table, which therefore outlives it.
+/// borrows the table, which therefore outlives it:
+///
+/// ```compile_fail,E0505
+/// use testudo_arch::{Gpa, Hpa};
+/// use testudo_ept::format::npt::{Npt, NptFlags};
+/// use testudo_ept::{FramePool, Invalidate, PageTable};
+///
+/// fn too_early(hardware: &mut impl Invalidate<Error = core::convert::Infallible>) {
+///     let table = PageTable::new(Npt::new(48), FramePool::new(16)).unwrap();
+///     table.map(Gpa(0), 4096, Hpa(0x1000), NptFlags::empty()).unwrap();
+///     let page = table.unmap_page(Gpa(0));
+///     let _ = table.destroy(hardware); // The token is still alive.
+///     page.discharge(hardware);
+/// }
+/// ```
 #[must_use = "a stale translation may still be in use: discharge the flush"]
 pub struct Flush<'t, M: FrameAlloc + FrameMem, T = ()> {
     frames: &'t M,

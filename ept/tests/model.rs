@@ -310,6 +310,41 @@ fn run<F: Format<Input = Gpa>>(format: F, ops: &[Op], frames: usize) {
     assert_eq!(pool.free_frames(), frames);
 }
 
+/// Two pages of a thousand at most go into tables, and nothing is left when the memory goes.
+#[test]
+fn tables_take_a_quarter_of_a_percent() {
+    let pool = FramePool::new(700);
+    let format = Npt::new(48);
+    let flags = flags(&format, 1);
+    let limit = |bytes: u64| (bytes / 400 / PAGE) as usize;
+    let table = PageTable::new(format, &pool).unwrap();
+    let map = |start: u64, len: u64| {
+        let mapped = table.map_up_to(Gpa(start), len, Hpa(0), flags, PageSize::Size4K);
+        mapped.unwrap();
+    };
+    map(0, 1 << 30);
+    assert!(
+        table.table_frames() <= limit(1 << 30),
+        "{}",
+        table.table_frames()
+    );
+    let gone = table.unmap(Gpa(0), 1 << 30).unwrap();
+    gone.discharge(&mut Recorder::default());
+    assert_eq!(table.table_frames(), 1);
+    // The same, in 64 pieces over 16 TiB.
+    for piece in 0..64 {
+        map(piece << 38, 16 << 20);
+    }
+    assert!(
+        table.table_frames() <= limit(1 << 30),
+        "{}",
+        table.table_frames()
+    );
+    let gone = table.unmap(Gpa(0), 64 << 38).unwrap();
+    gone.discharge(&mut Recorder::default());
+    assert_eq!((table.table_frames(), pool.free_frames()), (1, 699));
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 32, failure_persistence: None, ..ProptestConfig::default() })]
 
