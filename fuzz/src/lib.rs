@@ -2,4 +2,5 @@
 
 #![allow(unsafe_code, reason = "guest memory is made of a vector, in one place")]
 
+pub mod nested;
 pub mod virtio;
