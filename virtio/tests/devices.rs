@@ -589,14 +589,7 @@ fn a_queue_can_be_reset_alone<T: Connect>(packed: bool) {
     let mut packet = vec![0; 12];
     packet.extend_from_slice(&frame([0xFF; 6], 60));
     assert_eq!(driver.exchange(1, &packet, 0), Some(vec![]));
-    let size = options.queue_size;
-    let base = alloc(testudo_virtio::driver::ring_bytes(size));
-    let queue = testudo_virtio::driver::DriverQueue::new(base, size, packed);
-    let config = *queue.config();
-    let (table, area) = (config.descriptors.0, config.driver.0);
-    driver
-        .guest
-        .queue_set(0, size.into(), table, area, config.device.0);
+    driver.set_up(0, packed);
     assert!(driver.guest.queue_used(0));
 }
 

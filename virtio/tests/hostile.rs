@@ -79,11 +79,7 @@ fn features_are_final<T: Connect>(packed: bool) {
     assert!(works(&mut driver));
     // Nor does it count for a queue that is set up later.
     driver.guest.reset_queue(0);
-    let queue = DriverQueue::new(alloc(ring_bytes(256)), 256, packed);
-    let config = *queue.config();
-    let (table, area) = (config.descriptors.0, config.driver.0);
-    driver.guest.queue_set(0, 256, table, area, config.device.0);
-    driver.queues[0] = queue;
+    driver.set_up(0, packed);
     assert!(works(&mut driver));
 }
 
@@ -337,8 +333,10 @@ fn a_reset_forgets_chains_that_are_held<T: Connect>(packed: bool) {
     driver.offer(2, &[stats], &[]);
     driver.guest.notify(2);
     driver.guest.reset_queue(2);
+    driver.set_up(2, packed);
     control.request_stats();
     driver.guest.poll(2);
+    assert_eq!(driver.take_used(2), None);
     assert!(!driver.needs_reset());
 }
 

@@ -686,6 +686,17 @@ impl<T: Connect> RawDriver<T> {
         }
     }
 
+    /// Sets a queue up anew after its reset.
+    pub fn set_up(&mut self, number: u16, packed: bool) {
+        let size = self.queues[usize::from(number)].config().size;
+        let queue = DriverQueue::new(alloc(ring_bytes(size)), size, packed);
+        let config = *queue.config();
+        let (table, driver) = (config.descriptors.0, config.driver.0);
+        let guest = &mut self.guest;
+        guest.queue_set(number, size.into(), table, driver, config.device.0);
+        self.queues[usize::from(number)] = queue;
+    }
+
     /// Offers one chain, without notifying.
     pub fn offer(&mut self, queue: u16, readable: &[Segment], writable: &[Segment]) -> u16 {
         let memory = memory();
