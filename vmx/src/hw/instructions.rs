@@ -37,7 +37,7 @@ pub(super) fn failure(invalid: bool) -> VmFail {
     unsafe {
         asm!("vmread {}, {}", out(reg) number,
             in(reg) u64::from(fields::VM_INSTRUCTION_ERROR.encoding().0),
-            options(nostack, readonly));
+            options(nostack, readonly, pure));
     }
     VmFail::Valid(InstructionError::from_number(number as u32))
 }

@@ -111,6 +111,7 @@ impl Cache {
     }
 
     #[cold]
+    #[inline(never)]
     fn end_known_shadow(&self) {
         let raw = self.values[Cached::Interruptibility as usize].get();
         let state = Interruptibility::from_bits_retain(raw as u32);

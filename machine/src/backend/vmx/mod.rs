@@ -49,7 +49,7 @@ use testudo_vmx::exit::{BasicReason, ExitReason};
 use testudo_vmx::hw::instructions::{self, InveptKind, InvvpidKind};
 use testudo_vmx::hw::{CurrentVmcs, GuestRegisters, HeldInterrupts, HostState};
 use testudo_vmx::structures::VirtualApicPage;
-use testudo_vmx::{AccessError, Field, VmxCaps, encoding, fields, state};
+use testudo_vmx::{AccessError, Encoding, Field, VmFail, VmxCaps, encoding, fields, state};
 
 use super::{is_valid_pat, is_valid_xcr0};
 use crate::vcpu::{AwaitedInterrupt, Vcpu, VcpuError, VmExit};
@@ -206,9 +206,26 @@ impl<'a, P: Processor, M: GuestMemory> VmxVcpu<'a, P, M> {
 
     /// Remembers a failed access; the guest will not be entered.
     #[cold]
+    #[inline(never)]
     fn remember(&self, error: VcpuError) {
         self.failure.set(self.failure.get().or(Some(error)));
         self.cache.add_work();
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn remember_access(&self, error: AccessError) {
+        self.remember(error.into());
+    }
+
+    /// Remembers that a field could not be read. Why is found out by reading it once more, so that
+    /// the hot path that failed carries no reasons.
+    #[cold]
+    #[inline(never)]
+    fn remember_read(&self, field: Encoding) {
+        let again = self.processor.read_raw(field);
+        let fail = again.err().unwrap_or(VmFail::Invalid);
+        self.remember(AccessError::Read { field, fail }.into());
     }
 
     /// The value, or zero together with a failure that the next entry reports.
@@ -217,7 +234,7 @@ impl<'a, P: Processor, M: GuestMemory> VmxVcpu<'a, P, M> {
         match result {
             Ok(value) => value,
             Err(error) => {
-                self.remember(error.into());
+                self.remember_access(error);
                 T::default()
             }
         }
@@ -402,6 +419,17 @@ impl<'a, P: Processor, M: GuestMemory> VmxVcpu<'a, P, M> {
         self.mode.efer & LMA != 0 && rights & SegmentAttributes::LONG.bits() != 0
     }
 
+    /// An instruction pointer that has just left or entered the low 4 GiB.
+    #[cold]
+    #[inline(never)]
+    fn wrapped(&self, rip: u64) -> u64 {
+        if self.is_long_code() {
+            rip
+        } else {
+            rip & 0xFFFF_FFFF
+        }
+    }
+
     /// Opens the windows that fit the interrupt awaited and the task priority.
     #[inline]
     fn open_window(&mut self) {
@@ -525,13 +553,18 @@ impl<P: Processor, M: GuestMemory> Vcpu for VmxVcpu<'_, P, M> {
 
     #[inline]
     fn advance(&mut self) {
-        let length = self.field(fields::EXIT_INSTRUCTION_LENGTH);
-        let rip = self.rip();
+        let length = fields::EXIT_INSTRUCTION_LENGTH;
+        let Ok(length) = self.processor.get(length) else {
+            return self.remember_read(length.encoding());
+        };
+        let Ok(rip) = self.cache.get(&self.processor, Cached::Rip) else {
+            return self.remember_read(fields::GUEST_RIP.encoding());
+        };
         let mut next = rip.wrapping_add(u64::from(length));
         // Outside 64-bit mode the instruction pointer has 32 bits. It can only have left them if
         // bit 32 changed, which is worth a look at the code segment.
-        if (rip ^ next) & (1 << 32) != 0 && !self.is_long_code() {
-            next &= 0xFFFF_FFFF;
+        if (rip ^ next) & (1 << 32) != 0 {
+            next = self.wrapped(next);
         }
         self.set_rip(next);
         if self.reason != CPUID || self.watchful {
