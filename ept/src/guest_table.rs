@@ -153,7 +153,7 @@ impl<'m, F: Format, M: GuestMemory + ?Sized> GuestTable<'m, F, M> {
             }
             let (child, below) = self.format.child(entry, level);
             // An entry may skip levels, if the address has zeros there; it never goes up again.
-            let skipped = offset & ((1 << shift_of(level)) - 1) >> shift_of(below) >> 9;
+            let skipped = (offset & ((1 << shift_of(level)) - 1)) >> (shift_of(below) + 9);
             if below == 0 || below >= level || skipped != 0 {
                 return Err(TableFault::Absent { level });
             }
