@@ -1,10 +1,12 @@
-//! How often the library touches guest memory: each byte of data once.
+//! How often the library touches guest memory: each byte of data once, and nothing that a driver
+//! could change in between twice.
 
 mod support;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
+use support::zoo::{Random, zoo};
 use support::{Interrupts, alloc, memory};
 use testudo_arch::bus::BusDevice;
 use testudo_arch::memory::GuestRam;
@@ -21,6 +23,8 @@ struct Counting {
     ram: GuestRam,
     read: Arc<AtomicU64>,
     written: Arc<AtomicU64>,
+    /// Where a range begins of which is counted how often each byte was read.
+    watched: Arc<Mutex<(u64, Vec<u8>)>>,
 }
 
 impl Counting {
@@ -29,6 +33,7 @@ impl Counting {
             ram: memory(),
             read: Arc::default(),
             written: Arc::default(),
+            watched: Arc::default(),
         }
     }
 
@@ -44,6 +49,13 @@ impl Counting {
 impl GuestMemory for Counting {
     fn read(&self, gpa: Gpa, buf: &mut [u8]) -> Result<(), MemoryFault> {
         self.read.fetch_add(buf.len() as u64, Ordering::Relaxed);
+        let (start, counts) = &mut *self.watched.lock().unwrap();
+        for at in gpa.0..gpa.0 + buf.len() as u64 {
+            let index = at.wrapping_sub(*start) as usize;
+            if let Some(count) = counts.get_mut(index) {
+                *count += 1;
+            }
+        }
         self.ram.read(gpa, buf)
     }
     fn write(&self, gpa: Gpa, data: &[u8]) -> Result<(), MemoryFault> {
@@ -102,12 +114,12 @@ struct Machine {
 }
 
 impl Machine {
-    fn new(device: impl Device<Counting> + 'static, feature: Features) -> Self {
+    fn new(device: Box<dyn Device<Counting>>, feature: Features) -> Self {
         let memory = Counting::new();
         let sizes = device.queues().to_vec();
         let options = Options::split();
         let interrupts = Arc::new(Interrupts::default());
-        let mut mmio = Mmio::new(Box::new(device), memory.clone(), options, interrupts, 5);
+        let mut mmio = Mmio::new(device, memory.clone(), options, interrupts, 5);
         let mut write = |register: u64, value: u32| {
             BusDevice::write(&mut mmio, register, &value.to_le_bytes());
         };
@@ -176,7 +188,7 @@ fn a_block_is_copied_once_each_way() {
     let cost = |kind: u32, len: u64| {
         // With the write cache (FLUSH), so that a write is not flushed at once.
         let disk = Blk::new(MemoryImage(vec![7u8; 1 << 20]), BlkOptions::default());
-        let mut machine = Machine::new(disk, Features::bit(9));
+        let mut machine = Machine::new(Box::new(disk), Features::bit(9));
         let (header, data, status) = (segment(16), segment(len as u32), segment(1));
         machine.memory.ram.store_u32(header.gpa, kind).unwrap();
         match kind {
@@ -193,7 +205,10 @@ fn a_block_is_copied_once_each_way() {
 #[test]
 fn a_frame_is_copied_once_each_way() {
     // With merged receive buffers (MRG_RXBUF).
-    let card = |wire| Machine::new(Net::new(wire, NetOptions::default()), Features::bit(15));
+    let card = |wire| {
+        let card = Net::new(wire, NetOptions::default());
+        Machine::new(Box::new(card), Features::bit(15))
+    };
     let sent = |len: u64| {
         let (near, mut far) = Wire::pair(Offloads::empty());
         let mut machine = card(near);
@@ -219,4 +234,61 @@ fn a_frame_is_copied_once_each_way() {
         machine.memory.take()
     };
     once(750, received, false);
+}
+
+#[test]
+fn no_byte_of_a_request_is_read_twice() {
+    let mut random = Random(0x0DDB_1A5E_5BAD_5EED);
+    for kind in 0..zoo::<Counting>().len() {
+        let make = || {
+            let device = zoo::<Counting>().swap_remove(kind);
+            let features = device.features();
+            Machine::new(device, features)
+        };
+        let mut machine = make();
+        let area = alloc(0x1000);
+        let room = alloc(0x4000);
+        for _ in 0..2000 {
+            let bytes: Vec<u8> = (0..128)
+                .map(|_| match random.next() % 3 {
+                    0 => random.next() as u8,
+                    1 => (random.next() % 8) as u8,
+                    _ => 0,
+                })
+                .collect();
+            machine.memory.ram.write(area, &bytes).unwrap();
+            let number = (random.next() % machine.queues.len() as u64) as usize;
+            let ram = machine.memory.ram.clone();
+            let queue = &mut machine.queues[number];
+            while queue.take_used(&ram).unwrap().is_some() {}
+            // One after the other, so that no byte is offered twice.
+            let cut = 1 + random.next() % 127;
+            let part = |at: u64, len: u64| Segment {
+                gpa: area.wrapping_add(at),
+                len: len as u32,
+            };
+            let readable = [part(0, cut), part(cut, 128 - cut)];
+            let answer = Segment {
+                gpa: room,
+                len: 1 + (random.next() % 0x3FFF) as u32,
+            };
+            let writable = if random.next().is_multiple_of(4) {
+                &[][..]
+            } else {
+                &[answer]
+            };
+            *machine.memory.watched.lock().unwrap() = (area.0, vec![0; 128]);
+            queue.offer(&ram, &readable, writable, None).unwrap();
+            machine.mmio.write(0x50, &(number as u32).to_le_bytes());
+            machine.mmio.poll(random.next() % 1000);
+            let counts = machine.memory.watched.lock().unwrap().1.clone();
+            assert!(
+                counts.iter().all(|&n| n <= 1),
+                "device {kind}, queue {number}: {counts:?}"
+            );
+            if machine.mmio.fault().is_some() {
+                machine = make();
+            }
+        }
+    }
 }

@@ -5,16 +5,14 @@ mod support;
 
 use std::sync::Arc;
 
+use support::zoo::{NoPages, Random, zoo};
 use support::{Connect, GSI, Interrupts, MmioGuest, PciGuest, RAM_BASE, RawDriver, alloc, memory};
 use testudo_arch::bus::BusDevice;
 use testudo_arch::memory::GuestRam;
 use testudo_arch::pci::PciFunction;
 use testudo_arch::{Gpa, GuestMemory, MemoryFault};
-use testudo_virtio::backend::{EchoHost, MemoryImage, MemoryTree, Unplugged};
-use testudo_virtio::device::{
-    Balloon, BalloonBackend, Blk, BlkOptions, Console, ConsolePort, Fs, Iommu, IommuState, Mem,
-    MemBackend, MemOptions, Net, NetOptions, Pmem, Rng, Vsock,
-};
+use testudo_virtio::backend::MemoryImage;
+use testudo_virtio::device::{Balloon, Blk, BlkOptions, Rng};
 use testudo_virtio::driver::{DriverQueue, ring_bytes};
 use testudo_virtio::queue::{ActivateError, QueueError};
 use testudo_virtio::transport::{Fault, Mmio, Options};
@@ -293,23 +291,6 @@ fn a_buffer_outside_memory_breaks_only_its_device<T: Connect>(packed: bool) {
     }
 }
 
-struct NoPages;
-
-impl BalloonBackend for NoPages {
-    fn reclaim(&mut self, _: Gpa, _: u64) {}
-    fn restore(&mut self, _: Gpa, _: u64) {}
-    fn report_free(&mut self, _: Gpa, _: u64) {}
-}
-
-impl MemBackend for NoPages {
-    fn plug(&mut self, _: Gpa, _: u64) -> bool {
-        true
-    }
-    fn unplug(&mut self, _: Gpa, _: u64) -> bool {
-        true
-    }
-}
-
 fn a_reset_forgets_chains_that_are_held<T: Connect>(packed: bool) {
     let (balloon, control) = Balloon::new(NoPages);
     let mut driver = RawDriver::<T>::new(balloon, packed);
@@ -401,52 +382,6 @@ fn only_what_was_offered_is_written<T: Connect>(packed: bool) {
     }
 }
 
-struct Nowhere;
-
-impl ConsolePort for Nowhere {
-    fn write(&mut self, _: &[u8]) {}
-    fn read(&mut self, buf: &mut [u8]) -> usize {
-        buf.fill(b'x');
-        buf.len()
-    }
-}
-
-/// One of each device.
-fn zoo() -> Vec<Box<dyn Device<GuestRam>>> {
-    let options = MemOptions {
-        start: Gpa(1 << 32),
-        size: 64 << 20,
-        block: 2 << 20,
-    };
-    vec![
-        Box::new(disk()),
-        Box::new(Console::new(Box::new(Nowhere)).with_port(Default::default(), Box::new(Nowhere))),
-        Box::new(Rng::new(|buf: &mut [u8]| buf.len())),
-        Box::new(Net::new(Unplugged, NetOptions::default())),
-        Box::new(Balloon::new(NoPages).0),
-        Box::new(Vsock::new(EchoHost { port: 7 }, 3)),
-        Box::new(Iommu::new(IommuState::new([1, 2]))),
-        Box::new(Mem::new(NoPages, options).unwrap().0),
-        Box::new(Pmem::new(|| true, Gpa(1 << 33), 1 << 20)),
-        Box::new(Fs::new(
-            MemoryTree::new().with_file("a/b", vec![1; 5000]),
-            "tag",
-        )),
-    ]
-}
-
-/// Numbers without a pattern, the same in each run.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-}
-
 fn every_device_survives_any_configuration_access<T: Connect>(packed: bool) {
     let mut random = Random(0x1234_5678_9ABC_DEF1);
     for device in zoo() {
@@ -472,7 +407,7 @@ fn every_device_survives_any_configuration_access<T: Connect>(packed: bool) {
 
 fn every_device_survives_any_request<T: Connect>(packed: bool) {
     let mut random = Random(0xFEDC_BA98_7654_3211);
-    for kind in 0..zoo().len() {
+    for kind in 0..zoo::<GuestRam>().len() {
         let device = zoo().swap_remove(kind);
         let sizes = device.queues().to_vec();
         let guest = T::connect_with(device, Options::default());

@@ -6,6 +6,8 @@
     reason = "each test file uses its own part"
 )]
 
+pub mod zoo;
+
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
 use std::ptr::NonNull;
