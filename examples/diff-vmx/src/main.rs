@@ -7,8 +7,8 @@
 //! or of the processor: documented ones of the emulator are listed in `defects`, any other is
 //! minimized and printed.
 //!
-//! Command line: `count=N seed=S only=INDEX trace`. With `trace` each state is printed before it is
-//! tried, which shows the last one of an emulator that dies.
+//! Command line: `count=N seed=S from=INDEX only=INDEX trace`. With `trace` each state is printed before
+//! it is tried, which shows the last one of an emulator that dies.
 #![no_std]
 #![no_main]
 #![allow(unsafe_code, reason = "a bare-metal program")]
@@ -64,6 +64,7 @@ fn main(boot: &'static Boot) -> u8 {
 struct Args {
     count: u64,
     seed: u64,
+    from: u64,
     only: Option<u64>,
     trace: bool,
 }
@@ -73,6 +74,7 @@ impl Args {
         let mut args = Self {
             count: 10_000,
             seed: 1,
+            from: 0,
             only: None,
             trace: false,
         };
@@ -80,9 +82,10 @@ impl Args {
             match word.split_once('=') {
                 Some(("count", number)) => args.count = number.parse()?,
                 Some(("seed", number)) => args.seed = number.parse()?,
+                Some(("from", number)) => args.from = number.parse()?,
                 Some(("only", number)) => args.only = Some(number.parse()?),
                 None if word == "trace" => args.trace = true,
-                _ => return Err("write `count=N seed=S only=INDEX trace`".into()),
+                _ => return Err("write `count=N seed=S from=INDEX only=INDEX trace`".into()),
             }
         }
         Ok(args)
@@ -437,7 +440,7 @@ fn run(boot: &'static Boot) -> Result<bool> {
     };
     let indices = match args.only {
         Some(index) => index..index + 1,
-        None => 0..args.count,
+        None => args.from..args.from.saturating_add(args.count),
     };
 
     let mut coverage = Coverage::new();

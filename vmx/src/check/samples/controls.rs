@@ -149,8 +149,9 @@ impl<V: VmcsWrite> Editor<'_, V> {
                 return e.misalign(fields::EXIT_MSR_STORE_ADDRESS);
             }
             Rule::ExitMsrLoadArea => {
-                e.vmcs.set(fields::EXIT_MSR_LOAD_COUNT, 1)?;
-                return e.set(fields::EXIT_MSR_LOAD_ADDRESS, e.beyond_physical() - 8);
+                // The first entry is inside the physical address space, the second outside.
+                e.vmcs.set(fields::EXIT_MSR_LOAD_COUNT, 2)?;
+                return e.set(fields::EXIT_MSR_LOAD_ADDRESS, e.beyond_physical() - 16);
             }
             Rule::EntryReserved => return e.forbid(fields::ENTRY_CONTROLS, caps.entry),
             Rule::EventType => return e.inject(1 << 8 | 0x20),
