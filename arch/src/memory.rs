@@ -219,7 +219,7 @@ impl<M: GuestMemory + ?Sized> GuestMemory for &M {
     fn word(&self, gpa: Gpa) -> Option<&AtomicU64> {
         (**self).word(gpa)
     }
-    #[inline]
+    #[inline(always)]
     fn read_parts(
         &self,
         page: Gpa,
@@ -228,7 +228,7 @@ impl<M: GuestMemory + ?Sized> GuestMemory for &M {
     ) -> Result<(), MemoryFault> {
         (**self).read_parts(page, buf, parts)
     }
-    #[inline]
+    #[inline(always)]
     fn write_parts(
         &self,
         page: Gpa,
@@ -658,7 +658,7 @@ mod ram {
             len == 0 || self.for_each_part(gpa, len, false, |_, _, _| {}).is_ok()
         }
 
-        #[inline]
+        #[inline(always)]
         fn read_parts(
             &self,
             page: Gpa,
@@ -681,7 +681,7 @@ mod ram {
             Ok(())
         }
 
-        #[inline]
+        #[inline(always)]
         fn write_parts(
             &self,
             page: Gpa,
