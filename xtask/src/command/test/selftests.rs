@@ -56,16 +56,20 @@ const PLACES: [Place; 5] = [
     },
 ];
 
-/// Programs that must end well by themselves on QEMU.
-const PROGRAMS: [&str; 1] = ["tiny-svm"];
+/// Programs that must end well by themselves, with the arguments that name their machine.
+const PROGRAMS: [(&str, &[&str]); 2] = [
+    ("tiny-svm", &["--emulator", "qemu"]),
+    ("tiny-vmx", &["--emulator", "bochs", "--cpu", "vmx"]),
+];
 
-/// Validators against processors, by the arguments of `diff entry`; Bochs only with `--full`.
-const DIFFERENCES: [(&str, &[&str], bool); 2] = [
+/// Validators against processors, by the arguments of `diff entry`; the last ones only with `--full`.
+const DIFFERENCES: [(&str, &[&str], bool); 3] = [
     (
         "VMRUN against QEMU",
         &["--backend", "svm", "--emulator", "qemu"],
         false,
     ),
+    ("VM entry against Bochs", &["--backend", "vmx"], false),
     (
         "VMRUN against Bochs",
         &["--backend", "svm", "--emulator", "bochs"],
@@ -84,9 +88,10 @@ fn differences(tally: &mut Tally, full: bool) -> Result<()> {
 }
 
 pub(super) fn run(tally: &mut Tally, full: bool) -> Result<()> {
-    for program in PROGRAMS {
+    for (program, arguments) in PROGRAMS {
         let mut command = Command::new(std::env::current_exe()?);
-        command.args(["run", "--timeout", "60", program]);
+        command.args(["run", "--timeout", "120", program]);
+        command.args(arguments);
         tally.check(program, run::check(&mut command));
     }
     differences(tally, full)?;
