@@ -10,7 +10,8 @@
 //! What the guest must run with: CR0.PG and CR0.WP set, EFER.NXE set, and CR3 as
 //! [`ShadowMmu::load`] says. While the guest is not in long mode, CR4.PAE is set too; while its own
 //! CR0.PG is clear, CR4.SMEP, SMAP, PKE and PKS are clear, since they do nothing without paging. Page
-//! faults, writes to CR0, CR3 and CR4, and INVLPG must exit.
+//! faults, writes to CR0, CR3 and CR4, and INVLPG must exit. All of the guest's memory is write-back,
+//! whatever its tables and its PAT say.
 
 mod fill;
 mod pages;

@@ -399,7 +399,9 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
         let ignored = self.format.accessed_bit() | self.format.dirty_bit();
         let first = self.frames.load(table);
         let span = 1u64 << shift_of(level);
-        if !self.format.is_present(first) || !self.format.is_leaf(first, level) {
+        // Pages that are shared are given back one by one.
+        let alone = first & Self::SHARED == 0;
+        if !alone || !self.format.is_present(first) || !self.format.is_leaf(first, level) {
             return None;
         }
         let leaf = self.format.leaf(first, level);
