@@ -275,6 +275,7 @@ impl NestedVmx {
         self.in_vmcs02 = None;
         self.is_guest = false;
         self.load_host(false, cx)?;
+        self.give_to_shadow(cx)?;
         Ok(if self.load_exit_msrs(cx)? {
             Outcome::FailedEntry
         } else {

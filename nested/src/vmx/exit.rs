@@ -274,6 +274,7 @@ impl NestedVmx {
         let reason = ExitReason::read(&*self.vmcs12.image)?;
         let nmi = reason.basic() == BasicReason::ExceptionOrNmi && information & 0x700 == 0x200;
         self.load_host(nmi, cx)?;
+        self.give_to_shadow(cx)?;
         if !self.load_exit_msrs(cx)? {
             return self.abort(ABORT_LOADING_MSRS, cx.memory);
         }

@@ -178,6 +178,10 @@ impl NestedVmx {
         }
         self.check_mode(instruction, &cx.vmcs.l1())?;
         cx.gprs.rsp = cx.vmcs.l1().get(fields::GUEST_RSP)?;
+        let uses_copy = !matches!(instruction, I::Vmxon | I::Vmptrst | I::Invept | I::Invvpid);
+        if uses_copy {
+            self.take_from_shadow(cx)?;
+        }
         let ending = match instruction {
             I::Vmxon => self.vmxon(cx)?,
             I::Vmxoff => self.vmxoff(cx.memory),
@@ -194,6 +198,9 @@ impl NestedVmx {
             },
         };
         self.finish(ending, &mut cx.vmcs.l1())?;
+        if uses_copy {
+            self.give_to_shadow(cx)?;
+        }
         Ok(Outcome::Done)
     }
 

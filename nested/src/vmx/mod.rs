@@ -30,6 +30,7 @@ mod kvm_layout;
 mod operand;
 mod route;
 mod saved;
+mod shadow;
 #[cfg(test)]
 mod tests;
 mod vmcs12;
@@ -51,6 +52,7 @@ pub use join::{Joined, L0Controls};
 pub use operand::Fault;
 pub use route::{ExitDetails, Route, route};
 pub use saved::{RestoreError, SavedVmcs, SavedVmx};
+pub use shadow::shadow_bitmaps;
 pub use vmcs12::{LaunchState, REVISION};
 
 /// The two VMCSs that the processor runs one vCPU with. Only one is current at a time, so one is
@@ -66,6 +68,13 @@ pub trait VmcsPair {
 
     /// The VMCS that L2 runs with.
     fn l2(&mut self) -> Self::Vmcs<'_>;
+
+    /// The shadow VMCS that L1's VMREAD and VMWRITE use by themselves, where there is one: with
+    /// the bitmaps of [`shadow_bitmaps`], and on a processor that writes any field of it
+    /// (IA32_VMX_MISC bit 29).
+    fn shadow(&mut self) -> Option<Self::Vmcs<'_>> {
+        None
+    }
 }
 
 /// L1's MSRs beyond those that the VMCS holds: for the MSR-load and MSR-store areas.

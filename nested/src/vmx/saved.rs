@@ -256,6 +256,8 @@ impl NestedVmx {
             image.set(fields::ENTRY_EXCEPTION_ERROR_CODE, code)?;
             let length = vmcs02.get(fields::ENTRY_INSTRUCTION_LENGTH)?;
             image.set(fields::ENTRY_INSTRUCTION_LENGTH, length)?;
+        } else {
+            self.take_from_shadow(cx)?;
         }
         let current = self.current.map(|at| SavedVmcs {
             at,
@@ -309,6 +311,7 @@ impl NestedVmx {
             if saved.is_guest {
                 return self.restore_guest(current.at, cx);
             }
+            self.give_to_shadow(cx)?;
         }
         Ok(())
     }

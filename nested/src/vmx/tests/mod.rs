@@ -43,6 +43,8 @@ pub(super) const COMPOSED_EPTP: u64 = 0x4_0000_001E;
 pub(super) struct Pair {
     pub(super) l1: FakeVmcs,
     pub(super) l2: FakeVmcs,
+    /// With VMCS shadowing.
+    pub(super) shadow: Option<FakeVmcs>,
 }
 
 impl VmcsPair for Pair {
@@ -52,6 +54,9 @@ impl VmcsPair for Pair {
     }
     fn l2(&mut self) -> &mut FakeVmcs {
         &mut self.l2
+    }
+    fn shadow(&mut self) -> Option<&mut FakeVmcs> {
+        self.shadow.as_mut()
     }
 }
 
@@ -158,6 +163,7 @@ impl Vm {
         let mut vmcs = Pair {
             l1: FakeVmcs::with_caps(&processor),
             l2: FakeVmcs::with_caps(&processor),
+            shadow: None,
         };
         fill(&mut vmcs.l1, &l0);
         fill(&mut vmcs.l2, &l0);

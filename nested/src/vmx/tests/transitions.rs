@@ -587,3 +587,42 @@ fn the_hosts_own_state_is_never_written() {
     let entry = EntryControls::from_bits_retain(l2(&vm, fields::ENTRY_CONTROLS) as u32);
     assert!(entry.contains(EntryControls::IA32E_MODE_GUEST));
 }
+
+#[test]
+fn a_shadow_vmcs_and_the_copy_agree_whenever_it_matters() {
+    let mut vm = Vm::ready();
+    let caps = vm.processor.clone();
+    vm.vmcs.shadow = Some(FakeVmcs::with_caps(&caps));
+    let shadow = |vm: &mut Vm| vm.vmcs.shadow.take().unwrap();
+    // Becoming current fills it.
+    let image = vm.nested.vmcs12.image.clone();
+    let mut region = *image.as_bytes();
+    region[..4].copy_from_slice(&REVISION.to_le_bytes());
+    vm.memory.write(OTHER, &region).unwrap();
+    vm.memory.store_u64(OTHER.wrapping_add(8), 0).unwrap();
+    assert_eq!(vm.pointer(Instruction::Vmptrld, OTHER.0), End::Succeed);
+    let rip = vm.get12(fields::GUEST_RIP);
+    let mut seen = shadow(&mut vm);
+    assert_eq!(seen.get(fields::GUEST_RIP), Ok(rip));
+    // L1 writes it without an exit, and enters.
+    seen.preset(fields::GUEST_RIP, 0x4321);
+    vm.vmcs.shadow = Some(seen);
+    assert_eq!(
+        vm.run(Instruction::Vmlaunch),
+        End::Other(Outcome::Entered { halted: false })
+    );
+    assert_eq!(l2(&vm, fields::GUEST_RIP), 0x4321);
+    vm.vmcs.l2.preset(fields::GUEST_RIP, 0x8765);
+    assert!(matches!(vm.exit(BasicReason::Cpuid, 0x55), Handled::L1(_)));
+    let mut seen = shadow(&mut vm);
+    assert_eq!(seen.get(fields::GUEST_RIP), Ok(0x8765));
+    assert_eq!(seen.get(fields::EXIT_REASON), Ok(10));
+    assert_eq!(seen.get(fields::EXIT_QUALIFICATION), Ok(0x55));
+    // What L1 wrote is in memory after VMCLEAR.
+    seen.preset(fields::GUEST_RIP, 0x1111);
+    vm.vmcs.shadow = Some(seen);
+    vm.vmcs.l1.preset(fields::GUEST_CR3, 0x1000);
+    assert_eq!(vm.pointer(Instruction::Vmclear, OTHER.0), End::Succeed);
+    assert_eq!(vm.pointer(Instruction::Vmptrld, OTHER.0), End::Succeed);
+    assert_eq!(vm.get12(fields::GUEST_RIP), 0x1111);
+}
