@@ -124,6 +124,7 @@ impl<'a, V: Vcpu, M: GuestMemory> GuestCpu<'a, V, M> {
 
     fn load(&mut self, gpa: Gpa, data: &mut [u8]) {
         if let Some(offset) = self.lapic_offset(gpa) {
+            self.lapic.set_cr8(self.vcpu.task_priority());
             self.lapic.read_mmio(offset, data);
         } else if self.memory.read(gpa, data).is_err() {
             self.mmio.read(gpa.0, data);
@@ -132,7 +133,12 @@ impl<'a, V: Vcpu, M: GuestMemory> GuestCpu<'a, V, M> {
 
     fn store(&mut self, gpa: Gpa, data: &[u8]) {
         if let Some(offset) = self.lapic_offset(gpa) {
+            self.lapic.set_cr8(self.vcpu.task_priority());
             self.lapic.write_mmio(offset, data);
+            let cr8 = self.lapic.cr8();
+            if cr8 != self.vcpu.task_priority() {
+                self.vcpu.set_task_priority(cr8);
+            }
         } else if self.memory.write(gpa, data).is_err() {
             self.mmio.write(gpa.0, data);
         }

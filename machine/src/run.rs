@@ -324,6 +324,7 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
 
     fn read_msr(&mut self, msr: Msr) {
         let value = if Lapic::owns_msr(msr) {
+            self.lapic.set_cr8(self.vcpu.task_priority());
             self.lapic.read_msr(msr).ok()
         } else if let Some(value) = self.vcpu.read_msr(msr) {
             Some(value)
@@ -347,7 +348,12 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
             self.attention = true;
             let (vcpu, host) = (&self.vcpu, &self.machine.host);
             let guest_tsc = || vcpu.guest_tsc(host.tsc());
-            self.lapic.write_msr(msr, value, guest_tsc).is_ok()
+            self.lapic.set_cr8(self.vcpu.task_priority());
+            let done = self.lapic.write_msr(msr, value, guest_tsc).is_ok();
+            if msr == Msr::X2APIC_TPR {
+                self.vcpu.set_task_priority(self.lapic.cr8());
+            }
+            done
         } else if let Some(done) = self.vcpu.write_msr(msr, value) {
             done
         } else {

@@ -7,6 +7,7 @@ use std::string::ToString;
 use std::vec::Vec;
 
 use proptest::prelude::*;
+use testudo_arch::cpuid::{Cpuid, CpuidEntry};
 use testudo_arch::memory::GuestRam;
 use testudo_arch::{Exception, Gpa, Gva};
 use testudo_vmx::caps::fixtures;
@@ -18,7 +19,10 @@ use testudo_vmx::{Encoding, InstructionError, VmFail, VmcsRead, VmcsWrite};
 
 use super::mode::LME;
 use super::*;
+use crate::boot::BootState;
+use crate::irq::fake::FakeHost;
 use crate::vcpu::{MemoryAccess, PortAccess};
+use crate::{Machine, MachineConfig, StopReason, VcpuLoop};
 
 type Script = Box<dyn FnOnce(&mut FakeVmcs, &mut GuestRegisters)>;
 
@@ -131,14 +135,14 @@ impl Processor for FakeProcessor {
     }
 }
 
-/// Two pages of guest memory at 0.
-fn memory() -> &'static GuestRam {
-    let words = Box::leak(std::vec![0u64; 1024].into_boxed_slice());
+/// Guest memory at 0.
+fn ram(bytes: usize) -> GuestRam {
+    let words = Box::leak(std::vec![0u64; bytes / 8].into_boxed_slice());
     let mut ram = GuestRam::new();
     // SAFETY: the words are leaked, and nobody else's.
     #[allow(unsafe_code, reason = "guest memory over the test's own")]
-    unsafe { ram.add(Gpa(0), words.as_mut_ptr().cast(), 0x2000, true) }.unwrap();
-    Box::leak(Box::new(ram))
+    unsafe { ram.add(Gpa(0), words.as_mut_ptr().cast(), bytes as u64, true) }.unwrap();
+    ram
 }
 
 type Fake = VmxVcpu<'static, FakeProcessor, GuestRam>;
@@ -158,7 +162,8 @@ fn vcpu_on(caps: &VmxCaps) -> Fake {
         vpid: 1,
         xcr0_valid: 7,
     };
-    VmxVcpu::on(FakeProcessor::new(caps), &parts, memory()).unwrap()
+    let memory = Box::leak(Box::new(ram(0x2000)));
+    VmxVcpu::on(FakeProcessor::new(caps), &parts, memory).unwrap()
 }
 
 fn vcpu() -> Fake {
@@ -769,6 +774,61 @@ fn exits_have_the_machines_names() {
         info: [9, 0],
     };
     assert_eq!(exit_of(R::Unknown(300), 9), unknown);
+}
+
+/// A task priority is one register, whether the guest reaches it as CR8 or through its local APIC.
+#[test]
+fn the_task_priority_is_one_in_the_processor_and_the_apic() {
+    const MEMORY: usize = 16 << 20;
+    let mut cpuid = Cpuid::new();
+    for (leaf, eax) in [(0, 0xD), (0x8000_0000, 0x8000_0008), (0x8000_0008, 40)] {
+        let entry = CpuidEntry {
+            leaf,
+            eax,
+            ..CpuidEntry::default()
+        };
+        assert!(cpuid.set(entry));
+    }
+    let config = MachineConfig {
+        vcpus: 1,
+        memory: MEMORY as u64,
+        nested: false,
+        start_time: 0,
+    };
+    let console = Box::new(|_: u8| {});
+    let made = Machine::new(config, ram(MEMORY), FakeHost::new(), &cpuid, console);
+    let (machine, lapics) = made.unwrap();
+
+    let mut vcpu = vcpu();
+    let apic = vcpu.virtual_apic;
+    let access = |write: bool, msr: Msr, value: u64| {
+        move |vmcs: &mut FakeVmcs, registers: &mut GuestRegisters| {
+            (registers.gprs.rcx, registers.gprs.rax) = (msr.0.into(), value);
+            let reasons = [BasicReason::Rdmsr, BasicReason::Wrmsr];
+            exit(vmcs, reasons[usize::from(write)], 0);
+        }
+    };
+    vcpu.will(access(true, Msr::APIC_BASE, 0xFEE0_0D00));
+    vcpu.will(access(true, Msr::X2APIC_TPR, 0x53));
+    vcpu.will(move |vmcs, registers| {
+        assert_eq!(apic.task_priority(), 5);
+        // MOV to CR8, which does not exit, and a write to another register of the APIC.
+        apic.set_task_priority(7);
+        access(true, Msr::X2APIC_EOI, 0)(vmcs, registers);
+    });
+    vcpu.will(access(false, Msr::X2APIC_TPR, 0));
+    vcpu.will(move |vmcs, registers| {
+        assert_eq!(registers.gprs.rax, 0x70);
+        assert_eq!(apic.task_priority(), 7);
+        exit(vmcs, BasicReason::TripleFault, 0);
+    });
+    let start = BootState {
+        system: SystemRegisters::reset(),
+        gprs: Gprs::default(),
+    };
+    let lapic = lapics.into_iter().next().unwrap();
+    let stop = VcpuLoop::new(&machine, vcpu, lapic, Some(&start)).run();
+    assert_eq!(stop.reason, StopReason::TripleFault);
 }
 
 /// What a guest can do to its mode.
