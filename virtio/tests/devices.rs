@@ -7,11 +7,11 @@ use std::sync::{Arc, Mutex};
 use support::{Connect, MmioGuest, PciGuest, RAM_BASE, RAM_SIZE, RawDriver, alloc, memory};
 use testudo_arch::{Gpa, GuestMemory};
 use testudo_virtio::backend::{
-    MemoryImage, MemoryTree, NetBackend, NetHeader, Offloads, Unplugged, Wire,
+    EchoHost, MemoryImage, MemoryTree, NetBackend, NetHeader, Offloads, Unplugged, Wire,
 };
 use testudo_virtio::device::{
     Balloon, BalloonBackend, Blk, BlkOptions, Console, ConsolePort, Fs, Iommu, IommuMemory,
-    IommuState, Mem, MemBackend, MemOptions, Net, NetOptions, Pmem, PortOptions, Stat,
+    IommuState, Mem, MemBackend, MemOptions, Net, NetOptions, Pmem, PortOptions, Stat, Vsock,
 };
 use testudo_virtio::{Features, Segment};
 
@@ -48,6 +48,7 @@ in_all_ways! {
     console_ports_are_added_named_and_opened
     fs_offers_a_tree_to_read
     net_passes_only_the_offloads_that_were_agreed_on
+    vsock_sends_no_more_than_there_is_room_for
 }
 
 fn request(kind: u32, sector: u64, rest: &[u8]) -> Vec<u8> {
@@ -81,6 +82,7 @@ fn blk_zeroes_discards_and_refuses<T: Connect>(packed: bool) {
     assert_eq!(status(request(13, 0, &range(0, 1, 2))), 2);
     assert_eq!(status(request(13, 0, &range(127, 2, 0))), 1);
     assert_eq!(status(request(13, 0, &range(u64::MAX / 512, 2, 0))), 1);
+    assert_eq!(status(request(11, 0, &range(127, 2, 0))), 1);
     assert_eq!(status(request(11, 0, &[])), 1);
     assert_eq!(status(request(11, 0, &range(0, 1, 0)[..15])), 1);
     // A request of no known type; a write of half a sector; one past the end.
@@ -855,4 +857,73 @@ fn net_passes_only_the_offloads_that_were_agreed_on<T: Connect>(packed: bool) {
     let mut header = [0xAA; 12];
     memory().read(gpa, &mut header).unwrap();
     assert_eq!(header, [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]);
+}
+
+fn vsock_sends_no_more_than_there_is_room_for<T: Connect>(packed: bool) {
+    let mut driver = RawDriver::<T>::new(Vsock::new(EchoHost { port: 7 }, 3), packed);
+    let mut room = Vec::new();
+    for _ in 0..16 {
+        let gpa = alloc(4096);
+        room.push((driver.offer(0, &[], &[Segment { gpa, len: 4096 }]), gpa));
+    }
+    // A packet from port 1000 of the guest to port 7 of the host; the guest's buffer has 100 bytes.
+    let say = |driver: &mut RawDriver<T>, op: u16, forwarded: u32, data: &[u8]| {
+        let mut bytes = [3u64, 2]
+            .iter()
+            .flat_map(|cid| cid.to_le_bytes())
+            .collect::<Vec<_>>();
+        for word in [
+            1000,
+            7,
+            data.len() as u32,
+            1 | u32::from(op) << 16,
+            0,
+            100,
+            forwarded,
+        ] {
+            bytes.extend_from_slice(&word.to_le_bytes());
+        }
+        bytes.extend_from_slice(data);
+        driver.exchange(1, &bytes, 0).unwrap();
+    };
+    // The operation and the length of each packet that came.
+    let hear = |driver: &mut RawDriver<T>| {
+        driver.guest.poll(0);
+        let mut heard = Vec::new();
+        while let Some((id, len)) = driver.take_used(0) {
+            let gpa = room.iter().find(|(i, _)| *i == id).unwrap().1;
+            let mut bytes = vec![0; len as usize];
+            memory().read(gpa, &mut bytes).unwrap();
+            assert_eq!(bytes[24..28], (len - 44).to_le_bytes());
+            heard.push((bytes[30], len - 44));
+        }
+        heard
+    };
+    const RESPONSE: u8 = 2;
+    const RST: u8 = 3;
+    const RW: u8 = 5;
+    say(&mut driver, 1, 0, &[]);
+    assert_eq!(hear(&mut driver), [(RESPONSE, 0)]);
+    say(&mut driver, 5, 0, &[7; 300]);
+    assert_eq!(hear(&mut driver), [(RW, 100)]);
+    assert_eq!(hear(&mut driver), []);
+    // The guest has passed 60 bytes on; then more than it was sent, which makes no room either.
+    say(&mut driver, 6, 60, &[]);
+    assert_eq!(hear(&mut driver), [(RW, 60)]);
+    say(&mut driver, 6, 161, &[]);
+    assert_eq!(hear(&mut driver), []);
+    say(&mut driver, 6, 160, &[]);
+    assert_eq!(hear(&mut driver), [(RW, 100)]);
+    // A packet that claims more than it holds ends the connection.
+    let mut lie = vec![0; 44];
+    lie[0] = 3;
+    lie[8] = 2;
+    lie[16..20].copy_from_slice(&1000u32.to_le_bytes());
+    lie[20] = 7;
+    lie[24..28].copy_from_slice(&5000u32.to_le_bytes());
+    (lie[28], lie[30]) = (1, 5);
+    driver.exchange(1, &lie, 0).unwrap();
+    assert_eq!(hear(&mut driver), [(RST, 0)]);
+    say(&mut driver, 5, 0, b"gone");
+    assert_eq!(hear(&mut driver), [(RST, 0)]);
 }
