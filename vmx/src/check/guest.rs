@@ -199,10 +199,7 @@ fn instruction_pointer<V: VmcsRead>(c: &mut Checker<'_, V>) -> Result<(), Access
     let code64 = long && c.get(fields::GUEST_CS_ACCESS_RIGHTS)? & CS_LONG != 0;
     let rip = c.get(fields::GUEST_RIP)?;
     if code64 {
-        // "bits 63:N must be identical", which is less than canonical: bit N-1 may differ.
-        let high = rip >> c.caps.processor.linear_address_bits;
-        let all = u64::MAX >> c.caps.processor.linear_address_bits;
-        let ok = high == 0 || high == all;
+        let ok = identical_high_bits(c, rip);
         c.require(ok, Rule::RipCanonical, fields::GUEST_RIP, rip);
     } else {
         c.require(rip >> 32 == 0, Rule::RipHigh, fields::GUEST_RIP, rip);
@@ -219,7 +216,7 @@ fn instruction_pointer<V: VmcsRead>(c: &mut Checker<'_, V>) -> Result<(), Access
     if c.words.entry.contains(EntryControls::LOAD_CET_STATE) {
         let ssp = c.get(fields::GUEST_SSP)?;
         let in_range = if code64 {
-            c.is_canonical(ssp)
+            identical_high_bits(c, ssp)
         } else {
             ssp >> 32 == 0
         };
@@ -231,6 +228,14 @@ fn instruction_pointer<V: VmcsRead>(c: &mut Checker<'_, V>) -> Result<(), Access
         );
     }
     Ok(())
+}
+
+/// "Bits 63:N must be identical", N being the linear-address width. That is less than canonical: bit
+/// N-1 may differ.
+fn identical_high_bits<V: VmcsRead>(c: &Checker<'_, V>, address: u64) -> bool {
+    let width = c.caps.processor.linear_address_bits;
+    let high = address >> width;
+    high == 0 || high == u64::MAX >> width
 }
 
 /// The event to be injected: its type and vector.

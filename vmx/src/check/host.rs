@@ -66,11 +66,17 @@ fn registers<V: VmcsRead>(c: &mut Checker<'_, V>) -> Result<(), AccessError> {
         );
     }
     if exit.contains(ExitControls::LOAD_CET_STATE) {
+        // For a 32-bit host the upper halves are 0 instead.
+        let long = exit.contains(ExitControls::HOST_ADDRESS_SPACE_SIZE);
+        let in_range = |c: &Checker<'_, V>, value: u64| match long {
+            true => c.is_canonical(value),
+            false => value >> 32 == 0,
+        };
         let value = c.get(fields::HOST_S_CET)?;
-        let ok = c.is_canonical(value) && is_valid_cet(value);
+        let ok = in_range(c, value) && is_valid_cet(value);
         c.require(ok, Rule::HostSCet, fields::HOST_S_CET, value);
         let ssp = c.get(fields::HOST_SSP)?;
-        let ok = c.is_canonical(ssp) && ssp & 3 == 0;
+        let ok = in_range(c, ssp) && ssp & 3 == 0;
         c.require(ok, Rule::HostSsp, fields::HOST_SSP, ssp);
         c.require_canonical(
             Rule::HostInterruptSspTable,

@@ -234,9 +234,9 @@ rules! {
         HostEferReserved;
         /// If loaded, LMA and LME of host IA32_EFER equal "host address-space size".
         HostEferMode;
-        /// If loaded, host IA32_S_CET is canonical and its reserved bits are 0.
+        /// If loaded, host IA32_S_CET is canonical (of 32 bits for a 32-bit host), its reserved bits 0.
         HostSCet;
-        /// If loaded, host SSP is canonical and 4-byte aligned.
+        /// If loaded, host SSP is canonical (of 32 bits for a 32-bit host) and 4-byte aligned.
         HostSsp;
         /// If loaded, host IA32_INTERRUPT_SSP_TABLE_ADDR is canonical.
         HostInterruptSspTable;
@@ -411,7 +411,8 @@ rules! {
         RflagsVm;
         /// Guest RFLAGS.IF is 1 when an external interrupt is injected.
         RflagsIf;
-        /// If loaded, guest SSP is 4-byte aligned, and canonical or, outside 64-bit mode, of 32 bits.
+        /// If loaded, guest SSP is 4-byte aligned, its bits beyond the linear-address width identical or,
+        /// outside 64-bit mode, its upper half 0.
         GuestSsp;
     }
     "27.3.1.5", GUEST {

@@ -209,6 +209,35 @@ fn a_32_bit_host_has_its_own_rules() {
 }
 
 #[test]
+fn shadow_stacks_have_the_width_of_their_mode() {
+    let caps = everything();
+    let mut vmcs = legacy_valid(&caps);
+    let exit = vmcs.get(fields::EXIT_CONTROLS).unwrap();
+    let cet = ExitControls::LOAD_CET_STATE.bits();
+    vmcs.set(fields::EXIT_CONTROLS, exit | cet).unwrap();
+    vmcs.set(fields::HOST_SSP, 0xFFFF_FFF8).unwrap();
+    assert_eq!(rules_from(&vmcs, &caps, &legacy()), []);
+    vmcs.set(fields::HOST_SSP, 1 << 32).unwrap();
+    assert_eq!(rules_from(&vmcs, &caps, &legacy()), [Rule::HostSsp]);
+}
+
+#[test]
+fn an_instruction_pointer_may_be_almost_canonical() {
+    let caps = fixtures::haswell();
+    let mut vmcs = samples::valid(&caps);
+    for (rip, expected) in [
+        (0x0000_8000_0000_0000, None),
+        (0xFFFF_0000_0000_0000, None),
+        (0x0001_0000_0000_0000, Some(Rule::RipCanonical)),
+        (0x7FFF_8000_0000_0000, Some(Rule::RipCanonical)),
+    ] {
+        vmcs.set(fields::GUEST_RIP, rip).unwrap();
+        let found = check_entry(&vmcs, &caps).unwrap();
+        assert_eq!(found.rules().next(), expected, "{rip:#x}");
+    }
+}
+
+#[test]
 fn the_link_pointer_is_not_the_current_vmcs() {
     let caps = fixtures::haswell();
     let mut vmcs = samples::valid(&caps);
