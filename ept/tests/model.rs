@@ -115,9 +115,9 @@ fn pages() -> impl Strategy<Value = u64> {
 
 fn length() -> impl Strategy<Value = u64> {
     prop_oneof![
-        12 => 1..9u64,
-        6 => 500..1100u64,
-        8 => (1..4u64).prop_map(|n| n * 512),
+        36 => 1..9u64,
+        18 => 500..1100u64,
+        24 => (1..4u64).prop_map(|n| n * 512),
         1 => Just(512 * 512)
     ]
 }

@@ -47,7 +47,7 @@ pub(super) struct Page {
     /// Emulated writes since the last fault through it.
     pub(super) writes: u8,
     born: u64,
-    slots: Box<[Slot; 512]>,
+    slots: Box<[Slot]>,
 }
 
 impl Page {
@@ -123,7 +123,7 @@ impl Pages {
             pins: 0,
             writes: 0,
             born: self.births,
-            slots: Box::new([EMPTY; 512]),
+            slots: alloc::vec![EMPTY; 512].into_boxed_slice(),
         };
         let id = match self.vacant.pop() {
             Some(number) => PageId(number),
