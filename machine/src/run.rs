@@ -253,6 +253,11 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
         match exit {
             VmExit::Cpuid => self.cpuid(),
             VmExit::Interrupted | VmExit::InterruptWindow => self.attention = true,
+            VmExit::DeliveryDue => {
+                self.machine.host.set_timer(Some(0));
+                // It must be set again for what it was set to before.
+                self.timer = None;
+            }
             VmExit::Halt => {
                 self.vcpu.advance();
                 self.activity = Activity::Halted;

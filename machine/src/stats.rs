@@ -5,7 +5,7 @@ use core::fmt;
 use crate::vcpu::VmExit;
 
 /// The reasons that are counted apart.
-const NAMES: [&str; 20] = [
+const NAMES: [&str; 21] = [
     "interrupted",
     "interrupt window",
     "CPUID",
@@ -26,6 +26,7 @@ const NAMES: [&str; 20] = [
     "shutdown",
     "invalid state",
     "unknown",
+    "delivery due",
 ];
 
 /// The place of an exit in the table.
@@ -51,6 +52,7 @@ const fn index(exit: &VmExit) -> usize {
         VmExit::Shutdown => 17,
         VmExit::InvalidState => 18,
         VmExit::Unknown { .. } => 19,
+        VmExit::DeliveryDue => 20,
     }
 }
 

@@ -17,6 +17,10 @@ pub enum VmExit {
     Interrupted,
     /// The guest can take the interrupt for which a window was requested.
     InterruptWindow,
+    /// An event is about to be delivered to a guest of the guest's, and an interrupt that ends that
+    /// guest's turn is to follow at once: the host's timer shall fire now, so that the next entry
+    /// delivers the one and is ended by the other.
+    DeliveryDue,
     /// CPUID.
     Cpuid,
     /// HLT. RIP is still at the instruction.

@@ -109,6 +109,8 @@ pub struct SvmVcpu<'a, M, S = NoSecondStage> {
     unmasking_iret: Option<u64>,
     /// The interrupt that the machine wants a window for.
     window: Option<AwaitedInterrupt>,
+    /// L2's next entry delivers an event, and is to end right after it.
+    delivery_due: bool,
 }
 
 /// The processor that a vCPU runs on, and what it may use there.
@@ -185,6 +187,7 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
             nmi_masked: false,
             unmasking_iret: None,
             window: None,
+            delivery_due: false,
         };
         vcpu.set_system(&SystemRegisters::reset());
         vcpu
@@ -287,7 +290,12 @@ impl<M: GuestMemory, S: SecondStage> Vcpu for SvmVcpu<'_, M, S> {
                 return Ok(VmExit::Interrupted);
             }
             let exit = match &self.nested {
-                Some(nested) if nested.state.is_guest() => self.run_l2(),
+                Some(nested) if nested.state.is_guest() => {
+                    if core::mem::take(&mut self.delivery_due) {
+                        return Ok(VmExit::DeliveryDue);
+                    }
+                    self.run_l2()
+                }
                 _ => {
                     self.enter_l1();
                     // CPUID needs no more than this, and never interrupts an event.
@@ -384,7 +392,12 @@ impl<M: GuestMemory, S: SecondStage> Vcpu for SvmVcpu<'_, M, S> {
 
     #[inline]
     fn set_interrupt_window(&mut self, wanted: Option<AwaitedInterrupt>) {
-        if wanted != self.window {
+        // While L2 runs, what held the interrupt back the last time may be over.
+        let is_l2 = self
+            .nested
+            .as_ref()
+            .is_some_and(|nested| nested.state.is_guest());
+        if wanted != self.window || is_l2 {
             self.window = wanted;
             self.apply_window();
         }

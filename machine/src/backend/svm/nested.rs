@@ -12,6 +12,7 @@ use testudo_ept::{Invalidate, Invalidation};
 use testudo_nested::svm::{
     Acceptance, Context, Handled, Instruction, NestedSvm, Outcome, PhysicalEvent, SecondStage,
 };
+use testudo_svm::exit::ExitCode;
 use testudo_svm::hw::VmcbFrame;
 use testudo_svm::hw::instructions::ibpb;
 use testudo_svm::intercept::Misc1;
@@ -194,20 +195,14 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
             let open = nested.state.gif(&self.vmcb01) || has_hardware_gif(&self.vmcb01);
             return set_window(&mut self.vmcb01, self.window.filter(|_| open));
         }
-        match nested
+        let acceptance = nested
             .state
-            .acceptance(PhysicalEvent::Interrupt, &self.vmcb01)
-        {
+            .acceptance(PhysicalEvent::Interrupt, &self.vmcb01);
+        match acceptance {
             Acceptance::Exit(code) if self.window.is_some() => {
-                let mut context = Context {
-                    gprs: &mut self.registers.gprs,
-                    vmcb01: &mut self.vmcb01,
-                    memory: self.memory,
-                    second_stage: &mut nested.stage,
-                };
-                let barrier = nested.state.exit_to_l1(code, 0, 0, &mut context);
-                barrier.discharge(predictor_barrier(self.has_predictor_barrier));
-                self.apply_window();
+                if self.exit_to_l1(code) {
+                    self.apply_window();
+                }
             }
             _ => nested.state.set_window(self.window.is_some(), &self.vmcb01),
         }
@@ -220,16 +215,10 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
         };
         match nested.state.acceptance(PhysicalEvent::Nmi, &self.vmcb01) {
             Acceptance::Exit(code) if wanted => {
-                let mut context = Context {
-                    gprs: &mut self.registers.gprs,
-                    vmcb01: &mut self.vmcb01,
-                    memory: self.memory,
-                    second_stage: &mut nested.stage,
-                };
-                let barrier = nested.state.exit_to_l1(code, 0, 0, &mut context);
-                barrier.discharge(predictor_barrier(self.has_predictor_barrier));
-                nested.state.set_gif_window(true, &mut self.vmcb01);
-                self.apply_window();
+                if self.exit_to_l1(code) {
+                    self.apply_nmi_window(wanted);
+                    self.apply_window();
+                }
             }
             _ => {
                 let closed = !nested.state.gif(&self.vmcb01);
@@ -238,6 +227,31 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
                     .set_gif_window(wanted && closed, &mut self.vmcb01);
             }
         }
+    }
+
+    /// Ends L2's turn for a physical event that L1 intercepts; `false` if it must have an event
+    /// delivered first.
+    ///
+    /// VMRUN delivers what EVENTINJ holds before it recognizes any interrupt (APM vol. 2, 15.20),
+    /// and hypervisors count on it: one that asks for an interrupt in order to come back right after
+    /// the delivery would otherwise ask for ever.
+    fn exit_to_l1(&mut self, code: ExitCode) -> bool {
+        let Some(nested) = &mut self.nested else {
+            return false;
+        };
+        if nested.state.vmcb02().event_inj().is_valid() {
+            self.delivery_due = true;
+            return false;
+        }
+        let mut context = Context {
+            gprs: &mut self.registers.gprs,
+            vmcb01: &mut self.vmcb01,
+            memory: self.memory,
+            second_stage: &mut nested.stage,
+        };
+        let barrier = nested.state.exit_to_l1(code, 0, 0, &mut context);
+        barrier.discharge(predictor_barrier(self.has_predictor_barrier));
+        true
     }
 }
 
