@@ -65,7 +65,7 @@ impl<M: FrameAlloc + FrameMem> ShadowMmu<M> {
             return Ok(Outcome::NotMemory(gpa));
         };
         if fault.is_write() && !backed.writable {
-            return Ok(Outcome::NotMemory(gpa));
+            return Ok(Outcome::ReadOnly(gpa));
         }
         self.make_room(debt);
         let page = self.descend_tables(root, memory, fault, debt)?;

@@ -87,8 +87,11 @@ pub enum Outcome {
     Inject(PageFault),
     /// The address is not canonical: inject `#GP(0)` or `#SS(0)`.
     NonCanonical,
-    /// There is no memory, or it may not be written: a device's, to be emulated.
+    /// There is no memory: a device's, to be emulated.
     NotMemory(Gpa),
+    /// A write to memory whose backing does not allow it: a page that is shared or logged, to be
+    /// resolved there (and then [`ShadowMmu::forget`]), or a ROM.
+    ReadOnly(Gpa),
     /// A write to a table that is shadowed: emulate the instruction, then say
     /// [`ShadowMmu::written`].
     TableWrite(Gpa),

@@ -255,7 +255,7 @@ fn the_guests_own_faults_and_devices_are_told_apart() {
         Err(Outcome::NotMemory(Gpa(MEMORY + 0x10)))
     );
     assert!(guest.access(0x1000, Access::READ).is_ok());
-    let rom = Outcome::NotMemory(Gpa(MEMORY - 0x1000));
+    let rom = Outcome::ReadOnly(Gpa(MEMORY - 0x1000));
     assert_eq!(guest.access(0x1000, Access::WRITE), Err(rom));
     let fault = PageFault {
         address: Gva(0x2000),
