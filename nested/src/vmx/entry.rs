@@ -290,7 +290,7 @@ fn load_l2_msr<P: VmcsPair, M, S, R: Msrs>(
     value: u64,
     cx: &mut Context<'_, P, M, S, R>,
 ) -> Result<bool, AccessError> {
-    match super::exit::load_vmcs_msr(msr, value, &mut cx.vmcs.l2())? {
+    match super::msr_areas::load_vmcs_msr(msr, value, &mut cx.vmcs.l2())? {
         Some(loaded) => Ok(loaded),
         None => Ok(cx.msrs.write(msr, value)),
     }

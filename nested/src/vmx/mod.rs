@@ -22,11 +22,14 @@
 mod caps;
 mod composed;
 mod entry;
+mod events;
 mod exit;
 mod guest_fields;
+mod host;
 mod instruction;
 mod join;
 mod kvm_layout;
+mod msr_areas;
 mod operand;
 mod route;
 mod saved;
@@ -46,7 +49,8 @@ use crate::open_words::OpenWords;
 
 pub use caps::{Offer, offer, read_msr};
 pub use composed::{ComposedParts, ComposedStage};
-pub use exit::{Acceptance, Handled, PhysicalEvent, PredictorBarrier};
+pub use events::{Acceptance, PhysicalEvent};
+pub use exit::{Handled, PredictorBarrier};
 pub use instruction::{Instruction, Outcome};
 pub use join::{Joined, L0Controls};
 pub use operand::Fault;

@@ -1,0 +1,127 @@
+//! Physical events while L1 or L2 runs: who takes them, and when (SDM vol. 3C, 26.2 and 28.1).
+//!
+//! "Physical" is L1's word: its virtual processor's interrupt controller, NMI line and so on, which are
+//! L0's machine.
+
+use testudo_arch::RFlags;
+use testudo_vmx::controls::{ExitControls, Interruptibility, PinControls, PrimaryControls};
+use testudo_vmx::event::InterruptionInformation;
+use testudo_vmx::exit::BasicReason;
+use testudo_vmx::{AccessError, VmcsRead, VmcsWrite, fields};
+
+use super::join::L1Controls;
+use super::{NestedVmx, VmcsPair};
+
+pub use crate::svm::PhysicalEvent;
+
+/// What becomes of a physical event of L1's processor now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Acceptance {
+    /// It stays pending.
+    Blocked,
+    /// L1 intercepts it: L2 exits with this reason. An interrupt is acknowledged, and its vector
+    /// given to [`NestedVmx::exit_to_l1`], if `acknowledge` says so; if not, it stays pending.
+    Exit {
+        /// The reason.
+        reason: BasicReason,
+        /// L1's VMCS has "acknowledge interrupt on exit".
+        acknowledge: bool,
+    },
+    /// Whoever runs takes it.
+    Deliver,
+}
+
+impl NestedVmx {
+    /// What becomes of this event now. Nothing is lost by asking.
+    ///
+    /// # Errors
+    ///
+    /// L0's own access to a VMCS failed.
+    pub fn acceptance<P: VmcsPair>(
+        &self,
+        event: PhysicalEvent,
+        vmcs: &mut P,
+    ) -> Result<Acceptance, AccessError> {
+        if self.is_guest {
+            let l1 = L1Controls::read(&self.vmcs12.image)?;
+            let exit = |reason, acknowledge| {
+                Ok(Acceptance::Exit {
+                    reason,
+                    acknowledge,
+                })
+            };
+            match event {
+                PhysicalEvent::Interrupt
+                    if l1.pin.contains(PinControls::EXTERNAL_INTERRUPT_EXITING) =>
+                {
+                    let acknowledge = l1.exit.contains(ExitControls::ACKNOWLEDGE_INTERRUPT);
+                    return exit(BasicReason::ExternalInterrupt, acknowledge);
+                }
+                PhysicalEvent::Nmi if l1.pin.contains(PinControls::NMI_EXITING) => {
+                    return exit(BasicReason::ExceptionOrNmi, false);
+                }
+                // INIT always exits in non-root operation (26.2).
+                PhysicalEvent::Init => return exit(BasicReason::Init, false),
+                _ => {}
+            }
+            deliverable(event, &vmcs.l2())
+        } else if event == PhysicalEvent::Init && self.vmxon.is_some() {
+            // INIT is blocked in VMX root operation (24.8).
+            Ok(Acceptance::Blocked)
+        } else {
+            deliverable(event, &vmcs.l1())
+        }
+    }
+
+    /// Asks for an exit as soon as L2 can take an interrupt, or stops asking. While L1 itself runs,
+    /// the window is `vmcs01`'s own.
+    ///
+    /// # Errors
+    ///
+    /// L0's own access to a VMCS failed.
+    pub fn set_window<P: VmcsPair>(
+        &mut self,
+        wanted: bool,
+        vmcs: &mut P,
+    ) -> Result<(), AccessError> {
+        if !self.is_guest || wanted == self.window {
+            return Ok(());
+        }
+        self.window = wanted;
+        let window = PrimaryControls::INTERRUPT_WINDOW_EXITING;
+        let theirs = L1Controls::read(&self.vmcs12.image)?
+            .primary
+            .contains(window);
+        let mut vmcs02 = vmcs.l2();
+        let mut primary = PrimaryControls::from_bits_retain(vmcs02.get(fields::PRIMARY_CONTROLS)?);
+        primary.set(window, wanted || theirs);
+        vmcs02.set(fields::PRIMARY_CONTROLS, primary.bits())?;
+        // The next entry compares with what is there.
+        if let Some(joined) = &mut self.joined {
+            joined.primary = primary;
+        }
+        Ok(())
+    }
+}
+
+/// Whether an event can be injected into whoever runs on this VMCS.
+fn deliverable(event: PhysicalEvent, vmcs: &impl VmcsRead) -> Result<Acceptance, AccessError> {
+    let state = Interruptibility::from_bits_retain(vmcs.get(fields::GUEST_INTERRUPTIBILITY)?);
+    let shadow = Interruptibility::BLOCKING_BY_STI | Interruptibility::BLOCKING_BY_MOV_SS;
+    let pending =
+        InterruptionInformation(vmcs.get(fields::ENTRY_INTERRUPTION_INFORMATION)?).is_valid();
+    let enabled = vmcs.get(fields::GUEST_RFLAGS)? & RFlags::INTERRUPT_FLAG.bits() != 0;
+    let free = match event {
+        PhysicalEvent::Interrupt => enabled && !state.intersects(shadow) && !pending,
+        PhysicalEvent::Nmi => {
+            !state.intersects(shadow | Interruptibility::BLOCKING_BY_NMI) && !pending
+        }
+        PhysicalEvent::Smi => !state.contains(Interruptibility::BLOCKING_BY_SMI) && !pending,
+        PhysicalEvent::Init => true,
+    };
+    Ok(if free {
+        Acceptance::Deliver
+    } else {
+        Acceptance::Blocked
+    })
+}

@@ -1,0 +1,186 @@
+//! What an exit loads: L1's host state, as `vmcs01`'s guest state (SDM vol. 3C, 28.5).
+
+use testudo_arch::regs::SegmentRegister;
+use testudo_arch::segment::SegmentAttributes;
+use testudo_arch::{Cr4Flags, EferFlags, Gpa, GuestMemory, Segment};
+use testudo_vmx::controls::{ActivityState, EntryControls, ExitControls, Interruptibility};
+use testudo_vmx::state::write_segment;
+use testudo_vmx::{AccessError, VmcsRead, VmcsWrite, fields};
+
+use super::{Context, NestedVmx, VmcsPair};
+
+const LMA: u64 = EferFlags::LONG_MODE_ACTIVE.bits();
+const LME: u64 = EferFlags::LONG_MODE_ENABLE.bits();
+const PAE: u64 = Cr4Flags::PHYSICAL_ADDRESS_EXTENSION.bits();
+const PCIDE: u64 = Cr4Flags::PCID.bits();
+const PG: u64 = 1 << 31;
+
+/// Bits of CR0 that an exit leaves as they are: all but PG, AM, WP, NE, TS, EM, MP and PE (28.5.1).
+const CR0_KEPT: u64 = !(PG | 1 << 18 | 1 << 16 | 1 << 5 | 0xF);
+
+impl NestedVmx {
+    /// L1's host state into `vmcs01` (28.5).
+    pub(super) fn load_host<P: VmcsPair, M: GuestMemory, S, R>(
+        &mut self,
+        nmi: bool,
+        cx: &mut Context<'_, P, M, S, R>,
+    ) -> Result<(), AccessError> {
+        let image = &*self.vmcs12.image;
+        let exit = ExitControls::from_bits_retain(image.get(fields::EXIT_CONTROLS)?);
+        let long = exit.contains(ExitControls::HOST_ADDRESS_SPACE_SIZE);
+        let mut vmcs01 = cx.vmcs.l1();
+
+        let old_cr0 = vmcs01.get(fields::GUEST_CR0)?;
+        let cr0 = (image.get(fields::HOST_CR0)? & !CR0_KEPT) | (old_cr0 & CR0_KEPT);
+        let mut cr4 = image.get(fields::HOST_CR4)?;
+        if long {
+            cr4 |= PAE;
+        } else {
+            cr4 &= !PCIDE;
+        }
+        // L1 sees these values; the processor also gets what it and L0 insist on.
+        vmcs01.set(fields::GUEST_CR0, self.cr0.apply(cr0))?;
+        vmcs01.set(fields::CR0_READ_SHADOW, cr0)?;
+        vmcs01.set(fields::GUEST_CR4, self.cr4.apply(cr4))?;
+        vmcs01.set(fields::CR4_READ_SHADOW, cr4)?;
+        let cr3 = image.get(fields::HOST_CR3)?;
+        vmcs01.set(fields::GUEST_CR3, cr3)?;
+        vmcs01.set(fields::GUEST_DR7, 0x400)?;
+        vmcs01.set(fields::GUEST_DEBUGCTL, 0)?;
+
+        let efer = if exit.contains(ExitControls::LOAD_EFER) {
+            image.get(fields::HOST_EFER)?
+        } else {
+            let old = vmcs01.get(fields::GUEST_EFER)?;
+            if long {
+                old | LMA | LME
+            } else {
+                old & !(LMA | LME)
+            }
+        };
+        vmcs01.set(fields::GUEST_EFER, efer)?;
+        let mut entry = EntryControls::from_bits_retain(vmcs01.get(fields::ENTRY_CONTROLS)?);
+        if entry.contains(EntryControls::IA32E_MODE_GUEST) != long {
+            entry.set(EntryControls::IA32E_MODE_GUEST, long);
+            vmcs01.set(fields::ENTRY_CONTROLS, entry.bits())?;
+        }
+        if exit.contains(ExitControls::LOAD_PAT) {
+            vmcs01.set(fields::GUEST_PAT, image.get(fields::HOST_PAT)?)?;
+        }
+        load_host_segments(image, long, &mut vmcs01)?;
+        vmcs01.set(
+            fields::GUEST_SYSENTER_CS,
+            image.get(fields::HOST_SYSENTER_CS)?,
+        )?;
+        vmcs01.set(
+            fields::GUEST_SYSENTER_ESP,
+            image.get(fields::HOST_SYSENTER_ESP)?,
+        )?;
+        vmcs01.set(
+            fields::GUEST_SYSENTER_EIP,
+            image.get(fields::HOST_SYSENTER_EIP)?,
+        )?;
+        let rsp = image.get(fields::HOST_RSP)?;
+        vmcs01.set(fields::GUEST_RSP, rsp)?;
+        vmcs01.set(fields::GUEST_RIP, image.get(fields::HOST_RIP)?)?;
+        vmcs01.set(fields::GUEST_RFLAGS, 2)?;
+        let blocking = if nmi {
+            Interruptibility::BLOCKING_BY_NMI
+        } else {
+            Interruptibility::empty()
+        };
+        vmcs01.set(fields::GUEST_INTERRUPTIBILITY, blocking.bits())?;
+        vmcs01.set(fields::GUEST_ACTIVITY_STATE, ActivityState::Active.number())?;
+        vmcs01.set(fields::GUEST_PENDING_DEBUG, 0)?;
+        vmcs01.set(fields::ENTRY_INTERRUPTION_INFORMATION, 0)?;
+        // The processor walks L1's PAE tables from the fields.
+        if !long && cr4 & PAE != 0 {
+            let table = Gpa(cr3 & 0xFFFF_FFE0);
+            let fields = [
+                fields::GUEST_PDPTE0,
+                fields::GUEST_PDPTE1,
+                fields::GUEST_PDPTE2,
+                fields::GUEST_PDPTE3,
+            ];
+            for (index, field) in (0..).zip(fields) {
+                let entry = cx
+                    .memory
+                    .load_u64(table.wrapping_add(8 * index))
+                    .unwrap_or(0);
+                vmcs01.set(field, entry)?;
+            }
+        }
+        drop(vmcs01);
+        cx.gprs.rsp = rsp;
+        Ok(())
+    }
+}
+
+/// The segments after an exit (28.5.2).
+fn load_host_segments(
+    image: &impl VmcsRead,
+    long: bool,
+    vmcs01: &mut impl VmcsWrite,
+) -> Result<(), AccessError> {
+    use SegmentRegister as S;
+    let code = if long {
+        SegmentAttributes::CODE64
+    } else {
+        SegmentAttributes::CODE32
+    };
+    let cs = Segment::flat(image.get(fields::HOST_CS_SELECTOR)?, code);
+    write_segment(vmcs01, S::Cs, &cs)?;
+    // A null selector makes a data segment unusable; FS and GS have a base all the same.
+    let data = |selector: u16, base: u64| Segment {
+        base,
+        ..Segment::flat(
+            selector,
+            if selector == 0 {
+                SegmentAttributes::DATA | SegmentAttributes::UNUSABLE
+            } else {
+                SegmentAttributes::DATA
+            },
+        )
+    };
+    let (fs_base, gs_base) = (
+        image.get(fields::HOST_FS_BASE)?,
+        image.get(fields::HOST_GS_BASE)?,
+    );
+    for (register, selector, base) in [
+        (S::Ss, image.get(fields::HOST_SS_SELECTOR)?, 0),
+        (S::Ds, image.get(fields::HOST_DS_SELECTOR)?, 0),
+        (S::Es, image.get(fields::HOST_ES_SELECTOR)?, 0),
+        (S::Fs, image.get(fields::HOST_FS_SELECTOR)?, fs_base),
+        (S::Gs, image.get(fields::HOST_GS_SELECTOR)?, gs_base),
+    ] {
+        write_segment(vmcs01, register, &data(selector, base))?;
+    }
+    let tr = Segment {
+        selector: image.get(fields::HOST_TR_SELECTOR)?,
+        attributes: SegmentAttributes::TSS_BUSY,
+        limit: 0x67,
+        base: image.get(fields::HOST_TR_BASE)?,
+    };
+    write_segment(vmcs01, S::Tr, &tr)?;
+    let none = Segment {
+        attributes: SegmentAttributes::UNUSABLE,
+        ..Segment::default()
+    };
+    write_segment(vmcs01, S::Ldtr, &none)?;
+    for (base, limit, table) in [
+        (
+            fields::GUEST_GDTR_BASE,
+            fields::GUEST_GDTR_LIMIT,
+            fields::HOST_GDTR_BASE,
+        ),
+        (
+            fields::GUEST_IDTR_BASE,
+            fields::GUEST_IDTR_LIMIT,
+            fields::HOST_IDTR_BASE,
+        ),
+    ] {
+        vmcs01.set(base, image.get(table)?)?;
+        vmcs01.set(limit, 0xFFFF)?;
+    }
+    Ok(())
+}
