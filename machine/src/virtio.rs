@@ -64,6 +64,22 @@ struct Planned<M> {
 }
 
 /// The virtio devices that a machine is to have, in the order in which a guest finds them.
+///
+/// ```
+/// use testudo_arch::memory::GuestRam;
+/// use testudo_machine::virtio::{Devices, Transport};
+/// use testudo_virtio::device::Rng;
+/// use testudo_virtio::transport::Options;
+///
+/// let mut devices = Devices::<GuestRam>::new();
+/// let rng = Rng::new(|bytes: &mut [u8]| {
+///     bytes.fill(4); // Chosen by a fair die.
+///     bytes.len()
+/// });
+/// let handle = devices.add(Transport::Pci, Options::default(), Box::new(rng));
+/// // Now `Machine::with_devices(…, devices)`; the handle goes to whoever feeds the device.
+/// assert_eq!((devices.len(), handle.fault()), (1, None));
+/// ```
 pub struct Devices<M> {
     planned: Vec<Planned<M>>,
 }

@@ -1,7 +1,8 @@
 //! The virtio devices of `cargo xtask boot`.
 
 use std::fs;
-use std::path::PathBuf;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
@@ -48,6 +49,9 @@ pub(crate) struct Devices {
     /// Sockets between guest and host: the host is number 2 and echoes on port 7
     #[arg(long)]
     vsock: bool,
+    /// A folder that the guest can read: mount -t virtiofs host FOLDER
+    #[arg(long, value_name = "FOLDER")]
+    share: Option<PathBuf>,
     /// How the guest finds the devices
     #[arg(long, value_enum, default_value = "pci")]
     transport: Transport,
@@ -80,14 +84,17 @@ pub(crate) struct Plan {
     /// MiB of the hypervisor's memory for what the guest writes to disks.
     pub(crate) memory: u64,
     disks: Vec<Disk>,
+    /// What is shared, as modules of the hypervisor.
+    shared: Vec<(String, Vec<u8>)>,
 }
 
 impl Plan {
-    /// The disks as modules of the hypervisor.
+    /// The disks and what is shared, as modules of the hypervisor.
     pub(crate) fn take_modules(&mut self) -> Vec<(String, Vec<u8>)> {
         let modules = self.disks.iter_mut();
         modules
             .map(|disk| (disk.string.clone(), std::mem::take(&mut disk.data)))
+            .chain(self.shared.drain(..))
             .collect()
     }
 
@@ -136,6 +143,13 @@ impl Devices {
         if self.vsock {
             device(" vsock", "vmw_vsock_virtio_transport");
         }
+        let mut shared = Vec::new();
+        if let Some(folder) = &self.share {
+            device(" share", "virtiofs");
+            share(folder, "", &mut shared)?;
+            let bytes: usize = shared.iter().map(|(_, data)| data.len()).sum();
+            memory += (bytes as u64 >> 20) + 1;
+        }
         if let Some(mib) = self.balloon {
             device(&format!(" balloon={mib}"), "virtio_balloon");
         }
@@ -151,12 +165,17 @@ impl Devices {
             drivers,
             memory,
             disks,
+            shared,
         })
     }
 
     /// Whether there are options that only a hypervisor can follow.
     pub(crate) fn asked_for(&self) -> bool {
-        !self.disks.is_empty() || self.balloon.is_some() || self.vsock || self.rng
+        !self.disks.is_empty()
+            || self.balloon.is_some()
+            || self.share.is_some()
+            || self.vsock
+            || self.rng
     }
 }
 
@@ -179,6 +198,41 @@ fn disk(name: &str) -> Result<Disk> {
         read_only,
         data,
     })
+}
+
+/// Adds what is in a folder, each entry under its path from the first folder on: a module's string says what
+/// it is. What is neither file, folder nor link is left out, and so are names that are not UTF-8.
+fn share(folder: &Path, prefix: &str, modules: &mut Vec<(String, Vec<u8>)>) -> Result<()> {
+    const EXECUTABLE: u32 = 0o111;
+    let cannot = || format!("cannot share {}", folder.display());
+    for entry in fs::read_dir(folder).with_context(cannot)? {
+        let entry = entry.with_context(cannot)?;
+        let (path, kind) = (entry.path(), entry.file_type().with_context(cannot)?);
+        let name = entry.file_name();
+        let Some(name) = name.to_str() else {
+            continue;
+        };
+        let at = format!("{prefix}{name}");
+        let cannot = || format!("cannot share {}", path.display());
+        if kind.is_dir() {
+            modules.push((format!("share-folder {at}"), Vec::new()));
+            share(&path, &format!("{at}/"), modules)?;
+        } else if kind.is_symlink() {
+            let target = fs::read_link(&path).with_context(cannot)?;
+            let target = target.into_os_string().into_encoded_bytes();
+            modules.push((format!("share-link {at}"), target));
+        } else if kind.is_file() {
+            let permissions = entry.metadata().with_context(cannot)?.permissions();
+            let kind = if permissions.mode() & EXECUTABLE != 0 {
+                "program"
+            } else {
+                "file"
+            };
+            let data = fs::read(&path).with_context(cannot)?;
+            modules.push((format!("share-{kind} {at}"), data));
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]

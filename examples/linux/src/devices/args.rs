@@ -19,6 +19,8 @@ pub(crate) struct DeviceArgs {
     pub(crate) net: bool,
     /// `vsock`.
     pub(crate) vsock: bool,
+    /// `share`: the files that came as modules, as a file system.
+    pub(crate) share: bool,
     /// `scratch=MIB`: an empty disk of this size.
     pub(crate) scratch_mib: Option<u64>,
     /// `balloon=MIB`: a balloon, and what the guest is asked to give up at the start.
@@ -27,7 +29,7 @@ pub(crate) struct DeviceArgs {
 
 impl DeviceArgs {
     pub(crate) const USAGE: &str =
-        "transport=mmio|pci packed queues=N console rng net vsock scratch=MIB balloon=MIB";
+        "transport=mmio|pci packed queues=N console rng net vsock share scratch=MIB balloon=MIB";
     /// The most queues of a device.
     const MAX_QUEUES: u16 = 32;
 
@@ -40,6 +42,7 @@ impl DeviceArgs {
         rng: false,
         net: false,
         vsock: false,
+        share: false,
         scratch_mib: None,
         balloon_mib: None,
     };
@@ -55,6 +58,7 @@ impl DeviceArgs {
             ("rng", "") => self.rng = true,
             ("net", "") => self.net = true,
             ("vsock", "") => self.vsock = true,
+            ("share", "") => self.share = true,
             ("queues", count) => match count.parse() {
                 Ok(count) if (1..=Self::MAX_QUEUES).contains(&count) => self.queues = count,
                 _ => return false,

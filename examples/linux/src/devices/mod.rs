@@ -17,9 +17,12 @@ use testudo_arch::{Gpa, PAGE_SIZE};
 use testudo_machine::virtio::{DeviceHandle, Devices};
 use testudo_rt::{self as rt, Boot, println};
 use testudo_virtio::Device;
-use testudo_virtio::backend::{BlockBackend, EchoHost, ReadOnlyImage, UserHost, UserOptions};
+use testudo_virtio::backend::{
+    BlockBackend, EchoHost, MemoryTree, ReadOnlyImage, UserHost, UserOptions,
+};
 use testudo_virtio::device::{
-    Balloon, BalloonBackend, BalloonControl, Blk, BlkOptions, Console, Net, NetOptions, Rng, Vsock,
+    Balloon, BalloonBackend, BalloonControl, Blk, BlkOptions, Console, Fs, Net, NetOptions, Rng,
+    Vsock,
 };
 use testudo_virtio::transport::Options;
 
@@ -34,6 +37,8 @@ const RESERVE: u64 = 32 << 20;
 const GUEST_CID: u64 = 3;
 /// The port at which the host echoes on sockets, as on TCP.
 const ECHO_PORT: u32 = 7;
+/// The name by which the guest mounts what is shared with it.
+const SHARE_TAG: &str = "host";
 /// The statistics of a balloon that are shown (VIRTIO 1.3, 5.5.6.3).
 const FREE_MEMORY: u16 = 4;
 
@@ -88,6 +93,9 @@ pub(crate) fn build(
         let host = EchoHost { port: ECHO_PORT };
         plan.add("vsock", Box::new(Vsock::new(host, GUEST_CID)));
     }
+    if args.share {
+        plan.add("share", Box::new(Fs::new(shared_tree(boot), SHARE_TAG)));
+    }
     if let Some(mib) = args.balloon_mib {
         let account = Account::new(ram);
         let (balloon, control) = Balloon::new(account.clone());
@@ -97,6 +105,24 @@ pub(crate) fn build(
         plan.backends.balloon = Some((control, account));
     }
     (plan.devices, plan.backends)
+}
+
+/// What the modules hold whose names begin with `share-`, each under the path that its arguments give.
+fn shared_tree(boot: &'static Boot) -> MemoryTree {
+    let tree = MemoryTree::new();
+    boot.modules().iter().fold(tree, |tree, module| {
+        let path = module.args;
+        match module.name {
+            "share-file" => tree.with_file(path, module.data.to_vec()),
+            "share-program" => tree.with_program(path, module.data.to_vec()),
+            "share-folder" => tree.with_directory(path),
+            "share-link" => match core::str::from_utf8(module.data) {
+                Ok(target) => tree.with_link(path, target),
+                Err(_) => tree,
+            },
+            _ => tree,
+        }
+    })
 }
 
 struct Plan<'a> {

@@ -1,7 +1,9 @@
 //! Virtio devices with the drivers of Debian's kernel, in a guest: each device over both transports, with
 //! both formats of rings, with one queue and with two.
 
-use std::fs;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -11,7 +13,7 @@ use crate::run;
 use crate::workplace::RunFolder;
 
 /// What `virtio.sh` checks, in its order.
-const CHECKS: [&str; 15] = [
+const CHECKS: [&str; 16] = [
     "transport",
     "ring_format",
     "queues",
@@ -26,6 +28,7 @@ const CHECKS: [&str; 15] = [
     "random",
     "console",
     "sockets",
+    "shared_folder",
     "balloon",
 ];
 
@@ -84,12 +87,32 @@ pub(super) fn run(tally: &mut Tally, full: bool) -> Result<()> {
     Ok(())
 }
 
+/// A folder with a file, a program, a link and many entries.
+fn make_shared(folder: &Path) -> Result<()> {
+    fs::create_dir_all(folder.join("folder"))?;
+    fs::create_dir(folder.join("many"))?;
+    let numbers: String = (1..=40_000).map(|number| format!("{number}\n")).collect();
+    fs::write(folder.join("folder/numbers"), numbers)?;
+    let program = folder.join("folder/program");
+    fs::write(&program, "#!/bin/sh\necho runs from there\n")?;
+    fs::set_permissions(&program, Permissions::from_mode(0o755))?;
+    symlink("folder/numbers", folder.join("link"))?;
+    for number in 0..300 {
+        fs::write(folder.join(format!("many/{number}")), [])?;
+    }
+    Ok(())
+}
+
 /// Checks all devices in one setting, then boots again over the other transport and looks at the disk.
 fn check(tally: &mut Tally, setting: Setting) -> Result<()> {
     let folder = RunFolder::new()?;
     let disk = folder.file("disk");
     fs::write(&disk, vec![0; DISK_SIZE])?;
-    let disk = disk.to_str().context("the build's folder is not UTF-8")?;
+    let shared = folder.file("shared");
+    make_shared(&shared)?;
+    let unreadable = "the build's folder is not UTF-8";
+    let disk = disk.to_str().context(unreadable)?;
+    let shared = shared.to_str().context(unreadable)?;
     let fixed = format!("{disk},ro");
     let script = format!(
         "WHERE={} PACKED={} QUEUES={}\n{}",
@@ -101,6 +124,7 @@ fn check(tally: &mut Tally, setting: Setting) -> Result<()> {
     let queues = setting.queues.to_string();
     let mut arguments = vec!["--vcpus", "2", "--queues", &queues, "--vsock", "--stats"];
     arguments.extend(["--balloon", "64", "--disk", disk, "--disk", &fixed]);
+    arguments.extend(["--share", shared]);
     arguments.extend(setting.transport());
     if setting.packed {
         arguments.push("--packed");

@@ -93,6 +93,13 @@ sockets() {
     vsock-pipe 2 7 </tmp/numbers | cmp - /tmp/numbers && ! vsock-pipe 2 8 </dev/null
 }
 
+shared_folder() {
+    mkdir /share && mount -t virtiofs host /share || return 1
+    seq 1 40000 | cmp - /share/folder/numbers && test "$(/share/folder/program)" = "runs from there" &&
+        test "$(readlink /share/link)" = folder/numbers && test "$(ls /share/many | wc -l)" = 300 &&
+        ! touch /share/folder/new
+}
+
 # 64 MiB are asked for, in pages of 4 KiB.
 balloon() {
     for try in $(seq 1 100); do
@@ -105,6 +112,6 @@ balloon() {
 }
 
 for name in transport ring_format queues disk disk_after_reset read_only_disk discard dhcp ping_host http \
-    tcp_echo random console sockets balloon; do
+    tcp_echo random console sockets shared_folder balloon; do
     check $name
 done
