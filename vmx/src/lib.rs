@@ -18,6 +18,7 @@ extern crate std;
 pub mod bitmap;
 pub mod caps;
 pub mod check;
+pub mod clock;
 pub mod controls;
 pub mod encoding;
 mod error;
