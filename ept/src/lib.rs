@@ -8,6 +8,18 @@
 //! processor or an IOMMU returns a [`Flush`], and what the edit took out of the table comes out of
 //! that token only when it has been discharged.
 //!
+//! | module | what it holds |
+//! | --- | --- |
+//! | [`format`](mod@format) | EPT, NPT, long mode, VT-d, AMD-Vi: one file each, and the trait that a new one implements |
+//! | [`walk`] | a guest's own paging, in every mode, with exact page faults |
+//! | [`guest_table`] | second-stage tables that a guest has written |
+//! | [`compose`] | two stages as one table, for guests of guests |
+//! | [`shadow`] | shadow paging, for processors without nested paging |
+//! | [`sharing`] | pages of equal content backed once |
+//! | [`sub_page`] | write permissions for pieces of 128 bytes |
+//!
+//! [`compose`], [`shadow`] and [`sharing`] need the feature `alloc`, which is on by default.
+//!
 //! ```
 //! use testudo_arch::{Gpa, Hpa};
 //! use testudo_ept::format::npt::{Npt, NptFlags};
@@ -20,6 +32,25 @@
 //! table.map(Gpa(0x20_0000), 0x40_0000, Hpa(0x4000_0000), flags).unwrap();
 //! let found = table.translate(Gpa(0x20_1234)).unwrap();
 //! assert_eq!((found.address, found.leaf.bytes()), (Hpa(0x4000_1234), 0x20_0000));
+//! ```
+//!
+//! What leaves a table comes out of its token when the hardware has forgotten it:
+//!
+//! ```
+//! # use core::convert::Infallible;
+//! # use testudo_arch::{FrameAlloc, FrameMem, Gpa, Hpa};
+//! # use testudo_ept::format::npt::{Npt, NptFlags};
+//! # use testudo_ept::{Invalidate, PageTable};
+//! /// Takes a page from the guest, for the balloon.
+//! fn take<M: FrameAlloc + FrameMem>(
+//!     table: &PageTable<Npt, M>,
+//!     page: Gpa,
+//!     processors: &mut impl Invalidate<Error = Infallible>,
+//! ) -> Option<Hpa> {
+//!     let unmapped = table.unmap_page(page);
+//!     let leaf = unmapped.discharge(processors)?;
+//!     Some(leaf.frame)
+//! }
 //! ```
 #![no_std]
 

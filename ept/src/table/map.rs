@@ -16,6 +16,9 @@ pub enum MapError {
     /// The output range exceeds the physical addresses of the format.
     #[error("{0:#x} is beyond the physical addresses")]
     TooWide(u64),
+    /// The format has no pages of this size, or not with these flags.
+    #[error("a page of {0} cannot have these flags")]
+    TooLarge(PageSize),
     /// Something is mapped already at this offset of the table's range.
     #[error("{0:#x} is mapped already")]
     Occupied(u64),
@@ -347,9 +350,11 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
         let offset = self.range(address, size.bytes())?;
         self.check_output(frame, size.bytes(), flags)?;
         let level = level_of(size);
-        if (offset | frame.0) & (size.bytes() - 1) != 0 || level > self.format.largest_level(flags)
-        {
+        if (offset | frame.0) & (size.bytes() - 1) != 0 {
             return Err(EditError::Misaligned(offset | frame.0).into());
+        }
+        if level > self.format.largest_level(flags) {
+            return Err(MapError::TooLarge(size));
         }
         let entry = self.format.leaf_entry(frame, level, flags);
         let _editor = self.lock.shared();
