@@ -56,6 +56,11 @@ impl MsrBitmap {
         &self.0
     }
 
+    /// The bytes, to be changed in place: by whoever joins two bitmaps word by word.
+    pub const fn as_mut_bytes(&mut self) -> &mut [u8; FRAME] {
+        &mut self.0
+    }
+
     /// The place of an MSR's bit for reads; that for writes is 2048 bytes further.
     #[inline]
     const fn index(msr: Msr) -> Option<usize> {

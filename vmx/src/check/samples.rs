@@ -3,6 +3,9 @@
 //! For tests, fuzzers, and runs against a real implementation. Everything here is a few writes to a
 //! VMCS, so that it works on any that starts out valid.
 
+mod controls;
+mod state;
+
 use super::{CR0_PE, CR0_PG, CR4_CET, CR4_PAE, CR4_PCIDE, EFER_LMA, EFER_LME, Rule};
 use crate::caps::{EptVpidCaps, ProcessorFeatures, VmxCaps};
 use crate::controls::{
@@ -352,19 +355,17 @@ impl<V: VmcsWrite> Editor<'_, V> {
     }
 
     fn violate(&mut self, rule: Rule) -> Edit {
-        if (rule as u8) < Rule::HostCr0Fixed as u8 {
+        // Rules are ordered as in the manual.
+        if rule < Rule::HostCr0Fixed {
             self.violate_controls(rule)
-        } else if (rule as u8) < Rule::GuestCr0Fixed as u8 {
+        } else if rule < Rule::GuestCr0Fixed {
             self.violate_host(rule)
-        } else if (rule as u8) < Rule::TrTi as u8 {
+        } else if rule < Rule::TrTi {
             self.violate_guest_registers(rule)
-        } else if (rule as u8) < Rule::DescriptorTableBase as u8 {
+        } else if rule < Rule::DescriptorTableBase {
             self.violate_segments(rule)
         } else {
             self.violate_guest_rest(rule)
         }
     }
 }
-
-mod controls;
-mod state;
