@@ -3,9 +3,6 @@
 //! For tests, fuzzers, and runs against a real implementation. Everything here is a few writes to a
 //! VMCS, so that it works on any that starts out valid.
 
-mod controls;
-mod state;
-
 use super::{CR0_PE, CR0_PG, CR4_CET, CR4_PAE, CR4_PCIDE, EFER_LMA, EFER_LME, Rule};
 use crate::caps::{EptVpidCaps, ProcessorFeatures, VmxCaps};
 use crate::controls::{
@@ -151,6 +148,10 @@ macro_rules! entry {
         enable!($e, entry, ENTRY_CONTROLS, EntryControls, $($bit)|+)
     };
 }
+
+// After the macros, which they use.
+mod controls;
+mod state;
 
 /// Makes a valid VMCS violate `rule` and no other; `Ok(false)` where no VMCS can, on a processor
 /// with these capabilities.
