@@ -8,7 +8,9 @@ use proptest::prelude::*;
 use testudo_arch::memory::{GuestMemory, GuestRam};
 use testudo_arch::{FrameAlloc, FrameMem, Gpa, Hpa, PageSize};
 use testudo_ept::compose::{ComposeFault, Composed};
+use testudo_ept::format::amdvi::AmdVi;
 use testudo_ept::format::ept::{Ept, EptFlags};
+use testudo_ept::format::vtd::Vtd;
 use testudo_ept::guest_table::{GuestTable, TableFault};
 use testudo_ept::{Format, FramePool, Invalidate, Invalidation, PageTable, Rights};
 
@@ -240,6 +242,52 @@ fn a_guest_table_outside_its_memory_or_reserved_is_told() {
     // A table that refers to itself is four levels like any other.
     level1.store(setup.outer.root(), setup.outer.root().0 | 7);
     assert!(setup.fill(0, READ).is_err());
+}
+
+/// The same for devices: a guest's I/O table through ours, in the unit's own format.
+#[test]
+fn io_tables_compose_too() {
+    fn check<G, F>(outer_format: G, format: F)
+    where
+        G: Format<Input = Gpa>,
+        F: Format<Input = Gpa>,
+    {
+        let (level1, pool) = (Level1::new(64), FramePool::new(64));
+        let outer = PageTable::new(outer_format.clone(), &level1).unwrap();
+        let inner = PageTable::new(format.clone(), &pool).unwrap();
+        let mut composed = Composed::new(format.clone(), &pool, 100).unwrap();
+        let flags = outer_format.flags(WRITE).unwrap();
+        outer
+            .map(Gpa(0), 0x1_0000, Hpa(0x4001_0000), flags)
+            .unwrap();
+        let flags = format.flags(READ).unwrap();
+        inner
+            .map(Gpa(0x4001_0000), 0x8000, Hpa(0x9000_0000), flags)
+            .unwrap();
+        let root = Gpa(outer.root().0);
+        let table = GuestTable::new(&level1.ram, outer_format, root);
+        let filled = composed.fill(&table, &inner, Gpa(0x3123), READ).unwrap();
+        let filled = filled.discharge(&mut NoHardware);
+        assert_eq!((filled.middle, filled.rights), (Gpa(0x4001_3123), READ));
+        let found = composed.table().translate(Gpa(0x3123)).unwrap();
+        assert_eq!(found.address, Hpa(0x9000_3123));
+        let denied = composed
+            .fill(&table, &inner, Gpa(0x3123), WRITE)
+            .map(|_| ());
+        assert!(matches!(denied, Err(ComposeFault::InnerDenied { .. })));
+        let absent = composed.fill(&table, &inner, Gpa(0x9000), READ).map(|_| ());
+        assert!(matches!(absent, Err(ComposeFault::InnerAbsent { .. })));
+        let fault = composed
+            .fill(&table, &inner, Gpa(0x1_0000), READ)
+            .map(|_| ());
+        assert!(matches!(
+            fault,
+            Err(ComposeFault::Outer(TableFault::Absent { .. }))
+        ));
+    }
+    check(Vtd::new(3, 46), Vtd::new(4, 46));
+    check(AmdVi::new(3, 46).with_sized_pages(), AmdVi::new(4, 46));
+    check(Vtd::new(4, 46).with_accessed_dirty(), AmdVi::new(6, 52));
 }
 
 /// Both stages in play map within these many pages.

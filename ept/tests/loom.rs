@@ -14,7 +14,7 @@ use loom::sync::atomic::{AtomicU64, Ordering};
 use loom::thread;
 use testudo_arch::{FrameAlloc, FrameMem, Gpa, Hpa, PageSize};
 use testudo_ept::format::npt::{Npt, NptFlags};
-use testudo_ept::{Invalidate, Invalidation, MapError, PageTable};
+use testudo_ept::{Format, Invalidate, Invalidation, MapError, PageBitmap, PageTable, Rights};
 
 const FRAMES: usize = 7;
 const FLAGS: NptFlags = NptFlags::WRITABLE;
@@ -202,5 +202,96 @@ fn no_mapping_is_put_into_a_retired_table() {
         flush.discharge(&mut WaitFor(Some(thread)));
         assert!(table.translate(Gpa(0)).is_none());
         assert_eq!(table.table_frames(), table.frames().in_use());
+    });
+}
+
+/// Where the entry of page 0 lies.
+fn entry_of(table: &Table) -> Hpa {
+    let mut at = table.root();
+    for level in (2..=4).rev() {
+        at = table.format().child(table.frames().load(at), level).0;
+    }
+    at
+}
+
+/// What a processor does on a write to page 0: a locked update of the entry that it has read, if
+/// that allows the write. Whether it has written.
+fn hardware_writes(table: &Table, at: Hpa) -> bool {
+    loop {
+        let entry = table.frames().load(at);
+        if entry & 3 != 3 {
+            return false;
+        }
+        let marked = entry | 0x60;
+        if marked == entry || table.frames().compare_exchange(at, entry, marked).is_ok() {
+            return true;
+        }
+    }
+}
+
+/// A page that hardware writes while dirty bits are harvested is logged, or still dirty.
+#[test]
+fn no_dirty_bit_is_lost_to_a_harvest() {
+    check(4, || {
+        let table = table();
+        table
+            .map_page(Gpa(0), PageSize::Size4K, Hpa(0x9000), FLAGS)
+            .unwrap();
+        let (other, at) = (table.clone(), entry_of(&table));
+        let thread = thread::spawn(move || assert!(hardware_writes(&other, at)));
+        let words = [std::sync::atomic::AtomicU64::new(0)];
+        let log = PageBitmap::new(0, &words);
+        let harvest = table.harvest_dirty(Gpa(0), PAGE, &log).unwrap();
+        let mut processor = WaitFor(Some(thread));
+        harvest.discharge(&mut processor);
+        // Nothing was dirty, and nothing to wait for: the write comes later then.
+        if let Some(thread) = processor.0 {
+            thread.join().unwrap();
+        }
+        let leaf = table.translate(Gpa(0)).unwrap().leaf;
+        assert!(log.drain().count() == 1 || leaf.flags.contains(NptFlags::DIRTY));
+    });
+}
+
+/// Rights that change while hardware writes: its dirty bit stays.
+#[test]
+fn no_dirty_bit_is_lost_to_a_change_of_rights() {
+    check(4, || {
+        let table = table();
+        table
+            .map_page(Gpa(0), PageSize::Size4K, Hpa(0x9000), FLAGS)
+            .unwrap();
+        let (other, at) = (table.clone(), entry_of(&table));
+        let wrote = Arc::new(AtomicU64::new(0));
+        let told = wrote.clone();
+        let thread = thread::spawn(move || {
+            told.store(u64::from(hardware_writes(&other, at)), Ordering::Release);
+        });
+        let flush = table.protect(Gpa(0), PAGE, Rights::READ).unwrap();
+        flush.discharge(&mut WaitFor(Some(thread)));
+        let leaf = table.translate(Gpa(0)).unwrap().leaf;
+        let dirty = leaf.flags.contains(NptFlags::DIRTY);
+        assert_eq!(dirty, wrote.load(Ordering::Acquire) == 1);
+    });
+}
+
+/// A page that is taken out while hardware writes comes out dirty, if the write was made.
+#[test]
+fn no_dirty_bit_is_lost_to_an_unmapping() {
+    check(4, || {
+        let table = table();
+        table
+            .map_page(Gpa(0), PageSize::Size4K, Hpa(0x9000), FLAGS)
+            .unwrap();
+        let (other, at) = (table.clone(), entry_of(&table));
+        let wrote = Arc::new(AtomicU64::new(0));
+        let told = wrote.clone();
+        let thread = thread::spawn(move || {
+            told.store(u64::from(hardware_writes(&other, at)), Ordering::Release);
+        });
+        let flush = table.unmap_into(Gpa(0), PAGE, Vec::new()).unwrap();
+        let pages = flush.discharge(&mut WaitFor(Some(thread)));
+        let dirty = pages[0].1.flags.contains(NptFlags::DIRTY);
+        assert_eq!(dirty, wrote.load(Ordering::Acquire) == 1);
     });
 }
