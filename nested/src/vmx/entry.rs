@@ -143,10 +143,9 @@ impl NestedVmx {
         let both = l0.primary & l1.primary;
         if both.contains(PrimaryControls::USE_MSR_BITMAPS) {
             let l1_bitmap = Gpa(self.vmcs12.image.get(fields::MSR_BITMAPS)?);
-            let mut bytes = *self.msr_bitmap.as_bytes();
-            if self.open_msrs.merge(&mut bytes, cx.memory, l1_bitmap) {
-                *self.msr_bitmap = testudo_vmx::bitmap::MsrBitmap::from_bytes(&bytes);
-            }
+            let map = self.msr_bitmap.as_mut_bytes();
+            // The processor reads the bitmap in memory at each access: a change needs no word to it.
+            let _changed = self.open_msrs.merge(map, cx.memory, l1_bitmap);
         }
         let fixed = Fixed {
             cr0: self.cr0,

@@ -5,9 +5,7 @@ use testudo_arch::segment::SegmentAttributes;
 use testudo_arch::{Cr0Flags, Cr4Flags, EferFlags, Event, Gpa, Gprs, GuestMemory, RFlags};
 use testudo_vmx::caps::EptVpidCaps;
 use testudo_vmx::encoding::{Area, Encoding};
-use testudo_vmx::exit::{
-    BasicReason, InvalidateOperands, MemoryOperand, Operand, VmcsOperands, complete_instruction,
-};
+use testudo_vmx::exit::{BasicReason, MemoryOperand, Operand, VmcsOperands, complete_instruction};
 use testudo_vmx::state::read_system_registers;
 use testudo_vmx::{AccessError, InstructionError, VmFail, VmcsRead, VmcsWrite, fields};
 
@@ -97,7 +95,7 @@ pub enum Outcome {
 }
 
 /// How an instruction ends that does not fault.
-type Ending = Result<(), VmFail>;
+pub(super) type Ending = Result<(), VmFail>;
 
 /// Why it stops: a fault of L1's, or a failure of L0's own access to the processor.
 pub(super) enum Stop {
@@ -128,7 +126,6 @@ const STATUS: u64 = 0x8D5;
 const CF: u64 = 1;
 const ZF: u64 = 1 << 6;
 
-const VMFAIL_OPERAND: VmFail = VmFail::Valid(InstructionError::InvalidInvalidationOperand);
 const UNSUPPORTED: VmFail = VmFail::Valid(InstructionError::UnsupportedComponent);
 
 impl NestedVmx {
@@ -431,54 +428,6 @@ impl NestedVmx {
         Ok(self.vmcs12.image.write_raw(field, value))
     }
 
-    fn invept<P: VmcsPair, M: GuestMemory, S: SecondStage, R>(
-        &mut self,
-        cx: &mut Context<'_, P, M, S, R>,
-    ) -> Result<Ending, Stop> {
-        let (kind, descriptor) = invalidate_operands(cx)?;
-        let supported = match kind {
-            1 => EptVpidCaps::INVEPT_SINGLE,
-            2 => EptVpidCaps::INVEPT_ALL,
-            _ => return Ok(Err(VMFAIL_OPERAND)),
-        };
-        if !self.caps.ept_vpid.contains(supported) {
-            return Ok(Err(VMFAIL_OPERAND));
-        }
-        let [eptp, _] = self.descriptor(&descriptor, cx)?;
-        if kind == 1 && !self.is_valid_eptp(eptp) {
-            return Ok(Err(VMFAIL_OPERAND));
-        }
-        cx.second_stage.flush((kind == 1).then_some(eptp));
-        self.flush.ept = true;
-        Ok(Ok(()))
-    }
-
-    fn invvpid<P: VmcsPair, M: GuestMemory, S, R>(
-        &mut self,
-        cx: &mut Context<'_, P, M, S, R>,
-    ) -> Result<Ending, Stop> {
-        let (kind, descriptor) = invalidate_operands(cx)?;
-        let supported = match kind {
-            0 => EptVpidCaps::INVVPID_ADDRESS,
-            1 => EptVpidCaps::INVVPID_SINGLE,
-            2 => EptVpidCaps::INVVPID_ALL,
-            3 => EptVpidCaps::INVVPID_SINGLE_RETAINING_GLOBALS,
-            _ => return Ok(Err(VMFAIL_OPERAND)),
-        };
-        if !self.caps.ept_vpid.contains(supported) {
-            return Ok(Err(VMFAIL_OPERAND));
-        }
-        let [vpid, address] = self.descriptor(&descriptor, cx)?;
-        let bits = self.caps.processor.linear_address_bits;
-        let canonical = testudo_vmx::caps::Processor::is_canonical(address, bits);
-        if vpid >> 16 != 0 || (kind != 2 && vpid == 0) || (kind == 0 && !canonical) {
-            return Ok(Err(VMFAIL_OPERAND));
-        }
-        // L2 has one tag; what L1 flushes of another of its own is flushed when that comes to run.
-        self.flush.vpid |= kind == 2 || vpid == u64::from(self.vpid12);
-        Ok(Ok(()))
-    }
-
     /// Writes the current VMCS back to L1's memory, and then there is none.
     fn release_current(&mut self, memory: &impl GuestMemory) {
         if let Some(at) = self.current {
@@ -497,7 +446,7 @@ impl NestedVmx {
         info.exists(&self.caps).then_some(encoding)
     }
 
-    fn operands<'o, P, M, S, R>(
+    pub(super) fn operands<'o, P, M, S, R>(
         &self,
         system: &'o SystemRegisters,
         cx: &'o Context<'_, P, M, S, R>,
@@ -522,31 +471,9 @@ impl NestedVmx {
         Ok(Gpa(u64::from_le_bytes(bytes)))
     }
 
-    fn descriptor<P: VmcsPair, M: GuestMemory, S, R>(
-        &self,
-        operand: &MemoryOperand,
-        cx: &mut Context<'_, P, M, S, R>,
-    ) -> Result<[u64; 2], Stop> {
-        let system = read_system_registers(&cx.vmcs.l1())?;
-        let mut bytes = [0; 16];
-        self.operands(&system, cx).read(operand, &mut bytes)?;
-        let all = u128::from_le_bytes(bytes);
-        Ok([all as u64, (all >> 64) as u64])
-    }
-
     /// "not 4 KByte aligned" or "sets any bits beyond the physical-address width".
     pub(super) fn is_region_address(&self, at: Gpa) -> bool {
         at.0 & 0xFFF == 0 && !self.caps.processor.exceeds_physical(at.0)
-    }
-
-    /// What a VM entry asks of an EPT pointer (SDM vol. 3C, 27.2.1.1), for the formats offered.
-    fn is_valid_eptp(&self, eptp: u64) -> bool {
-        let accessed_dirty = self.caps.ept_vpid.contains(EptVpidCaps::ACCESSED_DIRTY);
-        let reserved = if accessed_dirty { 0xF80 } else { 0xFC0 };
-        eptp & 7 == 6
-            && (eptp >> 3) & 7 == 3
-            && eptp & reserved == 0
-            && !self.caps.processor.exceeds_physical(eptp & !0xFFF)
     }
 }
 
@@ -556,7 +483,7 @@ fn region_has_revision(memory: &impl GuestMemory, at: Gpa) -> bool {
     memory.read(at, &mut bytes).is_ok() && u32::from_le_bytes(bytes) == REVISION
 }
 
-fn operand_fields<P: VmcsPair, M, S, R>(
+pub(super) fn operand_fields<P: VmcsPair, M, S, R>(
     cx: &mut Context<'_, P, M, S, R>,
 ) -> Result<(u32, u64), AccessError> {
     let vmcs01 = cx.vmcs.l1();
@@ -565,7 +492,7 @@ fn operand_fields<P: VmcsPair, M, S, R>(
 }
 
 /// Whether L1 runs in 64-bit mode. Compatibility mode was refused, so LMA says it.
-fn is_64_bit(vmcs01: &impl VmcsRead) -> Result<bool, AccessError> {
+pub(super) fn is_64_bit(vmcs01: &impl VmcsRead) -> Result<bool, AccessError> {
     let efer = vmcs01.get(fields::GUEST_EFER)?;
     Ok(efer & EferFlags::LONG_MODE_ACTIVE.bits() != 0)
 }
@@ -589,17 +516,8 @@ fn memory_operand<P: VmcsPair, M, S, R>(
     Ok(MemoryOperand::new(information, qualification))
 }
 
-fn invalidate_operands<P: VmcsPair, M, S, R>(
-    cx: &mut Context<'_, P, M, S, R>,
-) -> Result<(u64, MemoryOperand), AccessError> {
-    let (information, qualification) = operand_fields(cx)?;
-    let operands = InvalidateOperands::new(information, qualification);
-    let long = is_64_bit(&cx.vmcs.l1())?;
-    Ok((gpr(operands.kind, long, cx.gprs), operands.descriptor))
-}
-
 /// A general register as an operand: 32-bit code sees 32 bits.
-fn gpr(gpr: Gpr, long: bool, gprs: &Gprs) -> u64 {
+pub(super) fn gpr(gpr: Gpr, long: bool, gprs: &Gprs) -> u64 {
     if long {
         gprs[gpr]
     } else {

@@ -27,6 +27,7 @@ mod exit;
 mod guest_fields;
 mod host;
 mod instruction;
+mod invalidate;
 mod join;
 mod kvm_layout;
 mod msr_areas;
