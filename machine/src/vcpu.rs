@@ -120,7 +120,7 @@ pub struct MemoryAccess {
     pub table: bool,
 }
 
-/// A failure of the backend itself: nothing a guest does causes one.
+/// Why a backend cannot go on: it failed itself, or the guest did what it does not support.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum VcpuError {
@@ -134,6 +134,17 @@ pub enum VcpuError {
     #[cfg(feature = "vmx")]
     #[error("{0}")]
     VmEntry(crate::backend::vmx::Refusal),
+    /// The guest did what this backend does not support.
+    #[cfg(feature = "vmx")]
+    #[error(
+        "the guest exited by «{reason}» (qualification {qualification:#x}), which is not supported"
+    )]
+    Unsupported {
+        /// The reason.
+        reason: testudo_vmx::exit::ExitReason,
+        /// Its qualification.
+        qualification: u64,
+    },
     /// VMREAD or VMWRITE failed.
     #[cfg(feature = "vmx")]
     #[error(transparent)]

@@ -93,6 +93,13 @@ impl<P: Processor, M: GuestMemory> VmxVcpu<'_, P, M> {
             | Exit::Rsm
             | Exit::Seamcall
             | Exit::Tdcall => VmExit::Forbidden,
+            // A hardware task switch, and what no control asked for.
+            _ if !matches!(self.reason.basic(), BasicReason::Unknown(_)) => {
+                return Err(VcpuError::Unsupported {
+                    reason: self.reason,
+                    qualification: self.processor.get(fields::EXIT_QUALIFICATION)?,
+                });
+            }
             _ => VmExit::Unknown {
                 code: u64::from(self.reason.0),
                 info: [

@@ -26,7 +26,7 @@
 //! a CPUID sees its first trap one instruction late. Once a single step was seen, RFLAGS is read.
 //!
 //! Hardware task switches always exit on VT-x, and this backend does not emulate them: a guest that
-//! makes one stops.
+//! makes one ends with [`VcpuError::Unsupported`].
 
 mod cache;
 mod exit;

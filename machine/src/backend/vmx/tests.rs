@@ -725,6 +725,17 @@ fn a_refused_entry_names_the_rule() {
 }
 
 #[test]
+fn a_task_switch_is_an_error_in_words() {
+    let mut vcpu = vcpu();
+    vcpu.will_exit(BasicReason::TaskSwitch, 0x28);
+    let error = vcpu.run(&AtomicU32::new(0)).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "the guest exited by «Task switch» (qualification 0x28), which is not supported"
+    );
+}
+
+#[test]
 fn exits_have_the_machines_names() {
     use BasicReason as R;
     let exit_of = |reason, qualification| {
@@ -920,6 +931,7 @@ proptest! {
         });
         vcpu.will_exit(BasicReason::ExternalInterrupt, 0);
         let exit = vcpu.run(&AtomicU32::new(0));
-        prop_assert!(exit.is_ok(), "{exit:?}");
+        let fine = matches!(exit, Ok(_) | Err(VcpuError::Unsupported { .. }));
+        prop_assert!(fine, "{exit:?}");
     }
 }
