@@ -101,43 +101,68 @@ fn host(tally: &mut Tally) -> Result<()> {
         "cargo fmt",
         run::check(&mut cargo(&["fmt", "--all", "--check"])),
     );
-    tally.check(
-        "cargo clippy",
-        run::check(&mut cargo(&[
-            "clippy",
-            "--quiet",
-            "--workspace",
-            "--all-targets",
-            "--",
-            "-D",
-            "warnings",
-        ])),
-    );
-    tally.check(
-        "cargo doc",
-        run::check(
-            cargo(&[
-                "doc",
-                "--quiet",
-                "--workspace",
-                "--no-deps",
-                "--document-private-items",
-            ])
-            .env("RUSTDOCFLAGS", "-D warnings"),
-        ),
-    );
+    for (what, packages) in groups() {
+        let lints = ["clippy", "--quiet", "--all-targets"];
+        tally.check(
+            &format!("cargo clippy: {what}"),
+            run::check(cargo(&lints).args(&packages).args(["--", "-D", "warnings"])),
+        );
+        let documentation = ["doc", "--quiet", "--no-deps", "--document-private-items"];
+        tally.check(
+            &format!("cargo doc: {what}"),
+            run::check(
+                cargo(&documentation)
+                    .args(&packages)
+                    .env("RUSTDOCFLAGS", "-D warnings"),
+            ),
+        );
+    }
     run::progress("unit and property tests");
-    let mut closing = 0;
-    let ended = lines(cargo(&["test", "--workspace", "--no-fail-fast"]), |line| {
-        if let Some((passed, failed)) = closing_line(line) {
-            closing += 1;
-            tally.add("cargo test", passed, failed);
+    for (what, packages) in groups() {
+        let (mut closing, mut failures) = (0, 0);
+        let mut tests = cargo(&["test", "--no-fail-fast"]);
+        tests.args(&packages);
+        let ended = lines(tests, |line| {
+            if let Some((passed, failed)) = closing_line(line) {
+                closing += 1;
+                failures += failed;
+                tally.add(&format!("cargo test: {what}"), passed, failed);
+            }
+        })?;
+        if !ended && failures == 0 || closing == 0 {
+            tally.fail(&format!("cargo test did not run to its end: {what}"));
         }
-    })?;
-    if !ended && tally.failed == 0 || closing == 0 {
-        tally.fail("cargo test did not run to its end");
     }
     Ok(())
+}
+
+/// The packages that are built together. Cargo gives all packages of one build the same features of
+/// what they share, and the bare-metal programs cannot have those that need the standard library.
+fn groups() -> [(&'static str, Vec<String>); 3] {
+    let host = [
+        "testudo",
+        "testudo-arch",
+        "testudo-svm",
+        "testudo-vmx",
+        "testudo-ept",
+        "testudo-virtio",
+        "testudo-nested",
+        "testudo-machine",
+        "xtask",
+    ];
+    let benches = "testudo-benches";
+    let mut bare = vec!["--workspace".to_owned()];
+    for package in host.iter().chain([&benches]) {
+        bare.extend(["--exclude".to_owned(), (*package).to_owned()]);
+    }
+    [
+        ("the crates", vec!["--all-features".to_owned()]),
+        ("the bare-metal programs", bare),
+        (
+            "the benches",
+            vec!["--package".to_owned(), benches.to_owned()],
+        ),
+    ]
 }
 
 /// Runs a command, shows its output as it comes, and gives each line to `take`; says whether it succeeded.
