@@ -52,7 +52,8 @@ const SECONDARY: SecondaryControls = SecondaryControls::DESCRIPTOR_TABLE_EXITING
     .union(SecondaryControls::WBINVD_EXITING)
     .union(SecondaryControls::RDRAND_EXITING)
     .union(SecondaryControls::ENABLE_INVPCID)
-    .union(SecondaryControls::RDSEED_EXITING);
+    .union(SecondaryControls::RDSEED_EXITING)
+    .union(SecondaryControls::USE_TSC_SCALING);
 
 const SECONDARY_EPT: SecondaryControls =
     SecondaryControls::ENABLE_EPT.union(SecondaryControls::UNRESTRICTED_GUEST);

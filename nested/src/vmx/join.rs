@@ -1,5 +1,6 @@
 //! The join of L0's controls with L1's: a list of what L1 may decide, as a value.
 
+use testudo_vmx::clock::GuestTsc;
 use testudo_vmx::controls::{
     EntryControls, ExceptionBitmap, ExitControls, PinControls, PrimaryControls, SecondaryControls,
 };
@@ -19,7 +20,7 @@ pub struct L0Controls {
     pub entry: EntryControls,
     pub exceptions: u32,
     pub msr_bitmap: u64,
-    pub tsc_offset: u64,
+    pub tsc: GuestTsc,
     pub ept_pointer: u64,
     pub cr0_mask: u64,
     pub cr4_mask: u64,
@@ -53,10 +54,7 @@ impl L0Controls {
                 primary.contains(PrimaryControls::USE_MSR_BITMAPS),
                 fields::MSR_BITMAPS,
             )?,
-            tsc_offset: if_set(
-                primary.contains(PrimaryControls::USE_TSC_OFFSETTING),
-                fields::TSC_OFFSET,
-            )?,
+            tsc: read_clock(vmcs01, primary, secondary)?,
             ept_pointer: if_set(
                 secondary.contains(SecondaryControls::ENABLE_EPT),
                 fields::EPT_POINTER,
@@ -165,6 +163,7 @@ pub struct Joined {
     pub page_fault_mask: u32,
     pub page_fault_match: u32,
     pub tsc_offset: u64,
+    pub tsc_multiplier: u64,
     pub ept_pointer: u64,
     pub msr_bitmap: u64,
     pub cr0_mask: u64,
@@ -220,6 +219,8 @@ impl Joined {
         // L2 may be unpaged only if L1 says so; what L1 itself may does not matter.
         let unrestricted = SecondaryControls::UNRESTRICTED_GUEST;
         secondary.set(unrestricted, l1.secondary.contains(unrestricted));
+        let scaling = SecondaryControls::USE_TSC_SCALING;
+        secondary.set(scaling, (l0.secondary | l1.secondary).contains(scaling));
         if !secondary.is_empty() {
             primary |= PrimaryControls::ACTIVATE_SECONDARY_CONTROLS;
         }
@@ -235,10 +236,11 @@ impl Joined {
 
         let (exceptions, page_fault_mask, page_fault_match) = join_exceptions(l0, vmcs12)?;
 
-        let mut tsc_offset = l0.tsc_offset;
-        if l1.primary.contains(PrimaryControls::USE_TSC_OFFSETTING) {
-            tsc_offset = tsc_offset.wrapping_add(vmcs12.get(fields::TSC_OFFSET)?);
-        }
+        // L2's clock is made from L1's, and that from the processor's.
+        let clock = l0.tsc.nested(read_clock(vmcs12, l1.primary, l1.secondary)?);
+        // Two small factors can make a product of 0, which the processor refuses.
+        let tsc_multiplier = clock.multiplier.max(1);
+        let tsc_offset = clock.offset;
 
         let (cr0, cr4) = (
             vmcs12.get(fields::GUEST_CR0)?,
@@ -281,6 +283,7 @@ impl Joined {
             page_fault_mask,
             page_fault_match,
             tsc_offset,
+            tsc_multiplier,
             ept_pointer: fixed.composed.unwrap_or(l0.ept_pointer),
             msr_bitmap: if primary.contains(bitmaps) {
                 fixed.msr_bitmap
@@ -329,6 +332,7 @@ impl Joined {
             PAGE_FAULT_ERROR_CODE_MASK <- page_fault_mask;
             PAGE_FAULT_ERROR_CODE_MATCH <- page_fault_match;
             TSC_OFFSET <- tsc_offset;
+            TSC_MULTIPLIER <- tsc_multiplier if self.secondary.contains(SecondaryControls::USE_TSC_SCALING);
             EPT_POINTER <- ept_pointer if self.secondary.contains(SecondaryControls::ENABLE_EPT);
             MSR_BITMAPS <- msr_bitmap if self.primary.contains(PrimaryControls::USE_MSR_BITMAPS);
             CR0_GUEST_HOST_MASK <- cr0_mask;
@@ -355,6 +359,27 @@ impl Joined {
         }
         Ok(())
     }
+}
+
+/// How a guest's time-stamp counter follows its host's: multiplied, if both controls say so, and
+/// offset (25.6.5).
+fn read_clock(
+    vmcs: &impl VmcsRead,
+    primary: PrimaryControls,
+    secondary: SecondaryControls,
+) -> Result<GuestTsc, AccessError> {
+    if !primary.contains(PrimaryControls::USE_TSC_OFFSETTING) {
+        return Ok(GuestTsc::HOST);
+    }
+    let multiplier = if secondary.contains(SecondaryControls::USE_TSC_SCALING) {
+        vmcs.get(fields::TSC_MULTIPLIER)?
+    } else {
+        GuestTsc::UNITY
+    };
+    Ok(GuestTsc {
+        multiplier,
+        offset: vmcs.get(fields::TSC_OFFSET)?,
+    })
 }
 
 /// The exception bitmap, with the page-fault filter: L1's, unless L0 itself wants page faults, which

@@ -44,6 +44,8 @@ pub(super) const OFFSETS: &[(Encoding, u16)] = &[
     (f::VM_FUNCTION_CONTROLS.encoding(), 296),
     (f::EPTP_LIST_ADDRESS.encoding(), 304),
     (f::PML_ADDRESS.encoding(), 312),
+    (f::ENCLS_EXITING_BITMAP.encoding(), 320),
+    (f::TSC_MULTIPLIER.encoding(), 328),
     (f::CR0_GUEST_HOST_MASK.encoding(), 344),
     (f::CR4_GUEST_HOST_MASK.encoding(), 352),
     (f::CR0_READ_SHADOW.encoding(), 360),

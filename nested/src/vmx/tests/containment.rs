@@ -49,7 +49,8 @@ pub(super) fn assert_contained(vm: &Vm, host: &[(Encoding, u64)]) {
         | SecondaryControls::DESCRIPTOR_TABLE_EXITING
         | SecondaryControls::WBINVD_EXITING
         | SecondaryControls::RDRAND_EXITING
-        | SecondaryControls::RDSEED_EXITING;
+        | SecondaryControls::RDSEED_EXITING
+        | SecondaryControls::USE_TSC_SCALING;
     assert!(secondary.contains(SecondaryControls::ENABLE_EPT));
     assert!((secondary - allowed).is_empty(), "{secondary}");
     let (exceptions, exceptions0) = bits(fields::EXCEPTION_BITMAP.encoding());
@@ -106,6 +107,7 @@ pub(super) fn untouchable(vm: &Vm) -> Vec<(Encoding, u64)> {
         fields::PAGE_FAULT_ERROR_CODE_MASK.encoding(),
         fields::PAGE_FAULT_ERROR_CODE_MATCH.encoding(),
         fields::TSC_OFFSET.encoding(),
+        fields::TSC_MULTIPLIER.encoding(),
         fields::EPT_POINTER.encoding(),
         fields::MSR_BITMAPS.encoding(),
         fields::CR0_GUEST_HOST_MASK.encoding(),

@@ -626,3 +626,42 @@ fn a_shadow_vmcs_and_the_copy_agree_whenever_it_matters() {
     assert_eq!(vm.pointer(Instruction::Vmptrld, OTHER.0), End::Succeed);
     assert_eq!(vm.get12(fields::GUEST_RIP), 0x1111);
 }
+
+#[test]
+fn l2s_clock_is_made_from_l1s() {
+    use testudo_vmx::clock::GuestTsc;
+    let mut vm = Vm::ready();
+    or12(&mut vm, fields::PRIMARY_CONTROLS, 1 << 31 | 1 << 3);
+    or12(&mut vm, fields::SECONDARY_CONTROLS, 1 << 25);
+    let inner = GuestTsc {
+        multiplier: 3 << 47,
+        offset: 77,
+    };
+    vm.set12(fields::TSC_MULTIPLIER, inner.multiplier);
+    vm.set12(fields::TSC_OFFSET, inner.offset);
+    assert_eq!(
+        vm.run(Instruction::Vmlaunch),
+        End::Other(Outcome::Entered { halted: false })
+    );
+    // L0 offsets L1 by 0x1000 and does not scale it.
+    let host = 1_000_000;
+    let l2_reads = GuestTsc {
+        multiplier: l2(&vm, fields::TSC_MULTIPLIER),
+        offset: l2(&vm, fields::TSC_OFFSET),
+    };
+    assert_eq!(l2_reads.read(host), inner.read(host + 0x1000));
+    assert_eq!(l2(&vm, fields::SECONDARY_CONTROLS) >> 25 & 1, 1);
+    // Two tiny factors: the product is not 0, which the processor would refuse.
+    let mut vm = Vm::ready();
+    or12(&mut vm, fields::PRIMARY_CONTROLS, 1 << 31 | 1 << 3);
+    or12(&mut vm, fields::SECONDARY_CONTROLS, 1 << 25);
+    vm.set12(fields::TSC_MULTIPLIER, 1);
+    vm.vmcs.l1.preset(fields::TSC_MULTIPLIER, 1);
+    let secondary = l1(&vm, fields::SECONDARY_CONTROLS) | 1 << 25;
+    vm.vmcs.l1.preset(fields::SECONDARY_CONTROLS, secondary);
+    assert_eq!(
+        vm.run(Instruction::Vmlaunch),
+        End::Other(Outcome::Entered { halted: false })
+    );
+    assert_eq!(l2(&vm, fields::TSC_MULTIPLIER), 1);
+}
