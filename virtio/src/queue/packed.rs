@@ -25,7 +25,9 @@ const EVENT_DESC: u16 = 2;
 /// A place in the ring and the lap it is in, as the place on a line of two laps: the wrap counter
 /// is 1 on the first.
 ///
-/// One number, so that the processor never reads together what it has just written apart.
+/// One number, so that the processor never reads together what it has just written apart. Places
+/// and counts are at most 65536, so no sum here wraps; the arithmetic that could not tell is the
+/// faster one.
 #[derive(Clone, Copy, Debug)]
 struct Position(u32);
 
@@ -47,31 +49,37 @@ impl Position {
         if self.wrap(size) {
             self.0
         } else {
-            self.0 - size
+            self.0.wrapping_sub(size)
         }
     }
 
     /// The place `count` further on; `count` is at most `size`.
     #[inline]
     fn advance(self, count: u32, size: u32) -> Self {
-        let sum = self.0 + count;
-        Self(if sum >= 2 * size { sum - 2 * size } else { sum })
+        let sum = self.0.wrapping_add(count);
+        let lap = size << 1;
+        Self(if sum >= lap {
+            sum.wrapping_sub(lap)
+        } else {
+            sum
+        })
     }
 
     /// How far `self` is past `earlier`, less than two laps.
     #[inline]
     fn since(self, earlier: Self, size: u32) -> u32 {
+        let ahead = self.0.wrapping_sub(earlier.0);
         if self.0 >= earlier.0 {
-            self.0 - earlier.0
+            ahead
         } else {
-            self.0 + 2 * size - earlier.0
+            ahead.wrapping_add(size << 1)
         }
     }
 
     /// The place `count` before; `count` is at most `size`.
     #[inline]
     fn retreat(self, count: u32, size: u32) -> Self {
-        self.advance(2 * size - count, size)
+        self.advance((size << 1).wrapping_sub(count), size)
     }
 }
 
