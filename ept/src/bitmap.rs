@@ -56,7 +56,11 @@ impl<'a> PageBitmap<'a> {
             if bits != 0
                 && let Some(word) = usize::try_from(word).ok().and_then(|w| self.words.get(w))
             {
-                word.fetch_or(bits, Ordering::Relaxed);
+                // All bits at once need no read.
+                match bits {
+                    u64::MAX => word.store(bits, Ordering::Relaxed),
+                    _ => _ = word.fetch_or(bits, Ordering::Relaxed),
+                }
             }
         };
         let shift = index & 63;
