@@ -1,8 +1,9 @@
 //! vCPUs on Intel VT-x.
 //!
 //! The guest runs on EPT, unrestricted (so in any mode), with a VPID where there are any, and with
-//! its own debug registers, segment bases, CR3 and SYSCALL registers in its hands; which bits of CR0
-//! and CR4 are not is in [`mode`]. What it must not have, or what the machine emulates, exits:
+//! its own debug registers, segment bases, CR3 and SYSCALL registers in its hands. CR4, and PG, NE, CD
+//! and NW of CR0, are the hypervisor's: a change exits, and is executed as the processor would have.
+//! CLTS and LMSW never exit. What a guest must not have, or what the machine emulates, exits:
 //! CPUID, HLT, ports, all MSRs but a few, the VMX instructions, XSETBV, and the two exceptions (#DB,
 //! #AC) with which a guest could otherwise keep its processor busy for ever (CVE-2015-5307,
 //! CVE-2015-8104). The task priority lives in the virtual-APIC page, so that MOV CR8 does not exit.
