@@ -35,6 +35,7 @@ mod switch;
 use core::marker::PhantomData;
 use core::ptr::NonNull;
 
+use testudo_arch::cpuid::Cpuid;
 use testudo_arch::{Hpa, Msr};
 
 use crate::caps::{FEATURE_CONTROL_LOCKED, FEATURE_CONTROL_VMX, NoVmx, VmxCaps};
@@ -193,13 +194,13 @@ impl Vmx {
     ///
     /// CPL 0.
     pub unsafe fn capabilities() -> Result<VmxCaps, NoVmx> {
-        let cpuid = |leaf, sub| {
-            let answer = core::arch::x86_64::__cpuid_count(leaf, sub);
-            [answer.eax, answer.ebx, answer.ecx, answer.edx]
-        };
+        let table = Cpuid::of_this_processor();
         // SAFETY: CPL 0. `read_from` asks for IA32_FEATURE_CONTROL only if CPUID reports VMX, and
         // for every other MSR only if those before it announce it.
-        VmxCaps::read_from(|msr| Some(unsafe { raw::rdmsr(msr) }), cpuid)
+        VmxCaps::read_from(
+            |msr| Some(unsafe { raw::rdmsr(msr) }),
+            |leaf, sub| table.query(leaf, sub),
+        )
     }
 
     /// Puts this processor into VMX root operation: locks IA32_FEATURE_CONTROL if the firmware left
