@@ -20,6 +20,64 @@
 //! the 250 bytes that #VMEXIT writes. What VMLOAD and VMSAVE move stays in place, as it does in the
 //! registers of a processor.
 //!
+//! # Example
+//!
+//! A guest hypervisor runs its guest, which executes VMMCALL.
+//!
+//! ```
+//! use testudo_arch::memory::{GuestMemory, GuestRam};
+//! use testudo_arch::{Gpa, Gprs, Hpa, Msr};
+//! use testudo_nested::svm::*;
+//! use testudo_svm::intercept::Misc2;
+//! use testudo_svm::permission::{IoPermissionMap, MsrPermissionMap};
+//! use testudo_svm::{SvmCaps, Vmcb};
+//!
+//! let mut bytes = vec![0u64; 0x2000];
+//! let mut memory = GuestRam::new();
+//! // SAFETY: `bytes` outlives `memory`, and nothing else refers to it.
+//! unsafe { memory.add(Gpa(0), bytes.as_mut_ptr().cast(), 0x1_0000, true) }?;
+//!
+//! let caps = SvmCaps::ZEN2;
+//! let l1_caps = SvmCaps { features: offer(&caps), ..caps };
+//! let host = Host {
+//!     caps: &caps,
+//!     l1_caps: &l1_caps,
+//!     msr_permissions: &MsrPermissionMap::intercept_all(),
+//!     io_permissions: &IoPermissionMap::intercept_all(),
+//! };
+//! let pages = Pages::new().expect("memory");
+//! let mut nested = NestedSvm::new(&host, pages, Hpa(0x10_0000)).expect("memory");
+//!
+//! // L1, in protected mode, has turned SVM on.
+//! let mut vmcb01 = Vmcb::new();
+//! vmcb01.set_cr0(0x11);
+//! assert!(nested.write_svme(1 << 12));
+//! assert_eq!(nested.write_msr(Msr::VM_HSAVE_PA, 0x3000), Some(true));
+//! nested.adjust_vmcb01(&mut vmcb01);
+//!
+//! let mut vmcb12 = Vmcb::new();
+//! vmcb12.set_intercept_misc2(Misc2::VMRUN | Misc2::VMMCALL);
+//! vmcb12.set_asid(1);
+//! vmcb12.set_efer(1 << 12);
+//! memory.write_value(Gpa(0x5000), &vmcb12)?;
+//! let mut gprs = Gprs { rax: 0x5000, ..Gprs::default() };
+//! let mut cx = Context {
+//!     gprs: &mut gprs,
+//!     vmcb01: &mut vmcb01,
+//!     memory: &memory,
+//!     second_stage: &mut NoSecondStage,
+//! };
+//! assert_eq!(nested.execute(Instruction::Vmrun, 3, &mut cx), Outcome::Entered);
+//!
+//! // The processor runs `vmcb02`, and reports the exit there.
+//! nested.vmcb02_mut().set_exit_code(0x81);
+//! let Handled::L1(barrier) = nested.exited(&mut cx) else { panic!("L1 asked for VMMCALL") };
+//! barrier.ignore();
+//! assert_eq!(memory.read_value::<Vmcb>(Gpa(0x5000))?.exit_code(), 0x81);
+//! assert_eq!(vmcb01.rip(), 3);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
 //! # What L1 is offered
 //!
 //! [`offer`] says which features: those that the processor has and this layer passes on, and
