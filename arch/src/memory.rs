@@ -732,8 +732,14 @@ mod tests {
             assert_eq!(whole[0x910], 0);
         }
         let mut back = [0; PAGE];
-        assert!(ram.read_parts(Gpa(0x9000), &mut back, &[0..8]).is_err());
-        assert!(ram.write_parts(Gpa(0x9000), &data, &[0..8]).is_err());
+        assert!(
+            ram.read_parts(Gpa(0x9000), &mut back, core::slice::from_ref(&(0..8)))
+                .is_err()
+        );
+        assert!(
+            ram.write_parts(Gpa(0x9000), &data, core::slice::from_ref(&(0..8)))
+                .is_err()
+        );
     }
 
     fn two_regions(first: &mut [u64], second: &mut [u64]) -> GuestRam {
