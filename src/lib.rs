@@ -29,3 +29,8 @@ pub use testudo_svm as svm;
 pub use testudo_virtio as virtio;
 #[cfg(feature = "vmx")]
 pub use testudo_vmx as vmx;
+
+/// The README's example, compiled and run.
+#[cfg(all(doctest, feature = "svm"))]
+#[doc = include_str!("../README.md")]
+pub struct Readme;
