@@ -117,7 +117,7 @@ fn map_peer(peer: &mut Peer) {
             peer.0
                 .map_to(peer_page(number), frame, flags, &mut frames)
                 .unwrap()
-                .ignore()
+                .ignore();
         };
     }
 }
@@ -198,13 +198,13 @@ fn ranges(c: &mut Criterion) {
         .throughput(Throughput::Elements(PAGES))
         .sample_size(20);
     group.bench_function("testudo", |b| {
-        b.iter_custom(|n| timed(n, ours, map_ours, ours_done))
+        b.iter_custom(|n| timed(n, ours, map_ours, ours_done));
     });
     group.bench_function("x86_64", |b| {
-        b.iter_custom(|n| timed(n, peer, map_peer, peer_done))
+        b.iter_custom(|n| timed(n, peer, map_peer, peer_done));
     });
     group.bench_function("multiarch", |b| {
-        b.iter_custom(|n| timed(n, multiarch, map_multiarch, drop))
+        b.iter_custom(|n| timed(n, multiarch, map_multiarch, drop));
     });
     group.bench_function("bare", |b| {
         let mut entries = bare();
@@ -240,7 +240,7 @@ fn ranges(c: &mut Criterion) {
             table
                 .unmap(Gva(FIRST), LEN)
                 .unwrap()
-                .discharge(&mut NoHardware)
+                .discharge(&mut NoHardware);
         };
         b.iter_custom(|n| timed(n, ours_mapped, run, ours_done));
     });
@@ -298,7 +298,7 @@ fn ranges(c: &mut Criterion) {
                     peer.0
                         .update_flags(peer_page(number), flags)
                         .unwrap()
-                        .ignore()
+                        .ignore();
                 };
             }
         });
@@ -434,7 +434,7 @@ fn harvest(c: &mut Criterion) {
         .sample_size(20);
     for (name, every) in [("0 %", 0), ("0.1 %", 1000), ("1 %", 100), ("100 %", 1)] {
         let words: Vec<AtomicU64> = (0..PAGES / 64).map(|_| AtomicU64::new(0)).collect();
-        let dirty = |number: u64| every != 0 && number % every == 0;
+        let dirty = |number: u64| every != 0 && number.is_multiple_of(every);
         group.bench_function(format!("testudo, {name} dirty"), |b| {
             let table = ours_mapped();
             let flush = table
