@@ -481,6 +481,8 @@ impl<'a, P: Processor, M: GuestMemory> VmxVcpu<'a, P, M> {
         }
         if rflags & RFlags::TRAP_FLAG.bits() != 0 {
             self.watchful = true;
+            // A shadow of MOV SS would hold the trap back.
+            self.interruptibility();
             let pending = self.field(fields::GUEST_PENDING_DEBUG);
             self.set_field(
                 fields::GUEST_PENDING_DEBUG,

@@ -515,11 +515,13 @@ fn single_steps_and_rf_end_as_on_a_processor() {
     let mut vcpu = vcpu();
     vcpu.will(|vmcs, _| {
         vmcs.preset(fields::GUEST_RFLAGS, 0x1_0102);
+        vmcs.preset(fields::GUEST_INTERRUPTIBILITY, 2);
         exit(vmcs, BasicReason::Rdmsr, 0);
     });
     vcpu.enter_once();
     vcpu.advance();
     vcpu.run_out();
+    assert_eq!(vcpu.hardware(fields::GUEST_INTERRUPTIBILITY), 0);
     assert_eq!(vcpu.hardware(fields::GUEST_RFLAGS), 0x102);
     assert_eq!(vcpu.hardware(fields::GUEST_PENDING_DEBUG), 1 << 14);
     // Now that stepping was seen, CPUID takes part in it.
