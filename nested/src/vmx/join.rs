@@ -314,15 +314,12 @@ impl Joined {
         vmcs02: &mut impl VmcsWrite,
     ) -> Result<(), AccessError> {
         macro_rules! put {
-            ($($field:ident <- $value:ident $(. $bits:ident())? $(if $condition:expr)?;)*) => {$(
-                if last.is_none_or(|last| last.$value != self.$value) $(&& $condition)? {
+            ($($field:ident <- $value:ident $(. $bits:ident())?;)*) => {$(
+                if last.is_none_or(|last| last.$value != self.$value) {
                     vmcs02.set(fields::$field, self.$value $(.$bits())?)?;
                 }
             )*};
         }
-        let secondary = self
-            .primary
-            .contains(PrimaryControls::ACTIVATE_SECONDARY_CONTROLS);
         put! {
             PIN_CONTROLS <- pin.bits();
             PRIMARY_CONTROLS <- primary.bits();
@@ -332,19 +329,30 @@ impl Joined {
             PAGE_FAULT_ERROR_CODE_MASK <- page_fault_mask;
             PAGE_FAULT_ERROR_CODE_MATCH <- page_fault_match;
             TSC_OFFSET <- tsc_offset;
-            TSC_MULTIPLIER <- tsc_multiplier if self.secondary.contains(SecondaryControls::USE_TSC_SCALING);
-            EPT_POINTER <- ept_pointer if self.secondary.contains(SecondaryControls::ENABLE_EPT);
-            MSR_BITMAPS <- msr_bitmap if self.primary.contains(PrimaryControls::USE_MSR_BITMAPS);
             CR0_GUEST_HOST_MASK <- cr0_mask;
             CR4_GUEST_HOST_MASK <- cr4_mask;
             CR0_READ_SHADOW <- cr0_shadow;
             CR4_READ_SHADOW <- cr4_shadow;
         }
-        // Without its activation the word is not written, so the last entry's may be older still.
-        if secondary
-            && last.is_none_or(|l| l.secondary != self.secondary || l.primary != self.primary)
-        {
-            vmcs02.set(fields::SECONDARY_CONTROLS, self.secondary.bits())?;
+        // Fields that count only under a control are written only under it, so what the last entry
+        // has here may never have been written: a change of the controls writes them too.
+        let switched =
+            last.is_none_or(|l| l.primary != self.primary || l.secondary != self.secondary);
+        macro_rules! put_under {
+            ($($condition:expr => $field:ident <- $value:ident $(. $bits:ident())?;)*) => {$(
+                if $condition && (switched || last.is_none_or(|l| l.$value != self.$value)) {
+                    vmcs02.set(fields::$field, self.$value $(.$bits())?)?;
+                }
+            )*};
+        }
+        let (primary, secondary) = (self.primary, self.secondary);
+        put_under! {
+            primary.contains(PrimaryControls::ACTIVATE_SECONDARY_CONTROLS)
+                => SECONDARY_CONTROLS <- secondary.bits();
+            primary.contains(PrimaryControls::USE_MSR_BITMAPS) => MSR_BITMAPS <- msr_bitmap;
+            secondary.contains(SecondaryControls::ENABLE_EPT) => EPT_POINTER <- ept_pointer;
+            secondary.contains(SecondaryControls::USE_TSC_SCALING)
+                => TSC_MULTIPLIER <- tsc_multiplier;
         }
         // L2 changes these by itself, so the last entry's say nothing.
         vmcs02.set(fields::GUEST_CR0, self.cr0)?;

@@ -665,3 +665,21 @@ fn l2s_clock_is_made_from_l1s() {
     );
     assert_eq!(l2(&vm, fields::TSC_MULTIPLIER), 1);
 }
+
+/// A field that counts only under a control must be right from the first entry under it, whatever the
+/// entries before had it at.
+#[test]
+fn a_control_that_is_switched_on_late_brings_its_field() {
+    let mut vm = Vm::running();
+    vm.vmcs.l2.preset(fields::TSC_MULTIPLIER, 0);
+    assert!(matches!(vm.exit(BasicReason::Cpuid, 0), Handled::L1(_)));
+    vm.vmcs.l1.preset(fields::GUEST_CR3, 0x1000);
+    or12(&mut vm, fields::PRIMARY_CONTROLS, 1 << 31 | 1 << 3);
+    or12(&mut vm, fields::SECONDARY_CONTROLS, 1 << 25);
+    vm.set12(fields::TSC_MULTIPLIER, 1 << 48);
+    assert_eq!(
+        vm.run(Instruction::Vmresume),
+        End::Other(Outcome::Entered { halted: false })
+    );
+    assert_eq!(l2(&vm, fields::TSC_MULTIPLIER), 1 << 48);
+}
