@@ -1,13 +1,69 @@
 //! The guest-state fields that go between L1's VMCS and `vmcs02`, and which of them seldom change.
 
-use testudo_vmx::encoding::Encoding;
+use testudo_vmx::encoding::{Encoding, FieldWidth};
 use testudo_vmx::fields as f;
-use testudo_vmx::image::VmcsImage;
+use testudo_vmx::image::{VmcsImage, offset_of};
 use testudo_vmx::{AccessError, VmFail, VmcsRead, VmcsWrite};
+
+/// A field with its place in L1's VMCS, found at compile time.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Slot {
+    pub(super) field: Encoding,
+    offset: usize,
+    width: FieldWidth,
+}
+
+pub(super) const fn slots<const N: usize>(list: [Encoding; N]) -> [Slot; N] {
+    let mut slots = [Slot {
+        field: list[0],
+        offset: 0,
+        width: FieldWidth::Bits16,
+    }; N];
+    let mut i = 0;
+    while i < N {
+        let Some(offset) = offset_of(list[i]) else {
+            panic!("not in the table of fields");
+        };
+        slots[i] = Slot {
+            field: list[i],
+            offset,
+            width: list[i].width(),
+        };
+        i += 1;
+    }
+    slots
+}
+
+impl Slot {
+    #[inline]
+    fn load(&self, image: &VmcsImage) -> u64 {
+        let at = &image.as_bytes()[self.offset..];
+        let mut value = [0; 8];
+        match self.width {
+            FieldWidth::Bits16 => value[..2].copy_from_slice(&at[..2]),
+            FieldWidth::Bits32 => value[..4].copy_from_slice(&at[..4]),
+            FieldWidth::Bits64 | FieldWidth::Natural => value.copy_from_slice(&at[..8]),
+        }
+        u64::from_le_bytes(value)
+    }
+
+    #[inline]
+    fn store(&self, image: &mut VmcsImage, value: u64) {
+        let (at, value) = (
+            &mut image.as_mut_bytes()[self.offset..],
+            value.to_le_bytes(),
+        );
+        match self.width {
+            FieldWidth::Bits16 => at[..2].copy_from_slice(&value[..2]),
+            FieldWidth::Bits32 => at[..4].copy_from_slice(&value[..4]),
+            FieldWidth::Bits64 | FieldWidth::Natural => at[..8].copy_from_slice(&value),
+        }
+    }
+}
 
 /// Guest fields that hypervisors read or write at nearly every exit. CR0, CR4, the activity state and
 /// the fields that controls govern are not here: they have rules of their own.
-pub(super) const FREQUENT: [Encoding; 7] = [
+pub(super) const FREQUENT: [Slot; 7] = slots([
     f::GUEST_RIP.encoding(),
     f::GUEST_RSP.encoding(),
     f::GUEST_RFLAGS.encoding(),
@@ -15,10 +71,10 @@ pub(super) const FREQUENT: [Encoding; 7] = [
     f::GUEST_CR3.encoding(),
     f::GUEST_CS_ACCESS_RIGHTS.encoding(),
     f::GUEST_SS_ACCESS_RIGHTS.encoding(),
-];
+]);
 
 /// Guest fields that change with a task or never.
-pub(super) const RARE: [Encoding; 38] = [
+pub(super) const RARE: [Slot; 38] = slots([
     f::GUEST_ES_SELECTOR.encoding(),
     f::GUEST_CS_SELECTOR.encoding(),
     f::GUEST_SS_SELECTOR.encoding(),
@@ -57,18 +113,18 @@ pub(super) const RARE: [Encoding; 38] = [
     f::GUEST_PENDING_DEBUG.encoding(),
     f::GUEST_SYSENTER_ESP.encoding(),
     f::GUEST_SYSENTER_EIP.encoding(),
-];
+]);
 
 /// PDPTEs, with EPT only.
-pub(super) const PDPTES: [Encoding; 4] = [
+pub(super) const PDPTES: [Slot; 4] = slots([
     f::GUEST_PDPTE0.encoding(),
     f::GUEST_PDPTE1.encoding(),
     f::GUEST_PDPTE2.encoding(),
     f::GUEST_PDPTE3.encoding(),
-];
+]);
 
 /// Exit information, all of which an exit to L1 copies.
-pub(super) const EXIT_INFORMATION: [Encoding; 9] = [
+pub(super) const EXIT_INFORMATION: [Slot; 9] = slots([
     f::EXIT_REASON.encoding(),
     f::EXIT_QUALIFICATION.encoding(),
     f::EXIT_INTERRUPTION_INFORMATION.encoding(),
@@ -78,19 +134,26 @@ pub(super) const EXIT_INFORMATION: [Encoding; 9] = [
     f::EXIT_INSTRUCTION_LENGTH.encoding(),
     f::EXIT_INSTRUCTION_INFORMATION.encoding(),
     f::GUEST_LINEAR_ADDRESS.encoding(),
-];
+]);
 
 /// Whether a field is one of those that seldom change.
 pub(super) fn is_rare(field: Encoding) -> bool {
-    RARE.contains(&field.full())
+    RARE.iter().any(|slot| slot.field == field.full())
 }
 
-fn read_failed(field: Encoding) -> impl Fn(VmFail) -> AccessError {
-    move |fail| AccessError::Read { field, fail }
+/// Whether a field is a PDPTE.
+pub(super) fn is_pdpte(field: Encoding) -> bool {
+    PDPTES.iter().any(|slot| slot.field == field.full())
 }
 
-fn write_failed(field: Encoding, value: u64) -> impl Fn(VmFail) -> AccessError {
-    move |fail| AccessError::Write { field, value, fail }
+#[cold]
+fn read_failed(field: Encoding, fail: VmFail) -> AccessError {
+    AccessError::Read { field, fail }
+}
+
+#[cold]
+fn write_failed(field: Encoding, value: u64, fail: VmFail) -> AccessError {
+    AccessError::Write { field, value, fail }
 }
 
 /// From L1's VMCS to `vmcs02`.
@@ -98,12 +161,13 @@ fn write_failed(field: Encoding, value: u64) -> impl Fn(VmFail) -> AccessError {
 pub(super) fn push(
     image: &VmcsImage,
     vmcs: &mut impl VmcsWrite,
-    list: &[Encoding],
+    list: &[Slot],
 ) -> Result<(), AccessError> {
-    for &field in list {
-        let value = image.read_raw(field).map_err(read_failed(field))?;
-        vmcs.write_raw(field, value)
-            .map_err(write_failed(field, value))?;
+    for slot in list {
+        let value = slot.load(image);
+        if let Err(fail) = vmcs.write_raw(slot.field, value) {
+            return Err(write_failed(slot.field, value, fail));
+        }
     }
     Ok(())
 }
@@ -113,11 +177,13 @@ pub(super) fn push(
 pub(super) fn pull(
     vmcs: &impl VmcsRead,
     image: &mut VmcsImage,
-    list: &[Encoding],
+    list: &[Slot],
 ) -> Result<(), AccessError> {
-    for &field in list {
-        let value = vmcs.read_raw(field).map_err(read_failed(field))?;
-        set(image, field, value)?;
+    for slot in list {
+        match vmcs.read_raw(slot.field) {
+            Ok(value) => slot.store(image, value),
+            Err(fail) => return Err(read_failed(slot.field, fail)),
+        }
     }
     Ok(())
 }
@@ -127,5 +193,5 @@ pub(super) fn pull(
 pub(super) fn set(image: &mut VmcsImage, field: Encoding, value: u64) -> Result<(), AccessError> {
     image
         .write_raw(field, value)
-        .map_err(write_failed(field, value))
+        .map_err(|fail| write_failed(field, value, fail))
 }

@@ -422,7 +422,7 @@ impl NestedVmx {
                 u64::from_le_bytes(bytes)
             }
         };
-        if guest_fields::is_rare(field) || guest_fields::PDPTES.contains(&field.full()) {
+        if guest_fields::is_rare(field) || guest_fields::is_pdpte(field) {
             self.rare_dirty = true;
         }
         Ok(self.vmcs12.image.write_raw(field, value))

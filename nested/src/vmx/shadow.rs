@@ -6,17 +6,17 @@
 //! when another VMCS becomes current.
 
 use testudo_vmx::bitmap::FieldBitmap;
-use testudo_vmx::encoding::Encoding;
 use testudo_vmx::{AccessError, fields as f};
 
+use super::guest_fields::{Slot, slots};
 use super::{Context, NestedVmx, VmcsPair, guest_fields};
 
 /// What L1 reads at nearly every exit and can not write.
-const READ_ONLY: [Encoding; 9] = guest_fields::EXIT_INFORMATION;
+const READ_ONLY: [Slot; 9] = guest_fields::EXIT_INFORMATION;
 
 /// What L1 reads and writes at many exits. None of them is one of the seldom-used guest fields, whose
 /// changes L0 must notice.
-const READ_WRITE: [Encoding; 16] = [
+const READ_WRITE: [Slot; 16] = slots([
     f::GUEST_RIP.encoding(),
     f::GUEST_RSP.encoding(),
     f::GUEST_RFLAGS.encoding(),
@@ -33,15 +33,15 @@ const READ_WRITE: [Encoding; 16] = [
     f::ENTRY_INTERRUPTION_INFORMATION.encoding(),
     f::ENTRY_EXCEPTION_ERROR_CODE.encoding(),
     f::ENTRY_INSTRUCTION_LENGTH.encoding(),
-];
+]);
 
 /// The bitmaps for VMREAD and VMWRITE of L1: what exits all the same.
 pub fn shadow_bitmaps() -> (FieldBitmap, FieldBitmap) {
     let (mut reads, mut writes) = (FieldBitmap::all_exit(), FieldBitmap::all_exit());
-    for field in READ_ONLY {
+    for field in READ_ONLY.map(|slot| slot.field) {
         reads.pass_through(field);
     }
-    for field in READ_WRITE {
+    for field in READ_WRITE.map(|slot| slot.field) {
         reads.pass_through(field);
         writes.pass_through(field);
     }
@@ -85,11 +85,11 @@ mod tests {
 
     #[test]
     fn no_shadowed_field_changes_unnoticed() {
-        for field in READ_WRITE {
+        for field in READ_WRITE.map(|slot| slot.field) {
             assert!(!guest_fields::is_rare(field), "{field}");
         }
         let (reads, writes) = shadow_bitmaps();
-        for field in READ_ONLY {
+        for field in READ_ONLY.map(|slot| slot.field) {
             let encoding = u64::from(field.0);
             assert!(!reads.exits(encoding) && writes.exits(encoding), "{field}");
         }
