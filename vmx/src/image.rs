@@ -65,7 +65,7 @@ const DEFINED: [u64; 16] = {
 };
 
 /// The place of a field in an image: its first byte, or `None` for one that the table lacks.
-#[inline]
+#[inline(always)]
 pub const fn offset_of(field: Encoding) -> Option<usize> {
     if !field.is_well_formed() {
         return None;
@@ -128,7 +128,7 @@ impl VmcsImage {
         &mut self.bytes
     }
 
-    #[inline]
+    #[inline(always)]
     fn load(&self, offset: usize, width: FieldWidth) -> u64 {
         let at = &self.bytes[offset..];
         let mut value = [0; 8];
@@ -140,7 +140,7 @@ impl VmcsImage {
         u64::from_le_bytes(value)
     }
 
-    #[inline]
+    #[inline(always)]
     fn store(&mut self, offset: usize, width: FieldWidth, value: u64) {
         let bytes = value.to_le_bytes();
         let len = width.bytes();
@@ -184,7 +184,8 @@ fn format_hex(value: u64) -> impl core::fmt::Debug {
 const UNSUPPORTED: VmFail = VmFail::Valid(InstructionError::UnsupportedComponent);
 
 impl VmcsRead for VmcsImage {
-    #[inline]
+    // With a constant encoding nothing but the load remains.
+    #[inline(always)]
     fn read_raw(&self, field: Encoding) -> Result<u64, VmFail> {
         let offset = offset_of(field).ok_or(UNSUPPORTED)?;
         let value = self.load(offset, field.width());
@@ -193,7 +194,7 @@ impl VmcsRead for VmcsImage {
 }
 
 impl VmcsWrite for VmcsImage {
-    #[inline]
+    #[inline(always)]
     fn write_raw(&mut self, field: Encoding, value: u64) -> Result<(), VmFail> {
         let offset = offset_of(field).ok_or(UNSUPPORTED)?;
         if field.is_high() {
