@@ -16,6 +16,7 @@ pub mod backend;
 mod board;
 pub mod boot;
 pub mod bus;
+#[cfg(feature = "svm")]
 mod code_cache;
 pub mod device;
 pub mod emulate;
