@@ -37,13 +37,13 @@ mod refusal;
 mod setup;
 #[cfg(test)]
 mod tests;
+mod vcpu;
 
 use core::cell::Cell;
-use core::sync::atomic::{AtomicU32, Ordering};
 
-use testudo_arch::regs::{SegmentRegister, SystemRegisters};
+use testudo_arch::regs::SystemRegisters;
 use testudo_arch::segment::SegmentAttributes;
-use testudo_arch::{Cr4Flags, Event, Gprs, GuestMemory, Hpa, Msr, RFlags};
+use testudo_arch::{Event, GuestMemory, Hpa, RFlags};
 use testudo_vmx::controls::{EntryControls, Interruptibility, PendingDebug, PrimaryControls};
 use testudo_vmx::event::Injection;
 use testudo_vmx::exit::{BasicReason, ExitReason};
@@ -52,8 +52,7 @@ use testudo_vmx::hw::{CurrentVmcs, GuestRegisters, HeldInterrupts, HostState};
 use testudo_vmx::structures::VirtualApicPage;
 use testudo_vmx::{AccessError, Encoding, Field, VmFail, VmxCaps, encoding, fields, state};
 
-use super::{is_valid_pat, is_valid_xcr0};
-use crate::vcpu::{AwaitedInterrupt, Vcpu, VcpuError, VmExit};
+use crate::vcpu::{AwaitedInterrupt, Vcpu, VcpuError};
 use cache::{Cache, Cached};
 use mode::{Imposed, LMA, Mode, PE};
 pub use processor::{Processor, ThisProcessor};
@@ -489,232 +488,6 @@ impl<'a, P: Processor, M: GuestMemory> VmxVcpu<'a, P, M> {
                 pending | PendingDebug::BS.bits(),
             );
         }
-    }
-}
-
-impl<P: Processor, M: GuestMemory> Vcpu for VmxVcpu<'_, P, M> {
-    #[inline]
-    fn run(&mut self, requests: &AtomicU32) -> Result<VmExit, VcpuError> {
-        loop {
-            // Interrupts are held back: what comes after this test makes the guest exit at once.
-            if requests.load(Ordering::Acquire) != 0 {
-                return Ok(VmExit::Interrupted);
-            }
-            let reason = self.enter()?;
-            // CPUID needs no more than this, and never interrupts an event.
-            if reason == CPUID {
-                return Ok(VmExit::Cpuid);
-            }
-            if let Some(exit) = self.settle(reason)? {
-                return Ok(exit);
-            }
-        }
-    }
-
-    #[inline]
-    fn gprs(&self) -> &Gprs {
-        &self.registers.gprs
-    }
-
-    #[inline]
-    fn gprs_mut(&mut self) -> &mut Gprs {
-        &mut self.registers.gprs
-    }
-
-    fn load_rsp(&mut self) {
-        if self.registers.gprs.rsp == self.rsp_agreed {
-            let rsp = self.field(fields::GUEST_RSP);
-            self.registers.gprs.rsp = rsp;
-            self.rsp_agreed = rsp;
-        }
-    }
-
-    #[inline]
-    fn rip(&self) -> u64 {
-        self.cached(Cached::Rip)
-    }
-
-    #[inline]
-    fn set_rip(&mut self, rip: u64) {
-        self.cache.complete_to(rip);
-    }
-
-    fn system(&self) -> SystemRegisters {
-        self.or_zero(self.read_system())
-    }
-
-    fn set_system(&mut self, system: &SystemRegisters) {
-        if let Err(error) = self.load_system(system) {
-            self.remember(error);
-        }
-    }
-
-    fn reset(&mut self) {
-        self.set_system(&SystemRegisters::reset());
-        *self.gprs_mut() = Gprs::default();
-    }
-
-    #[inline]
-    fn advance(&mut self) {
-        let length = fields::EXIT_INSTRUCTION_LENGTH;
-        let Ok(length) = self.processor.get(length) else {
-            return self.remember_read(length.encoding());
-        };
-        let Ok(rip) = self.cache.get(&self.processor, Cached::Rip) else {
-            return self.remember_read(fields::GUEST_RIP.encoding());
-        };
-        let mut next = rip.wrapping_add(u64::from(length));
-        // Outside 64-bit mode the instruction pointer has 32 bits. It can only have left them if
-        // bit 32 changed, which is worth a look at the code segment.
-        if (rip ^ next) & (1 << 32) != 0 {
-            next = self.wrapped(next);
-        }
-        self.set_rip(next);
-        if self.reason != CPUID || self.watchful {
-            self.complete_step();
-        }
-    }
-
-    fn complete_read(&mut self, _: u64) {}
-
-    #[inline]
-    fn can_take_interrupt(&self) -> bool {
-        self.injection.is_none()
-            && self.cached(Cached::Rflags) & RFlags::INTERRUPT_FLAG.bits() != 0
-            && !self.interruptibility().intersects(cache::SHADOW)
-    }
-
-    fn can_take_nmi(&self) -> bool {
-        let blocked = cache::SHADOW | Interruptibility::BLOCKING_BY_NMI;
-        self.injection.is_none() && !self.interruptibility().intersects(blocked)
-    }
-
-    #[inline]
-    fn inject(&mut self, event: Event) {
-        self.injection = Some(event);
-        self.cache.add_work();
-    }
-
-    #[inline]
-    fn set_interrupt_window(&mut self, wanted: Option<AwaitedInterrupt>) {
-        self.window = wanted;
-        self.open_window();
-    }
-
-    fn set_nmi_window(&mut self, wanted: bool) {
-        self.set_primary(PrimaryControls::NMI_WINDOW_EXITING, wanted);
-    }
-
-    #[inline]
-    fn task_priority(&self) -> u8 {
-        self.virtual_apic.task_priority()
-    }
-
-    fn set_task_priority(&mut self, cr8: u8) {
-        self.virtual_apic.set_task_priority(cr8);
-        self.open_window();
-    }
-
-    fn read_msr(&mut self, msr: Msr) -> Option<u64> {
-        Some(match msr {
-            Msr::EFER => self.mode.efer,
-            Msr::PAT => self.field(fields::GUEST_PAT),
-            _ => return None,
-        })
-    }
-
-    fn write_msr(&mut self, msr: Msr, value: u64) -> Option<bool> {
-        match msr {
-            Msr::EFER => {
-                let mode = Mode {
-                    cr0: self.cr0(),
-                    ..self.mode
-                };
-                let new = mode.with_efer(value);
-                if let Some(new) = new
-                    && let Err(error) = self.set_mode(new)
-                {
-                    self.remember(error);
-                }
-                Some(new.is_some())
-            }
-            Msr::PAT => {
-                let valid = is_valid_pat(value);
-                if valid {
-                    self.set_field(fields::GUEST_PAT, value);
-                }
-                Some(valid)
-            }
-            _ => None,
-        }
-    }
-
-    fn set_xcr(&mut self, index: u32, value: u64) -> bool {
-        let valid = index == 0 && is_valid_xcr0(value) && value & !self.xcr0_valid == 0;
-        if valid {
-            self.xcr0 = value;
-            // SAFETY: the host has CR4.OSXSAVE set, or the guest's own could not have been set and
-            // XSETBV had raised #UD; the value has been checked against what the guest may have.
-            #[allow(unsafe_code, reason = "XCR0 is not in the VMCS")]
-            unsafe {
-                self.processor.set_xcr0(value);
-            }
-        }
-        valid
-    }
-
-    fn xcr0(&self) -> u64 {
-        self.xcr0
-    }
-
-    fn pkru(&self) -> u32 {
-        if self.mode.cr4 & Cr4Flags::PROTECTION_KEY_USER.bits() == 0 {
-            return 0;
-        }
-        // SAFETY: CR4.PKE is among the bits that the processor allows, so it has protection keys.
-        #[allow(unsafe_code, reason = "PKRU is not in the VMCS")]
-        unsafe {
-            self.processor.pkru()
-        }
-    }
-
-    #[inline]
-    fn cr4(&self) -> u64 {
-        self.mode.cr4
-    }
-
-    #[inline]
-    fn cpl(&self) -> u8 {
-        let rights = self.field(state::segment_fields(SegmentRegister::Ss).access_rights);
-        SegmentAttributes::from_bits_retain(rights).dpl()
-    }
-
-    fn set_cr2(&mut self, cr2: u64) {
-        self.registers.cr2 = cr2;
-    }
-
-    fn set_rflags(&mut self, rflags: u64) {
-        self.cache.set(Cached::Rflags, rflags);
-    }
-
-    fn xmm(&self, number: u8) -> Option<u128> {
-        self.registers.sse.xmm.get(usize::from(number)).copied()
-    }
-
-    fn set_xmm(&mut self, number: u8, value: u128) {
-        if let Some(register) = self.registers.sse.xmm.get_mut(usize::from(number)) {
-            *register = value;
-        }
-    }
-
-    #[inline]
-    fn guest_tsc(&self, host_tsc: u64) -> u64 {
-        host_tsc.wrapping_add(self.tsc_offset)
-    }
-
-    fn set_guest_tsc(&mut self, host_tsc: u64, guest_tsc: u64) {
-        self.tsc_offset = guest_tsc.wrapping_sub(host_tsc);
-        self.set_field(fields::TSC_OFFSET, self.tsc_offset);
     }
 }
 

@@ -1,6 +1,7 @@
 //! The backend over a processor that is none: a fake VMCS, exits by script, and at every entry the
 //! validator in place of the processor's own checks.
 
+use core::sync::atomic::AtomicU32;
 use std::boxed::Box;
 use std::collections::VecDeque;
 use std::string::ToString;
@@ -9,7 +10,7 @@ use std::vec::Vec;
 use proptest::prelude::*;
 use testudo_arch::cpuid::{Cpuid, CpuidEntry};
 use testudo_arch::memory::GuestRam;
-use testudo_arch::{Exception, Gpa, Gva};
+use testudo_arch::{Exception, Gpa, Gprs, Gva, Msr};
 use testudo_vmx::caps::fixtures;
 use testudo_vmx::check::{Rule, check_entry, samples};
 use testudo_vmx::controls::SecondaryControls;
@@ -21,7 +22,7 @@ use super::mode::LME;
 use super::*;
 use crate::boot::BootState;
 use crate::irq::fake::FakeHost;
-use crate::vcpu::{MemoryAccess, PortAccess};
+use crate::vcpu::{MemoryAccess, PortAccess, VmExit};
 use crate::{Machine, MachineConfig, StopReason, VcpuLoop};
 
 type Script = Box<dyn FnOnce(&mut FakeVmcs, &mut GuestRegisters)>;
