@@ -10,7 +10,7 @@
 //!
 //! VM entries and exits switch what the VMCS holds. The switch adds, for every exit: the general
 //! registers but RSP; XMM0 to XMM15 and MXCSR, which are all that host code compiled for this target
-//! can touch (legacy SSE, which keeps the upper halves of the YMM registers); and CR2. That is 48
+//! can touch (legacy SSE, which keeps the upper halves of the YMM registers); and CR2. That is 46
 //! instructions in, VMRESUME included, and 53 out.
 //!
 //! The rest of a guest's state *stays in the registers* while the host runs: x87, the upper halves
@@ -472,24 +472,43 @@ impl CurrentVmcs<'_> {
     /// - The [`ResidentRegisters`] in this processor are this guest's.
     #[inline]
     pub unsafe fn enter(&mut self, registers: &mut GuestRegisters) -> Result<(), VmFail> {
-        let launched = u64::from(self.vmcs.launched);
+        if !self.vmcs.launched {
+            // SAFETY: as below; the caller's promise is passed on.
+            return unsafe { self.launch(registers) };
+        }
         // SAFETY: interrupts are off from here to the exit. This VMCS is current, its HOST_RIP is
         // the world switch's by the caller's promise, and `host_rsp` is kept with it.
         let outcome = unsafe {
             raw::cli();
-            switch::enter_guest(registers, launched, &mut self.vmcs.host_rsp)
+            switch::resume_guest(registers, &mut self.vmcs.host_rsp)
+        };
+        if outcome == switch::EXITED {
+            Ok(())
+        } else {
+            Err(raw::failure(outcome != switch::FAILED_VALID))
+        }
+    }
+
+    /// The first entry.
+    ///
+    /// # Safety
+    ///
+    /// As for [`Self::enter`].
+    #[cold]
+    unsafe fn launch(&mut self, registers: &mut GuestRegisters) -> Result<(), VmFail> {
+        // SAFETY: as for `enter`.
+        let outcome = unsafe {
+            raw::cli();
+            switch::launch_guest(registers, &mut self.vmcs.host_rsp)
         };
         if outcome != switch::EXITED {
             return Err(raw::failure(outcome != switch::FAILED_VALID));
         }
-        if !self.vmcs.launched {
-            self.first_exit();
-        }
+        self.first_exit();
         Ok(())
     }
 
     /// After VMLAUNCH the VMCS is launched, unless the entry failed while loading guest state (27.8).
-    #[cold]
     fn first_exit(&mut self) {
         let reason = ExitReason::read(self);
         self.vmcs.launched = reason.is_ok_and(|reason| !reason.is_entry_failure());

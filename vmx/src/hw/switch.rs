@@ -133,7 +133,7 @@ mod sse {
 
 use sse::{load_host_sse, load_sse, store_sse};
 
-/// Undoes the pushes of [`enter_guest`], and returns to its caller.
+/// Undoes the pushes of [`resume_guest`], and returns to its caller.
 macro_rules! restore_host {
     () => {
         "pop rdi
@@ -147,100 +147,113 @@ macro_rules! restore_host {
     };
 }
 
-/// How [`enter_guest`] ended.
+/// How [`resume_guest`] ended.
 pub(super) const EXITED: u64 = 0;
 pub(super) const FAILED_INVALID: u64 = 1;
 pub(super) const FAILED_VALID: u64 = 2;
 
-/// Loads the guest's registers and executes VMRESUME (or VMLAUNCH, if `launched` is 0). Returns
-/// [`EXITED`] after a VM exit with the guest's registers stored, or the kind of failure.
-///
-/// `host_rsp` is the value that the current VMCS has for HOST_RSP. It is written, here and there,
-/// only when this call's stack is elsewhere, so a loop that enters from one place writes it once.
-///
-/// A VM exit restores RSP, RIP, segments, and control registers from the host-state area, and makes
-/// RFLAGS 2: interrupts stay off, DF is 0. The rest of the host's registers that the ABI wants kept
-/// are on the stack. Registers that the ABI lets a function change are zeroed, so that no value of
-/// the guest's is left where speculation could use it.
-///
-/// # Safety
-///
-/// VMX root operation with IF = 0; the current VMCS has [`exit_address`] as HOST_RIP, and `host_rsp`
-/// tells what its HOST_RSP is; `registers` is valid; and the VMCS lets the guest do no harm.
-#[unsafe(naked)]
-pub(super) unsafe extern "sysv64" fn enter_guest(
-    registers: *mut GuestRegisters,
-    launched: u64,
-    host_rsp: *mut u64,
-) -> u64 {
-    naked_asm!(
-        "push rbp",
-        "push rbx",
-        "push r12",
-        "push r13",
-        "push r14",
-        "push r15",
-        "push rdi",
-        "cmp rsp, [rdx]",
-        "jne 4f",
-        "2:",
-        "mov rax, [rdi + {cr2}]",
-        "mov rcx, cr2",
-        "cmp rax, rcx",
-        "jne 5f",
-        "3:",
-        load_sse!(),
-        "test rsi, rsi",
-        "mov rax, [rdi]",
-        "mov rcx, [rdi + 0x08]",
-        "mov rdx, [rdi + 0x10]",
-        "mov rbx, [rdi + 0x18]",
-        "mov rbp, [rdi + 0x28]",
-        "mov rsi, [rdi + 0x30]",
-        "mov r8, [rdi + 0x40]",
-        "mov r9, [rdi + 0x48]",
-        "mov r10, [rdi + 0x50]",
-        "mov r11, [rdi + 0x58]",
-        "mov r12, [rdi + 0x60]",
-        "mov r13, [rdi + 0x68]",
-        "mov r14, [rdi + 0x70]",
-        "mov r15, [rdi + 0x78]",
-        "mov rdi, [rdi + 0x38]",
-        "jz 6f",
-        "vmresume",
-        // Only a failure comes here: CF or ZF is set, and RSP is still this function's.
-        "jmp 7f",
-        "6:",
-        "vmlaunch",
-        "7:",
-        "mov eax, {invalid}",
-        "mov ecx, {valid}",
-        "cmovz eax, ecx",
-        "jmp {leave}",
-        "4:",
-        "mov eax, {host_rsp}",
-        "vmwrite rax, rsp",
-        "jbe 7b",
-        "mov [rdx], rsp",
-        "jmp 2b",
-        "5:",
-        "mov cr2, rax",
-        "jmp 3b",
-        cr2 = const CR2,
-        mxcsr = const MXCSR,
-        xmm = const XMM,
-        host_rsp = const fields::HOST_RSP.encoding().0,
-        invalid = const FAILED_INVALID,
-        valid = const FAILED_VALID,
-        leave = sym leave_guest,
-    );
+macro_rules! enter_function {
+    ($(#[$doc:meta])* $name:ident, $instruction:literal) => {
+        $(#[$doc])*
+        #[unsafe(naked)]
+        pub(super) unsafe extern "sysv64" fn $name(
+            registers: *mut GuestRegisters,
+            host_rsp: *mut u64,
+        ) -> u64 {
+            naked_asm!(
+                "push rbp",
+                "push rbx",
+                "push r12",
+                "push r13",
+                "push r14",
+                "push r15",
+                "push rdi",
+                "cmp rsp, [rsi]",
+                "jne 4f",
+                "2:",
+                "mov rax, [rdi + {cr2}]",
+                "mov rcx, cr2",
+                "cmp rax, rcx",
+                "jne 5f",
+                "3:",
+                load_sse!(),
+                "mov rax, [rdi]",
+                "mov rcx, [rdi + 0x08]",
+                "mov rdx, [rdi + 0x10]",
+                "mov rbx, [rdi + 0x18]",
+                "mov rbp, [rdi + 0x28]",
+                "mov rsi, [rdi + 0x30]",
+                "mov r8, [rdi + 0x40]",
+                "mov r9, [rdi + 0x48]",
+                "mov r10, [rdi + 0x50]",
+                "mov r11, [rdi + 0x58]",
+                "mov r12, [rdi + 0x60]",
+                "mov r13, [rdi + 0x68]",
+                "mov r14, [rdi + 0x70]",
+                "mov r15, [rdi + 0x78]",
+                "mov rdi, [rdi + 0x38]",
+                $instruction,
+                // Only a failure comes here: CF or ZF is set, and RSP is still this function's.
+                "6:",
+                "mov eax, {invalid}",
+                "mov ecx, {valid}",
+                "cmovz eax, ecx",
+                "jmp {leave}",
+                "4:",
+                "mov eax, {host_rsp}",
+                "vmwrite rax, rsp",
+                "jbe 6b",
+                "mov [rsi], rsp",
+                "jmp 2b",
+                "5:",
+                "mov cr2, rax",
+                "jmp 3b",
+                cr2 = const CR2,
+                mxcsr = const MXCSR,
+                xmm = const XMM,
+                host_rsp = const fields::HOST_RSP.encoding().0,
+                invalid = const FAILED_INVALID,
+                valid = const FAILED_VALID,
+                leave = sym leave_guest,
+            );
+        }
+    };
 }
 
-/// Where VM exits arrive: stores the guest's registers, and returns to [`enter_guest`]'s caller.
+enter_function! {
+    /// Loads the guest's registers and executes VMRESUME. Returns [`EXITED`] after a VM exit with the
+    /// guest's registers stored, or the kind of failure.
+    ///
+    /// `host_rsp` is the value that the current VMCS has for HOST_RSP. It is written, here and there,
+    /// only when this call's stack is elsewhere, so a loop that enters from one place writes it once.
+    ///
+    /// A VM exit restores RSP, RIP, segments, and control registers from the host-state area, and
+    /// makes RFLAGS 2: interrupts stay off, DF is 0. The rest of the host's registers that the ABI
+    /// wants kept are on the stack. Registers that the ABI lets a function change are zeroed, so that
+    /// no value of the guest's is left where speculation could use it.
+    ///
+    /// # Safety
+    ///
+    /// VMX root operation with IF = 0; the current VMCS has [`exit_address`] as HOST_RIP, and
+    /// `host_rsp` tells what its HOST_RSP is; `registers` is valid; and the VMCS lets the guest do no
+    /// harm.
+    resume_guest, "vmresume"
+}
+
+enter_function! {
+    /// As [`resume_guest`], with VMLAUNCH.
+    ///
+    /// # Safety
+    ///
+    /// As for [`resume_guest`].
+    launch_guest, "vmlaunch"
+}
+
+/// Where VM exits arrive: stores the guest's registers, and returns to the caller of [`resume_guest`] or [`launch_guest`].
 ///
 /// # Safety
 ///
-/// To be reached by a VM exit only, with RSP where [`enter_guest`] put HOST_RSP.
+/// To be reached by a VM exit only, with RSP where [`resume_guest`] put HOST_RSP.
 #[unsafe(naked)]
 unsafe extern "sysv64" fn exit_guest() {
     naked_asm!(
@@ -285,7 +298,7 @@ unsafe extern "sysv64" fn exit_guest() {
 ///
 /// # Safety
 ///
-/// To be reached from [`enter_guest`] only.
+/// To be reached from [`resume_guest`] only.
 #[unsafe(naked)]
 unsafe extern "sysv64" fn leave_guest() {
     naked_asm!(
