@@ -62,13 +62,17 @@ impl<'m> CodeCache<'m> {
             return;
         }
         let mut bytes = [0; 16];
-        for (gpa, place) in [first, last].into_iter().zip(bytes.chunks_exact_mut(8)) {
+        for (index, gpa) in [first, last].into_iter().enumerate() {
+            // Short instructions mostly lie in one word.
+            if index == 1 && last == first {
+                break;
+            }
             let Some(word) = memory.word(Gpa(gpa)) else {
                 return;
             };
             let value = word.load(Ordering::Relaxed);
             self.words.push((word, value));
-            place.copy_from_slice(&value.to_le_bytes());
+            bytes[8 * index..][..8].copy_from_slice(&value.to_le_bytes());
         }
         // Another vCPU may have changed the code since it was decoded.
         let skip = (walk.gpa.0 & 7) as usize;

@@ -310,17 +310,18 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
     #[inline]
     fn cpuid(&mut self) {
         let Gprs { rax, rcx, .. } = *self.vcpu.gprs();
+        let leaf = rax as u32;
+        // Few leaves depend on these registers.
         let state = CpuidState {
             apic_id: self.index as u32,
-            cr4: self.vcpu.cr4(),
-            // Only the leaf on XSAVE depends on it.
-            xcr0: if rax as u32 == 0xD {
-                self.vcpu.xcr0()
+            cr4: if matches!(leaf, 1 | 7) {
+                self.vcpu.cr4()
             } else {
                 0
             },
+            xcr0: if leaf == 0xD { self.vcpu.xcr0() } else { 0 },
         };
-        let [eax, ebx, ecx, edx] = self.machine.cpuid.query(rax as u32, rcx as u32, &state);
+        let [eax, ebx, ecx, edx] = self.machine.cpuid.query(leaf, rcx as u32, &state);
         let gprs = self.vcpu.gprs_mut();
         (gprs.rax, gprs.rbx) = (u64::from(eax), u64::from(ebx));
         (gprs.rcx, gprs.rdx) = (u64::from(ecx), u64::from(edx));

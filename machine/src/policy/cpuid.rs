@@ -258,11 +258,10 @@ impl CpuidTable {
         let Some((first, end)) = slot(leaf).map(|slot| self.index[slot]) else {
             return [0; 4];
         };
-        for entry in self
-            .entries
-            .get(first as usize..end as usize)
-            .unwrap_or(&[])
-        {
+        for index in first..end {
+            let Some(entry) = self.entries.get(usize::from(index)) else {
+                break;
+            };
             if !entry.indexed || entry.subleaf == subleaf {
                 let answer = [entry.eax, entry.ebx, entry.ecx, entry.edx];
                 return match leaf {
@@ -311,17 +310,12 @@ impl CpuidTable {
     }
 }
 
-/// The place of a leaf in the index, for the basic, hypervisor and extended ranges.
+/// The place of a leaf in the index, for the basic, hypervisor and extended ranges: bits 31:30 tell
+/// them apart.
 #[inline]
 fn slot(leaf: u32) -> Option<usize> {
-    let range = match leaf & 0xFFFF_FF00 {
-        0 => 0,
-        0x4000_0000 => 1,
-        0x8000_0000 => 2,
-        _ => return None,
-    };
-    let offset = leaf & 0xFF;
-    (offset < LEAVES_PER_RANGE).then_some((range * LEAVES_PER_RANGE + offset) as usize)
+    let (range, offset) = (leaf >> 30, leaf & 0x3FFF_FFFF);
+    (range < 3 && offset < LEAVES_PER_RANGE).then_some((range * LEAVES_PER_RANGE + offset) as usize)
 }
 
 #[cfg(test)]

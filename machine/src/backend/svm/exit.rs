@@ -163,35 +163,25 @@ impl<M: GuestMemory, S: SecondStage> SvmVcpu<'_, M, S> {
     /// The address behind the instruction that exited.
     #[inline]
     pub(super) fn next_instruction(&mut self) -> u64 {
-        match self.next_rip {
-            0 => self
-                .vmcb()
-                .rip()
-                .wrapping_add(u64::from(self.instruction_length())),
-            next => next,
+        if self.next_rip != 0 {
+            return self.next_rip;
         }
-    }
-
-    /// The length of the instruction that exited, from its bytes.
-    #[inline]
-    fn instruction_length(&mut self) -> u8 {
         let vmcb = self.vmcb();
         let key = FetchKey {
             rip: vmcb.rip(),
             cr3: vmcb.cr3(),
             cr4: vmcb.cr4(),
         };
-        let long = vmcb.raw_segment(SegmentRegister::Cs).attributes & CS_LONG != 0;
-        if long
-            && vmcb.efer() & LMA != 0
-            && let Some(length) = self.code_cache.length(&key)
-        {
-            return length;
-        }
-        self.measure_instruction(key)
+        let long = vmcb.raw_segment(SegmentRegister::Cs).attributes & CS_LONG != 0
+            && vmcb.efer() & LMA != 0;
+        let length = match self.code_cache.length(&key) {
+            Some(length) if long => length,
+            _ => self.measure_instruction(key),
+        };
+        key.rip.wrapping_add(u64::from(length))
     }
 
-    /// As [`Self::instruction_length`], for any mode and any instruction, also across pages.
+    /// The length of the instruction that exited, from its bytes: in any mode, also across pages.
     #[inline(never)]
     fn measure_instruction(&mut self, key: FetchKey) -> u8 {
         let system = self.vmcb().system_registers();
