@@ -35,6 +35,9 @@ pub struct MachineConfig {
     pub memory: u64,
     /// Whether the guest may be a hypervisor itself.
     pub nested: bool,
+    /// How long the machine may run, in nanoseconds: then it stops with
+    /// [`StopReason::TimeIsUp`](crate::StopReason::TimeIsUp).
+    pub time_limit: Option<u64>,
     /// The wall-clock time at the start, in seconds since 1970, for the real-time clock.
     pub start_time: u64,
 }
@@ -72,6 +75,8 @@ pub struct Machine<M> {
     pub(crate) power: Arc<PowerSignal>,
     pub(crate) cpuid: CpuidTable,
     guest_cpuid: Cpuid,
+    /// When the time is up, in the host's nanoseconds.
+    pub(crate) end: Option<u64>,
     pub(crate) physical_bits: u8,
     console: Arc<spin::Mutex<Uart>>,
     rsdp: Gpa,
@@ -150,6 +155,9 @@ impl<M: GuestMemory> Machine<M> {
             vcpus: vcpus as u32,
             nested: config.nested,
         };
+        let end = config
+            .time_limit
+            .map(|limit| host.now().saturating_add(limit));
         let guest_cpuid = for_guest(processor, cpuid);
         let machine = Self {
             memory,
@@ -161,6 +169,7 @@ impl<M: GuestMemory> Machine<M> {
             power,
             cpuid: CpuidTable::new(&guest_cpuid),
             guest_cpuid,
+            end,
             physical_bits,
             console: board.console,
             rsdp,

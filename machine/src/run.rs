@@ -175,12 +175,13 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
     /// Lets due timers fire, and has the host wake this vCPU for the next.
     fn poll_timers(&mut self) {
         let next = |lapic: &Lapic, machine: &Machine<M>, first: bool| {
-            let devices = if first {
-                machine.timers.next_deadline()
+            let (devices, end) = if first {
+                (machine.timers.next_deadline(), machine.end)
             } else {
-                None
+                (None, None)
             };
-            [lapic.next_deadline(), devices].into_iter().flatten().min()
+            let deadlines = [lapic.next_deadline(), devices, end];
+            deadlines.into_iter().flatten().min()
         };
         let first = self.index == 0;
         let mut deadline = next(&self.lapic, self.machine, first);
@@ -191,6 +192,9 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
                 if first {
                     self.machine.timers.poll(now);
                     self.lapic.sync();
+                    if self.machine.end.is_some_and(|end| end <= now) {
+                        self.fail(StopReason::TimeIsUp);
+                    }
                 }
                 deadline = next(&self.lapic, self.machine, first);
                 // The host's timer has fired or is about to: it must be set again.

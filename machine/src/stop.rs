@@ -23,6 +23,9 @@ pub enum StopReason {
     /// The host asked for it.
     #[error("the host stopped the machine")]
     Host,
+    /// The machine ran as long as it may.
+    #[error("the guest was still running when its time was up")]
+    TimeIsUp,
     /// A triple fault: an exception while a double fault was delivered.
     #[error("the guest's processor shut down (triple fault)")]
     TripleFault,
@@ -52,12 +55,16 @@ pub enum StopReason {
 }
 
 impl StopReason {
+    /// The status of a run that took too long, as `timeout` of the GNU coreutils has it.
+    pub const TIMED_OUT: u8 = 124;
+
     /// The status with which a program that runs one machine ends: the guest's own if it gave
     /// one, zero for an orderly end, one for all else.
     pub fn status(&self) -> u8 {
         match *self {
             Self::Exit(status) => status as u8,
             Self::PowerOff | Self::Reset => 0,
+            Self::TimeIsUp => Self::TIMED_OUT,
             _ => 1,
         }
     }

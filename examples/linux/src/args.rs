@@ -1,4 +1,4 @@
-//! The program's own command line: `memory=MIB vcpus=N nested stats verbose -- guest command line`.
+//! The program's own command line: `memory=MIB vcpus=N nested timeout=SECONDS stats verbose -- guest command line`.
 
 use core::fmt;
 
@@ -13,6 +13,8 @@ pub(crate) struct Args<'a> {
     pub(crate) vcpus: usize,
     /// Whether the guest may be a hypervisor itself.
     pub(crate) nested: bool,
+    /// How many seconds the guest may run.
+    pub(crate) timeout_s: Option<u64>,
     /// Whether to print what the exits cost.
     pub(crate) stats: bool,
     /// Whether to say what is done.
@@ -31,7 +33,7 @@ impl fmt::Display for BadWord<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "`{}` is not understood; write `memory=MIB vcpus=N nested stats verbose DEVICES -- GUEST COMMAND LINE`, \
+            "`{}` is not understood; write `memory=MIB vcpus=N nested timeout=SECONDS stats verbose DEVICES -- GUEST COMMAND LINE`, \
              DEVICES being of `{}`",
             self.0,
             DeviceArgs::USAGE
@@ -46,6 +48,7 @@ impl<'a> Args<'a> {
             memory_mib: 512,
             vcpus: 1,
             nested: false,
+            timeout_s: None,
             stats: false,
             verbose: false,
             devices: DeviceArgs::NONE,
@@ -66,6 +69,10 @@ impl<'a> Args<'a> {
                 None if word == "verbose" => args.verbose = true,
                 Some(("memory", mib)) => match mib.parse() {
                     Ok(mib) if mib > 0 && mib <= 1 << 24 => args.memory_mib = mib,
+                    _ => return bad,
+                },
+                Some(("timeout", seconds)) => match seconds.parse() {
+                    Ok(seconds) => args.timeout_s = Some(seconds),
                     _ => return bad,
                 },
                 Some(("vcpus", count)) => match count.parse() {

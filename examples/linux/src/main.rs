@@ -100,6 +100,9 @@ fn prepare(boot: &'static Boot, args: &Args<'_>) -> Result<Shared, String> {
         vcpus: args.vcpus,
         memory: args.memory_mib << 20,
         nested: args.nested,
+        time_limit: args
+            .timeout_s
+            .map(|seconds| seconds.saturating_mul(1_000_000_000)),
         start_time: wall_clock::seconds_since_1970(),
     };
     let host: Arc<dyn Host> = Arc::new(BareMetal::new());

@@ -145,7 +145,7 @@ rt_boot_pds: .skip 4 * 4096
 # The page below a stack is unmapped once Rust runs, so that an overflow faults.
 .global rt_boot_stack_guard
 rt_boot_stack_guard: .skip 4096
-.skip 128 * 1024
+.skip 256 * 1024
 .global rt_boot_stack_top
 rt_boot_stack_top:
 

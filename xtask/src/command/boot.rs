@@ -18,6 +18,8 @@ use crate::workplace::RunFolder;
 pub(super) const HYPERVISOR: &str = "linux-vmm";
 /// Memory in MiB that the hypervisor has beyond its guest's.
 const OWN_MEMORY: u64 = 192;
+/// How much longer than its guest the emulator may run.
+const GRACE: Duration = Duration::from_secs(20);
 /// MiB of memory that a PC has below 4 GiB; a larger guest's must fit above it in one piece.
 const BELOW_4G: u64 = 3072;
 
@@ -153,6 +155,12 @@ impl Boot {
         let mut command_line = format!("memory={} vcpus={}", self.memory, self.vcpus);
         if self.nested {
             command_line.push_str(" nested");
+        }
+        if let Some(timeout) = &mut machine.timeout {
+            // The hypervisor ends the run by itself and shows where the guest was. Only if it cannot,
+            // or its clock is slow, the emulator is ended.
+            command_line.push_str(&format!(" timeout={}", timeout.as_secs_f64().ceil()));
+            *timeout += GRACE;
         }
         if self.stats {
             command_line.push_str(" stats");

@@ -9,7 +9,7 @@ use crate::{apic, memory, time};
 /// Where they start: a page below 1 MiB that firmware leaves alone once the loader has run. The vector
 /// of the start-up message is its number.
 pub(crate) const START_PAGE: u64 = 0x8000;
-const STACK: u64 = 128 << 10;
+const STACK: u64 = 256 << 10;
 
 /// How long a processor gets to arrive. Emulators that run all processors in turn are slow at it.
 const PATIENCE_NS: u64 = 1_000_000_000;

@@ -176,10 +176,22 @@ const BOOTS: &[Boot] = &[
         slow: false,
     },
     Boot {
+        name: "boot::triple_fault_is_an_error",
+        arguments: &[
+            "--cmdline",
+            "console=ttyS0 quiet reboot=triple",
+            "--run",
+            "reboot -f",
+        ],
+        expect: Failure,
+        says: &["triple fault", "vCPU 0", "64-bit mode", "rip "],
+        slow: false,
+    },
+    Boot {
         name: "boot::endless_guest_is_ended",
         arguments: &["--timeout", "15", "--run", "while true; do :; done"],
         expect: Status(TIMED_OUT),
-        says: &["no end after 15 s"],
+        says: &["its time was up", "vCPU 0", "rip "],
         slow: false,
     },
     Boot {
