@@ -7,7 +7,7 @@
 //! // A guest of 2 GHz on a processor of 3 GHz, whose counter began at 300.
 //! let clock = GuestTsc::starting_at(0, 300, GuestTsc::ratio(2_000_000_000, 3_000_000_000).unwrap());
 //! assert_eq!(clock.read(300), 0);
-//! assert_eq!(clock.read(3_000_000_300), 1_999_999_999); // the ratio is rounded down
+//! assert_eq!(clock.read(3_000_000_300), 2_000_000_000);
 //! ```
 
 use crate::controls::{PrimaryControls, SecondaryControls};
