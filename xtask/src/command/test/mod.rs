@@ -1,6 +1,7 @@
 //! `cargo xtask test`: everything that shows that the project works.
 
 mod boots;
+mod nested;
 mod selftests;
 mod virtio;
 
@@ -75,6 +76,7 @@ impl Test {
             selftests::run(&mut tally, self.full)?;
             boots::run(&mut tally, self.full)?;
             virtio::run(&mut tally, self.full)?;
+            nested::run(&mut tally, self.full)?;
         }
         if !tally.failures.is_empty() {
             println!("\nfailed:");

@@ -1,0 +1,46 @@
+//! Hypervisors in guests: `cargo xtask nested` as a user runs it.
+
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+
+use super::Tally;
+use crate::run;
+
+/// Only with `--full`: each is a boot of a hypervisor and one of a Linux in it.
+pub(super) fn run(tally: &mut Tally, full: bool) -> Result<()> {
+    if full {
+        run::progress("hypervisors in guests");
+        tally.check("nested::kvm_runs_linux", status_of(&[]));
+        tally.check(
+            "nested::kvm_with_shadow_paging_runs_linux",
+            status_of(&["--shadow"]),
+        );
+    }
+    Ok(())
+}
+
+/// The innermost system's status comes out.
+fn status_of(arguments: &[&str]) -> Result<()> {
+    let output = Command::new(std::env::current_exe()?)
+        .args([
+            "nested",
+            "kvm",
+            "--exact",
+            "--timeout",
+            "1200",
+            "--run",
+            "exit 9",
+        ])
+        .args(arguments)
+        .stdin(Stdio::null())
+        .output()
+        .context("cannot run xtask")?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    ensure!(
+        output.status.code() == Some(9),
+        "the status is {}, not 9; the output was:\n{text}",
+        output.status
+    );
+    Ok(())
+}
