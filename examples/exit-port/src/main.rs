@@ -1,5 +1,5 @@
 //! A Linux program that ends its machine with a status: `exit-port STATUS` writes the byte to the
-//! debug-exit port 0xf4.
+//! debug-exit port 0xf4, once its terminal has sent what was written to it before.
 //!
 //! Debian's kernel for virtual machines has no `/dev/port`, so a shell cannot do this. The program needs
 //! no libc and thus runs in any initial RAM disk.
@@ -12,6 +12,12 @@ use core::panic::PanicInfo;
 
 const DEBUG_EXIT: u16 = 0xf4;
 
+const STANDARD_OUTPUT: usize = 1;
+
+/// With an argument other than 0: waits until the terminal has sent its output (`ioctl_tty(2)`).
+const TCSBRK: usize = 0x5409;
+
+const SYS_IOCTL: usize = 16;
 const SYS_EXIT: usize = 60;
 const SYS_IOPERM: usize = 173;
 
@@ -35,7 +41,10 @@ extern "C" fn start(stack: *const usize) -> ! {
     if system_call(SYS_IOPERM, [usize::from(DEBUG_EXIT), 1, 1]) != 0 {
         exit(1);
     }
-    // SAFETY: the kernel has just granted the port, whose device ends the machine.
+    // The machine ends with the next instruction, and what the kernel still holds for the serial port with
+    // it. An output that is no terminal refuses this, and has nothing to wait for.
+    system_call(SYS_IOCTL, [STANDARD_OUTPUT, TCSBRK, 1]);
+    // SAFETY: the kernel has granted the port, whose device ends the machine.
     unsafe { asm!("out dx, al", in("dx") DEBUG_EXIT, in("al") status, options(nomem, nostack)) };
     // There is no such device.
     exit(1)

@@ -20,6 +20,8 @@ pub(super) const HYPERVISOR: &str = "linux-vmm";
 const OWN_MEMORY: u64 = 192;
 /// How much longer than its guest the emulator may run.
 const GRACE: Duration = Duration::from_secs(20);
+/// How many seconds of an idle to moderately busy machine 10⁹ instructions take at most.
+const SLOWEST: u32 = 15;
 /// MiB of memory that a PC has below 4 GiB; a larger guest's must fit above it in one piece.
 const BELOW_4G: u64 = 3072;
 
@@ -101,7 +103,7 @@ pub(crate) struct Boot {
     /// Print the exits by reason when the guest has ended
     #[arg(long)]
     stats: bool,
-    /// End the run after this time, with status 124
+    /// End the run after this time, with status 124; with --exact, after as many times 10⁹ instructions
     #[arg(long, value_name = "SECS")]
     timeout: Option<f64>,
     /// Count instructions as time, so that a run can be repeated exactly
@@ -110,6 +112,20 @@ pub(crate) struct Boot {
     /// Show what is executed
     #[arg(short, long)]
     verbose: bool,
+}
+
+/// The hypervisor's argument for the machine's time limit. The hypervisor ends the run by itself and shows
+/// where the guest was; only if it cannot, the emulator is ended, for which the machine's limit is extended.
+pub(super) fn limit(machine: &mut Machine) -> String {
+    let Some(timeout) = &mut machine.timeout else {
+        return String::new();
+    };
+    let argument = format!(" timeout={}", timeout.as_secs_f64().ceil());
+    if machine.exact {
+        *timeout *= SLOWEST;
+    }
+    *timeout += GRACE;
+    argument
 }
 
 impl Boot {
@@ -156,12 +172,7 @@ impl Boot {
         if self.nested {
             command_line.push_str(" nested");
         }
-        if let Some(timeout) = &mut machine.timeout {
-            // The hypervisor ends the run by itself and shows where the guest was. Only if it cannot,
-            // or its clock is slow, the emulator is ended.
-            command_line.push_str(&format!(" timeout={}", timeout.as_secs_f64().ceil()));
-            *timeout += GRACE;
-        }
+        command_line.push_str(&limit(&mut machine));
         if self.stats {
             command_line.push_str(" stats");
         }

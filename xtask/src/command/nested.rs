@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use super::boot::{Backend, HYPERVISOR, machine_memory};
+use super::boot::{Backend, HYPERVISOR, limit, machine_memory};
 use crate::bare::{self, Payload};
 use crate::debian::{self, Kernel, Tool};
 use crate::emulator::Machine;
@@ -58,7 +58,7 @@ pub(crate) struct Nested {
     /// Print the exits by reason when all has ended
     #[arg(long)]
     stats: bool,
-    /// End the run after this time, with status 124
+    /// End the run after this time, with status 124; with --exact, after as many times 10⁹ instructions
     #[arg(long, value_name = "SECS")]
     timeout: Option<f64>,
     /// Count instructions as time, so that a run can be repeated exactly
@@ -104,9 +104,10 @@ impl Nested {
             ..Machine::new(self.backend.emulator())
         };
         let stats = if self.stats { " stats" } else { "" };
+        let limit = limit(&mut machine);
         let payload = Payload {
             command_line: format!(
-                "memory={} vcpus={} nested{stats} -- {}",
+                "memory={} vcpus={} nested{limit}{stats} -- {}",
                 system.memory,
                 self.vcpus,
                 self.command_line()

@@ -189,7 +189,7 @@ const BOOTS: &[Boot] = &[
     },
     Boot {
         name: "boot::endless_guest_is_ended",
-        arguments: &["--timeout", "15", "--run", "while true; do :; done"],
+        arguments: &["--timeout", "4", "--run", "while true; do :; done"],
         expect: Status(TIMED_OUT),
         says: &["its time was up", "vCPU 0", "rip "],
         slow: false,
