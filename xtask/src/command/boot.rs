@@ -106,7 +106,7 @@ pub(crate) struct Boot {
     /// End the run after this time, with status 124; with --exact, after as many times 10⁹ instructions
     #[arg(long, value_name = "SECS")]
     timeout: Option<f64>,
-    /// Count instructions as time, so that a run can be repeated exactly
+    /// Count instructions as time and start at a fixed date, so that a run can be repeated exactly
     #[arg(long)]
     exact: bool,
     /// Show what is executed
