@@ -3,8 +3,9 @@
 //! Each part is useful alone, as a crate of its own, and appears here behind a feature of the same
 //! name: [`arch`] always; `svm` and `vmx`, the processors' virtualization as typed values; `ept`,
 //! page tables of every kind; `virtio`, the device side; `nested`, guests that are hypervisors;
-//! `machine`, the virtual PC around the processors. The feature `full` is all of them; `hw` adds the
-//! privileged instructions.
+//! `machine`, the virtual PC around the processors, with `svm` and `vmx` as its backends if they are
+//! there too. The feature `full` is all of them; `hw` adds the privileged instructions, which `machine`'s
+//! backends bring along.
 //!
 //! Nothing here needs the standard library.
 //!
