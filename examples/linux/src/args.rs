@@ -1,4 +1,4 @@
-//! The program's own command line: `memory=MIB vcpus=N nested timeout=SECONDS stats verbose -- guest command line`.
+//! The program's own command line: `memory=MIB vcpus=N guests=N nested timeout=SECONDS stats verbose -- guest command line`.
 
 use core::fmt;
 
@@ -7,10 +7,12 @@ use crate::devices::args::DeviceArgs;
 /// What was asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Args<'a> {
-    /// Guest memory in MiB.
+    /// The memory of each guest in MiB.
     pub(crate) memory_mib: u64,
-    /// The number of virtual processors.
+    /// The number of each guest's virtual processors.
     pub(crate) vcpus: usize,
+    /// The number of guests, all alike.
+    pub(crate) guests: usize,
     /// Whether the guest may be a hypervisor itself.
     pub(crate) nested: bool,
     /// How many seconds the guest may run.
@@ -33,7 +35,7 @@ impl fmt::Display for BadWord<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "`{}` is not understood; write `memory=MIB vcpus=N nested timeout=SECONDS stats verbose DEVICES -- GUEST COMMAND LINE`, \
+            "`{}` is not understood; write `memory=MIB vcpus=N guests=N nested timeout=SECONDS stats verbose DEVICES -- GUEST COMMAND LINE`, \
              DEVICES being of `{}`",
             self.0,
             DeviceArgs::USAGE
@@ -47,6 +49,7 @@ impl<'a> Args<'a> {
         let mut args = Self {
             memory_mib: 512,
             vcpus: 1,
+            guests: 1,
             nested: false,
             timeout_s: None,
             stats: false,
@@ -77,6 +80,10 @@ impl<'a> Args<'a> {
                 },
                 Some(("vcpus", count)) => match count.parse() {
                     Ok(count) if count > 0 => args.vcpus = count,
+                    _ => return bad,
+                },
+                Some(("guests", count)) => match count.parse() {
+                    Ok(count) if count > 0 => args.guests = count,
                     _ => return bad,
                 },
                 _ if args.devices.take(word) => {}

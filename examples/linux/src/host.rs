@@ -1,4 +1,4 @@
-//! The bare machine as the virtual one's host: vCPU `n` runs on processor `n`.
+//! The bare machine as the virtual ones' host: the vCPUs of a guest run on consecutive processors.
 
 use core::sync::atomic::{AtomicBool, Ordering};
 
@@ -18,18 +18,21 @@ const MAX_CPUS: usize = 64;
 /// that races with its interrupt ends.
 static KICKED: [AtomicBool; MAX_CPUS] = [const { AtomicBool::new(false) }; MAX_CPUS];
 
-/// This machine.
-pub(crate) struct BareMetal;
+/// This machine, as one guest has it.
+pub(crate) struct BareMetal {
+    /// The processor of the guest's first vCPU.
+    first: usize,
+}
 
 impl BareMetal {
     /// Takes the interrupts that it needs.
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(first: usize) -> Self {
         let wake = |_: &mut rt::irq::TrapFrame| {
             KICKED[rt::cpu::current_id()].store(true, Ordering::Release);
         };
         rt::irq::set_handler(KICK, wake);
         rt::irq::set_handler(TIMER, wake);
-        Self
+        Self { first }
     }
 
     /// Prepares this processor's timer.
@@ -67,9 +70,10 @@ impl Host for BareMetal {
     }
 
     fn kick(&self, vcpu: usize) {
-        KICKED[vcpu].store(true, Ordering::Release);
-        if vcpu != rt::cpu::current_id() {
-            rt::apic::send_ipi(vcpu, KICK);
+        let processor = self.first + vcpu;
+        KICKED[processor].store(true, Ordering::Release);
+        if processor != rt::cpu::current_id() {
+            rt::apic::send_ipi(processor, KICK);
         }
     }
 

@@ -1,5 +1,6 @@
 //! A hypervisor that boots an unmodified Linux, Xen or any other PVH, Multiboot or bzImage kernel
-//! on the bare machine: each virtual processor on a real one, every device of the PC in software.
+//! on the bare machine, or several side by side: each virtual processor on a real one, every device of the
+//! PC in software.
 //!
 //! Its modules are `kernel` and any number of `initrd`; its command line is described in
 //! [`args`].
@@ -14,6 +15,7 @@ mod backend;
 mod devices;
 mod frames;
 mod host;
+mod output;
 mod svm;
 mod vmx;
 mod wall_clock;
@@ -35,15 +37,16 @@ use testudo_rt::{self as rt, Boot, println};
 
 use crate::args::Args;
 use crate::backend::{Backend, Work};
-use crate::devices::Backends;
+use crate::devices::{Backends, Ethernet, Outside};
 use crate::host::BareMetal;
+use crate::output::Output;
 
 rt::entry!(main);
 
 /// The exit status for a command line that makes no sense.
 const USAGE: u8 = 2;
 
-/// What the processors share once the machine is built.
+/// What the processors of a guest share once its machine is built.
 struct Shared {
     machine: Machine<GuestRam>,
     backends: Backends,
@@ -54,9 +57,11 @@ struct Shared {
     start: BootState,
     count_exits: bool,
     stats: Mutex<ExitStats>,
+    output: Output,
+    stop: Mutex<Option<Stop>>,
 }
 
-static SHARED: Once<Shared> = Once::new();
+static GUESTS: Once<Vec<Shared>> = Once::new();
 
 fn main(boot: &'static Boot) -> u8 {
     let args = match Args::parse(boot.command_line()) {
@@ -66,8 +71,12 @@ fn main(boot: &'static Boot) -> u8 {
             return USAGE;
         }
     };
-    match prepare(boot, &args) {
-        Ok(shared) => run(SHARED.call_once(|| shared), &args),
+    let ethernet = Ethernet::new(args.guests);
+    match (0..args.guests)
+        .map(|guest| prepare(boot, &args, guest, &ethernet))
+        .collect()
+    {
+        Ok(guests) => run(GUESTS.call_once(|| guests), &args),
         Err(error) => {
             println!("testudo: {error}");
             1
@@ -75,17 +84,25 @@ fn main(boot: &'static Boot) -> u8 {
     }
 }
 
-/// Builds the machine and puts the kernel into it.
-fn prepare(boot: &'static Boot, args: &Args<'_>) -> Result<Shared, String> {
+/// Builds the machine of a guest and puts the kernel into it.
+fn prepare(
+    boot: &'static Boot,
+    args: &Args<'_>,
+    guest: usize,
+    ethernet: &Ethernet,
+) -> Result<Shared, String> {
     let kernel = boot
         .module("kernel")
         .ok_or("there is no module `kernel` to start")?;
     let processors = rt::cpu::count();
-    if args.vcpus > processors {
+    let vcpus = args.vcpus.saturating_mul(args.guests);
+    if vcpus > processors {
         return Err(format!(
-            "{} vCPUs need as many processors, and this machine has {processors}",
-            args.vcpus
+            "{vcpus} vCPUs need as many processors, and this machine has {processors}"
         ));
+    }
+    if args.guests > 1 && boot.module("disk").is_some() {
+        return Err("a disk's file belongs to one guest only".into());
     }
     let cpuid = Cpuid::of_this_processor();
     let ram = reserve(args.memory_mib << 20, &cpuid)?;
@@ -105,9 +122,20 @@ fn prepare(boot: &'static Boot, args: &Args<'_>) -> Result<Shared, String> {
             .map(|seconds| seconds.saturating_mul(1_000_000_000)),
         start_time: wall_clock::seconds_since_1970(),
     };
-    let host: Arc<dyn Host> = Arc::new(BareMetal::new());
-    let console = Box::new(rt::serial::write_byte);
-    let (devices, backends) = devices::build(boot, args, &ram);
+    let host: Arc<dyn Host> = Arc::new(BareMetal::new(guest * args.vcpus));
+    let output = Output::new(guest, args.guests);
+    let serial = output.clone();
+    let console = Box::new(move |byte| serial.put(byte));
+    let (devices, backends) = devices::build(
+        boot,
+        args,
+        &ram,
+        &Outside {
+            guest,
+            output: &output,
+            ethernet,
+        },
+    );
     let (machine, lapics) =
         Machine::with_devices(config, ram.clone(), host, &processor, console, devices)
             .map_err(|e| e.to_string())?;
@@ -144,6 +172,8 @@ fn prepare(boot: &'static Boot, args: &Args<'_>) -> Result<Shared, String> {
         start,
         count_exits: args.stats,
         stats: Mutex::new(ExitStats::default()),
+        output,
+        stop: Mutex::new(None),
     })
 }
 
@@ -170,19 +200,21 @@ fn reserve(bytes: u64, cpuid: &Cpuid) -> Result<GuestRam, String> {
     Ok(ram)
 }
 
-/// Runs all vCPUs until the machine stops.
-fn run(shared: &'static Shared, args: &Args<'_>) -> u8 {
+/// Runs all vCPUs until their machines stop; the status is that of the first guest that did not end well.
+fn run(guests: &'static [Shared], args: &Args<'_>) -> u8 {
+    // What is typed is for the first guest.
     host::attach_console(|byte| {
-        if let Some(shared) = SHARED.get()
-            && !shared.backends.type_character(byte)
+        if let Some(first) = GUESTS.get().and_then(|guests| guests.first())
+            && !first.backends.type_character(byte)
         {
-            shared.machine.console_input(&[byte]);
+            first.machine.console_input(&[byte]);
         }
     });
-    if args.vcpus > 1 {
-        let started = rt::cpu::start_all(|id| {
-            if let Some(shared) = SHARED.get() {
-                run_vcpu(shared, id);
+    let vcpus = args.vcpus * guests.len();
+    if vcpus > 1 {
+        let started = rt::cpu::start_all(|processor| {
+            if let Some(guests) = GUESTS.get() {
+                run_vcpu(guests, processor);
             }
         });
         if let Err(missing) = started {
@@ -190,25 +222,40 @@ fn run(shared: &'static Shared, args: &Args<'_>) -> u8 {
             return 1;
         }
     }
-    let Some(stop) = run_vcpu(shared, 0) else {
-        return 1;
-    };
-    while args.vcpus > 1 && rt::cpu::finished() + 1 < rt::cpu::count() {
+    run_vcpu(guests, 0);
+    while vcpus > 1 && rt::cpu::finished() + 1 < rt::cpu::count() {
         core::hint::spin_loop();
     }
+    let statuses = guests.iter().map(|guest| finish(guest, args));
+    statuses.fold(0, |first, status| if first == 0 { status } else { first })
+}
+
+/// Says what is to say when a guest has ended; gives its status.
+fn finish(guest: &Shared, args: &Args<'_>) -> u8 {
+    guest.output.finish();
+    let Some(stop) = guest.stop.lock().take() else {
+        return 1;
+    };
     if args.stats {
-        println!("{}", *shared.stats.lock());
+        println!("{}", *guest.stats.lock());
     }
-    shared.backends.finish(args.stats);
+    guest.backends.finish(args.stats);
     if !stop.reason.is_orderly() || args.verbose {
         println!("testudo: {stop}");
     }
     stop.reason.status()
 }
 
-/// Runs one vCPU on this processor; processors that have none return at once.
-fn run_vcpu(shared: &'static Shared, id: usize) -> Option<Stop> {
-    let lapic = shared.lapics.lock().get_mut(id)?.take()?;
+/// Runs the vCPU that is this processor's; processors that have none return at once.
+fn run_vcpu(guests: &'static [Shared], processor: usize) {
+    let vcpus = guests[0].lapics.lock().len();
+    let Some(shared) = guests.get(processor / vcpus) else {
+        return;
+    };
+    let id = processor % vcpus;
+    let Some(lapic) = shared.lapics.lock()[id].take() else {
+        return;
+    };
     BareMetal::start_timer();
     let start = (id == 0).then_some(&shared.start);
     let guest = Guest {
@@ -217,11 +264,9 @@ fn run_vcpu(shared: &'static Shared, id: usize) -> Option<Stop> {
         start,
     };
     match shared.backend.run(id, &shared.cpuid, &shared.ram, guest) {
-        Ok(stop) => Some(stop),
-        Err(error) => {
-            println!("testudo: processor {id}: {error}");
-            None
-        }
+        Ok(stop) if id == 0 => *shared.stop.lock() = Some(stop),
+        Ok(_) => {}
+        Err(error) => println!("testudo: processor {processor}: {error}"),
     }
 }
 

@@ -79,13 +79,16 @@ pub(crate) struct Boot {
     /// The guest's command line [default: console=ttyS0, and quiet with --run]
     #[arg(long, value_name = "STR", allow_hyphen_values = true)]
     cmdline: Option<String>,
-    /// The guest's memory in MiB
+    /// How many such guests run side by side; each line says whose it is
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    guests: u32,
+    /// The memory of each guest in MiB
     #[arg(long, value_name = "MIB", default_value_t = 512)]
     memory: u64,
-    /// The guest's virtual processors
+    /// The virtual processors of each guest
     #[arg(long, value_name = "N", default_value_t = 1)]
     vcpus: u32,
-    /// The machine's processors [default: as many as the guest's]
+    /// The machine's processors [default: as many as the guests']
     #[arg(long, value_name = "N")]
     processors: Option<u32>,
     /// Shell commands to run in the default initial RAM disk; their status is the exit status
@@ -121,7 +124,7 @@ pub(super) fn limit(machine: &mut Machine) -> String {
         return String::new();
     };
     let argument = format!(" timeout={}", timeout.as_secs_f64().ceil());
-    if machine.exact {
+    if machine.exact && machine.kind == Kind::Qemu {
         *timeout *= SLOWEST;
     }
     *timeout += GRACE;
@@ -134,8 +137,11 @@ impl Boot {
         if self.run.is_some() && !self.initrd.is_empty() {
             bail!("--run needs the default initial RAM disk, and --initrd replaces it");
         }
-        if self.vcpus == 0 || self.memory == 0 {
-            bail!("a guest has at least one processor and some memory");
+        if self.guests == 0 || self.vcpus == 0 || self.memory == 0 {
+            bail!("there is at least one guest, with at least one processor and some memory");
+        }
+        if self.devices.joins_guests() && self.guests < 2 {
+            bail!("--net switch joins the guests of --guests, and there is one");
         }
         let timeout = self
             .timeout
@@ -147,6 +153,9 @@ impl Boot {
         };
         let mut devices = self.devices.plan()?;
         if self.backend == Backend::None {
+            if self.guests > 1 {
+                bail!("without a hypervisor there is one system only");
+            }
             if self.devices.asked_for() {
                 bail!("without a hypervisor nobody makes virtio devices");
             }
@@ -155,7 +164,9 @@ impl Boot {
         let guest = self.guest(&devices.drivers)?;
         let mut machine = Machine {
             cpu,
-            processors: self.processors.unwrap_or(self.vcpus),
+            processors: self
+                .processors
+                .unwrap_or(self.vcpus.saturating_mul(self.guests)),
             memory: self.memory,
             exact: self.exact,
             input: self.run.is_none(),
@@ -168,7 +179,10 @@ impl Boot {
         if self.backend == Backend::None {
             return guest.run_directly(&machine);
         }
-        let mut command_line = format!("memory={} vcpus={}", self.memory, self.vcpus);
+        let mut command_line = format!(
+            "guests={} memory={} vcpus={}",
+            self.guests, self.memory, self.vcpus
+        );
         if self.nested {
             command_line.push_str(" nested");
         }
@@ -180,7 +194,7 @@ impl Boot {
         let mut payload = guest.payload(&command_line);
         payload.modules.extend(devices.take_modules());
         machine.disks = devices.files();
-        machine.memory = machine_memory(self.memory + devices.memory, &payload);
+        machine.memory = machine_memory(self.guests, self.memory + devices.memory, &payload);
         machine.run(&bare::build(HYPERVISOR)?, &payload)
     }
 
@@ -290,10 +304,11 @@ impl Guest {
     }
 }
 
-/// The memory in MiB of a machine whose hypervisor holds `payload` and can give its guest `guest` MiB in
-/// one piece.
-pub(super) fn machine_memory(guest: u64, payload: &Payload) -> u64 {
-    let needed = guest
+/// The memory in MiB of a machine whose hypervisor holds `payload` and can give each of its guests as many
+/// MiB in one piece.
+pub(super) fn machine_memory(guests: u32, each: u64, payload: &Payload) -> u64 {
+    let needed = each
+        .saturating_mul(guests.into())
         .saturating_add(OWN_MEMORY)
         .saturating_add(payload.size() >> 20);
     if needed > BELOW_4G {

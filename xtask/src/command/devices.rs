@@ -25,6 +25,8 @@ pub(crate) enum Transport {
 pub(crate) enum Net {
     /// A host in the hypervisor: 10.0.2.2, with DHCP, ping, TCP echo on port 7 and HTTP on port 80
     User,
+    /// The other guests of --guests
+    Switch,
     /// No network card
     None,
 }
@@ -134,6 +136,9 @@ impl Devices {
         if usual && self.net == Net::User {
             device(" net", "virtio_net");
         }
+        if self.joins_guests() {
+            device(" switch", "virtio_net");
+        }
         if usual || self.rng {
             device(" rng", "virtio_rng");
         }
@@ -176,6 +181,12 @@ impl Devices {
             || self.share.is_some()
             || self.vsock
             || self.rng
+            || self.joins_guests()
+    }
+
+    /// Whether the guests are each other's network.
+    pub(crate) fn joins_guests(&self) -> bool {
+        self.net == Net::Switch
     }
 }
 

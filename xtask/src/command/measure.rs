@@ -77,7 +77,7 @@ impl Measure {
             modules: vec![("kernel meter".into(), fs::read(bare::build("meter")?)?)],
         };
         let mut under = machine();
-        under.memory = machine_memory(MEMORY, &payload);
+        under.memory = machine_memory(1, MEMORY, &payload);
         let mut figures = figures_of(under, &bare::build(HYPERVISOR)?, &payload)?;
         if cpu == Cpu::Svm {
             let alone = Payload {
@@ -142,7 +142,7 @@ impl Measure {
         fs::write(&modules, payload.container(false))?;
         let hypervisor = bare::build(HYPERVISOR)?;
         run::progress("booting under the hypervisor");
-        let under = machine(machine_memory(MEMORY, &payload)).count(
+        let under = machine(machine_memory(1, MEMORY, &payload)).count(
             &Program {
                 kernel: hypervisor,
                 initrd: Some(modules),

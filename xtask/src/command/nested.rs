@@ -46,6 +46,9 @@ pub(crate) struct Nested {
     /// How many systems run inside ours: 2 is a hypervisor with a Linux, 3 has one more between
     #[arg(long, value_name = "N", default_value_t = 2)]
     depth: u32,
+    /// How many such towers stand side by side; each line says whose it is
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    guests: u32,
     /// The virtual processors of each of them
     #[arg(long, value_name = "N", default_value_t = 1)]
     vcpus: u32,
@@ -81,7 +84,7 @@ impl Nested {
         if !(1..=4).contains(&self.depth) {
             bail!("--depth counts the systems inside ours: 1 to 4");
         }
-        if self.vcpus == 0 {
+        if self.vcpus == 0 || self.guests == 0 {
             bail!("a system has at least one processor");
         }
         let Guest::Kvm = self.guest;
@@ -97,7 +100,7 @@ impl Nested {
         }
         let mut machine = Machine {
             cpu: self.backend.cpu()?,
-            processors: self.vcpus,
+            processors: self.vcpus.saturating_mul(self.guests),
             exact: self.exact,
             input: self.run.is_none(),
             timeout,
@@ -107,7 +110,8 @@ impl Nested {
         let limit = limit(&mut machine);
         let payload = Payload {
             command_line: format!(
-                "memory={} vcpus={} nested{limit}{stats} -- {}",
+                "guests={} memory={} vcpus={} nested{limit}{stats} -- {}",
+                self.guests,
                 system.memory,
                 self.vcpus,
                 self.command_line()
@@ -120,7 +124,7 @@ impl Nested {
                 ("initrd level-1".to_owned(), system.disk),
             ],
         };
-        machine.memory = machine_memory(system.memory, &payload);
+        machine.memory = machine_memory(self.guests, system.memory, &payload);
         machine.run(&bare::build(HYPERVISOR)?, &payload)
     }
 

@@ -15,8 +15,10 @@ pub(crate) struct DeviceArgs {
     pub(crate) console: bool,
     /// `rng`.
     pub(crate) rng: bool,
-    /// `net`.
+    /// `net`: a network card whose wire ends at a host in this program.
     pub(crate) net: bool,
+    /// `switch`: a network card whose wire ends at the other guests.
+    pub(crate) switch: bool,
     /// `vsock`.
     pub(crate) vsock: bool,
     /// `share`: the files that came as modules, as a file system.
@@ -28,8 +30,7 @@ pub(crate) struct DeviceArgs {
 }
 
 impl DeviceArgs {
-    pub(crate) const USAGE: &str =
-        "transport=mmio|pci packed queues=N console rng net vsock share scratch=MIB balloon=MIB";
+    pub(crate) const USAGE: &str = "transport=mmio|pci packed queues=N console rng net switch vsock share scratch=MIB balloon=MIB";
     /// The most queues of a device.
     const MAX_QUEUES: u16 = 32;
 
@@ -41,6 +42,7 @@ impl DeviceArgs {
         console: false,
         rng: false,
         net: false,
+        switch: false,
         vsock: false,
         share: false,
         scratch_mib: None,
@@ -57,6 +59,7 @@ impl DeviceArgs {
             ("console", "") => self.console = true,
             ("rng", "") => self.rng = true,
             ("net", "") => self.net = true,
+            ("switch", "") => self.switch = true,
             ("vsock", "") => self.vsock = true,
             ("share", "") => self.share = true,
             ("queues", count) => match count.parse() {

@@ -5,8 +5,9 @@ use alloc::sync::Arc;
 
 use testudo_machine::virtio::DeviceHandle;
 use testudo_rt::lock::Lock;
-use testudo_rt::serial;
 use testudo_virtio::device::ConsolePort;
+
+use crate::output::Output;
 
 /// Characters that wait until the guest takes them; later ones are lost.
 const WAITING: usize = 4096;
@@ -15,15 +16,20 @@ const WAITING: usize = 4096;
 type Typed = Arc<Lock<VecDeque<u8>>>;
 
 /// The end of the serial port.
-pub(crate) struct Terminal(Typed);
+pub(crate) struct Terminal {
+    output: Output,
+    typed: Typed,
+}
 
 impl ConsolePort for Terminal {
     fn write(&mut self, data: &[u8]) {
-        serial::write_bytes(data);
+        for byte in data {
+            self.output.put(*byte);
+        }
     }
 
     fn read(&mut self, buf: &mut [u8]) -> usize {
-        let mut typed = self.0.lock();
+        let mut typed = self.typed.lock();
         let len = buf.len().min(typed.len());
         for (to, from) in buf.iter_mut().zip(typed.drain(..len)) {
             *to = from;
@@ -51,12 +57,12 @@ impl Keyboard {
 }
 
 /// A terminal, and how to give it its keyboard once its device has a place.
-pub(crate) fn terminal() -> (Terminal, impl FnOnce(DeviceHandle) -> Keyboard) {
+pub(crate) fn terminal(output: Output) -> (Terminal, impl FnOnce(DeviceHandle) -> Keyboard) {
     let typed = Arc::new(Lock::new(VecDeque::with_capacity(WAITING)));
     let other = typed.clone();
     let keyboard = |device| Keyboard {
         typed: other,
         device,
     };
-    (Terminal(typed), keyboard)
+    (Terminal { output, typed }, keyboard)
 }

@@ -4,6 +4,7 @@ pub(crate) mod args;
 mod console;
 mod disk;
 mod entropy;
+mod ethernet;
 
 use alloc::boxed::Box;
 use alloc::format;
@@ -29,7 +30,9 @@ use testudo_virtio::transport::Options;
 use self::args::DeviceArgs;
 use self::console::Keyboard;
 use self::disk::Disk;
+pub(crate) use self::ethernet::Ethernet;
 use crate::args::Args;
+use crate::output::Output;
 
 /// Memory that changed blocks of disks leave to the rest of this program.
 const RESERVE: u64 = 32 << 20;
@@ -51,11 +54,22 @@ pub(crate) struct Backends {
     balloon: Option<(BalloonControl, Account)>,
 }
 
+/// What a guest's devices reach outside its machine.
+pub(crate) struct Outside<'a> {
+    /// The guest's number.
+    pub(crate) guest: usize,
+    /// Where it prints.
+    pub(crate) output: &'a Output,
+    /// The wire to its neighbours.
+    pub(crate) ethernet: &'a Ethernet,
+}
+
 /// Makes the devices that `args` and the modules called `disk` ask for.
 pub(crate) fn build(
     boot: &'static Boot,
     args: &Args<'_>,
     ram: &GuestRam,
+    outside: &Outside<'_>,
 ) -> (Devices<GuestRam>, Backends) {
     // What is typed goes to the guest's console, which may be either.
     let virtio_console = args.guest.contains("console=hvc0");
@@ -71,21 +85,29 @@ pub(crate) fn build(
         },
     };
     plan.disks(boot);
+    let mut net_options = NetOptions {
+        pairs: args.queues,
+        ..NetOptions::default()
+    };
+    // Neighbours have different addresses.
+    net_options.mac[5] = net_options.mac[5].wrapping_add(outside.guest as u8);
     if args.net {
-        let options = NetOptions {
-            pairs: args.queues,
-            ..NetOptions::default()
-        };
         let numbers: String = (1..=40_000).map(|n| format!("{n}\n")).collect();
         let host = UserHost::new(UserOptions::default()).with_page("/numbers", numbers.into());
-        plan.add("net", Box::new(Net::new(host, options)));
+        plan.add("net", Box::new(Net::new(host, net_options)));
+    }
+    if args.switch
+        && let Some(port) = outside.ethernet.port(outside.guest)
+    {
+        let card = plan.add("switch", Box::new(Net::new(port, net_options)));
+        outside.ethernet.connect(outside.guest, card);
     }
     if args.rng {
         let source = entropy::Source::of_this_processor();
         plan.add("rng", Box::new(Rng::new(source)));
     }
     if args.console {
-        let (terminal, keyboard) = console::terminal();
+        let (terminal, keyboard) = console::terminal(outside.output.clone());
         let handle = plan.add("console", Box::new(Console::new(Box::new(terminal))));
         plan.backends.keyboard = virtio_console.then(|| keyboard(handle));
     }

@@ -61,6 +61,20 @@ const BOOTS: &[Boot] = &[
         slow: false,
     },
     Boot {
+        name: "boot::two_guests_run_side_by_side",
+        arguments: &["--guests", "2", "--run", "exit $(nproc)"],
+        expect: Status(1),
+        says: &[],
+        slow: false,
+    },
+    Boot {
+        name: "boot::a_disk_of_two_guests_is_an_error",
+        arguments: &["--guests", "2", "--disk", "@large", "--run", "true"],
+        expect: Failure,
+        says: &["one guest only"],
+        slow: false,
+    },
+    Boot {
         name: "boot::memory_is_what_was_asked_for",
         arguments: &[
             "--memory",
@@ -262,7 +276,7 @@ impl Boot {
             };
         }
         if !self.arguments.contains(&"--timeout") {
-            command.args(["--timeout", "300"]);
+            command.args(["--timeout", "60"]);
         }
         // Instructions as time: a busy machine must not look like a slow processor to the guest.
         if !["vmx", "bochs"]

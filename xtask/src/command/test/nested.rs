@@ -16,6 +16,10 @@ pub(super) fn run(tally: &mut Tally, full: bool) -> Result<()> {
             "nested::kvm_with_shadow_paging_runs_linux",
             status_of(&["--shadow"]),
         );
+        tally.check(
+            "nested::two_kvms_side_by_side",
+            status_of(&["--guests", "2"]),
+        );
     }
     Ok(())
 }
@@ -28,7 +32,7 @@ fn status_of(arguments: &[&str]) -> Result<()> {
             "kvm",
             "--exact",
             "--timeout",
-            "1200",
+            "200",
             "--run",
             "exit 9",
         ])
