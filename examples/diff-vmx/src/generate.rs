@@ -342,16 +342,25 @@ impl Generator<'_> {
                 0x800
             }
             f if f == fields::POSTED_INTERRUPT_DESCRIPTOR_ADDRESS.encoding() => 0x20,
-            f if f == fields::EXIT_MSR_STORE_ADDRESS.encoding()
-                || f == fields::EXIT_MSR_LOAD_ADDRESS.encoding()
+            f if f == fields::EXIT_MSR_STORE_ADDRESS.encoding() => {
+                return Some(self.msr_area(Frame::StoredMsrs, random));
+            }
+            f if f == fields::EXIT_MSR_LOAD_ADDRESS.encoding()
                 || f == fields::ENTRY_MSR_LOAD_ADDRESS.encoding() =>
             {
-                // One that is valid for any count would name MSRs at random.
-                return Some(random.pick(&[scratch | 1, scratch | 8, beyond, 1 << 63]));
+                return Some(self.msr_area(Frame::Msrs, random));
             }
             _ => return None,
         };
         Some(random.pick(&[scratch, scratch | alignment, scratch | 1, beyond, 1 << 63]))
+    }
+
+    /// An address that no MSR area may have. Another change can make it a valid one: it must be the
+    /// area's own frame then, since a processor that finds no MSR's name on an exit shuts down.
+    fn msr_area(&self, frame: Frame, random: &mut Random) -> u64 {
+        let beyond = 1u64 << self.caps.processor.physical_address_bits;
+        let area = self.arena.at(frame);
+        random.pick(&[area | 1, area | 8, area | beyond, area | 1 << 63])
     }
 
     fn value(&self, field: Encoding, random: &mut Random) -> u64 {
