@@ -2,13 +2,11 @@
 
 use alloc::boxed::Box;
 use alloc::sync::Arc;
-use alloc::vec::Vec;
 use core::ops::Range;
 
 use testudo_arch::GuestMemory;
 use testudo_arch::bus::BusDevice;
 
-use crate::acpi::VirtioMmio;
 use crate::bus::{BusError, MmioBus, PortBus, SharedDevice};
 use testudo_arch::pci::PciSpace;
 
@@ -22,7 +20,7 @@ use crate::device::{Clocked, DeviceTimers, PowerSignal};
 use crate::irq::{IrqLine, Irqchip};
 use crate::layout::{self, Layout};
 use crate::machine::{BuildError, MachineConfig};
-use crate::virtio::Devices;
+use crate::virtio::{Devices, Found};
 
 /// The buses with the devices on them.
 pub(crate) struct Board {
@@ -30,8 +28,8 @@ pub(crate) struct Board {
     pub(crate) mmio: MmioBus,
     pub(crate) timers: DeviceTimers,
     pub(crate) console: Arc<spin::Mutex<Uart>>,
-    /// The virtio devices that the guest cannot find without being told.
-    pub(crate) virtio: Vec<VirtioMmio>,
+    /// What the guest must be told of the virtio devices.
+    pub(crate) virtio: Found,
 }
 
 impl Board {
@@ -54,7 +52,7 @@ impl Board {
                 line(chip, layout::COM1_GSI),
                 console,
             ))),
-            virtio: Vec::new(),
+            virtio: Found::default(),
         };
         board.add_interrupt_controllers(chip)?;
         board.add_timers(chip, config)?;

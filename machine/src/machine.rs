@@ -144,11 +144,13 @@ impl<M: GuestMemory> Machine<M> {
         let board = Board::new(
             &irqchip, &power, &config, &layout, console, devices, &memory,
         )?;
+        let topology = board.virtio.topology.as_ref().map(acpi::viot);
+        let tables: Vec<&[u8]> = topology.iter().map(|table| table.as_slice()).collect();
         let description = acpi::Description {
             processors: vcpus as u32,
-            virtio: &board.virtio,
+            virtio: &board.virtio.windows,
             ecam: false,
-            tables: &[],
+            tables: &tables,
         };
         let rsdp = acpi::install(&memory, &layout, &description)?;
         let cpuid = CpuidConfig {

@@ -6,6 +6,10 @@
 //! because it was too much at once or because its backend has a clock, has a deadline among those
 //! of the machine's other devices, so that a device with nothing to do costs an exit nothing. What
 //! its backend hears from outside it learns of by [`DeviceHandle::wake`].
+//!
+//! With [`Devices::add_iommu`] the guest decides what devices may reach: those that are added
+//! [behind it](Devices::add_behind) see guest memory through the domain that the guest puts them
+//! in, and ACPI says so (VIOT).
 
 use alloc::boxed::Box;
 use alloc::sync::Arc;
@@ -16,10 +20,11 @@ use testudo_arch::GuestMemory;
 use testudo_arch::bus::BusDevice;
 use testudo_arch::irq::InterruptSink;
 use testudo_arch::pci::{BARS, PciFunction, PciWindow};
+use testudo_virtio::device::{Iommu, IommuMemory, IommuState};
 use testudo_virtio::transport::{Fault, Mmio, Options, Pci};
 use testudo_virtio::{Device, Next};
 
-use crate::acpi::VirtioMmio;
+use crate::acpi::{TopologyPlace, VirtioMmio, VirtioTopology};
 use crate::bus::{BusError, MmioBus};
 use crate::device::pci::{PciError, PciHost};
 use crate::device::{Clocked, Deadline, DeviceTimers};
@@ -48,6 +53,9 @@ pub enum AttachError {
         /// The global system interrupt.
         gsi: u32,
     },
+    /// A device is behind an IOMMU of other devices'.
+    #[error("a device is behind an IOMMU that is not among the devices")]
+    NoIommu,
     /// The window lies on another device's.
     #[error(transparent)]
     Bus(#[from] BusError),
@@ -56,8 +64,18 @@ pub enum AttachError {
     Pci(#[from] PciError),
 }
 
+/// A device by what it sees of memory.
+enum Behind<M> {
+    /// All of it.
+    Nothing(Box<dyn Device<M>>),
+    /// What the guest lets it see.
+    Iommu(Box<dyn Device<IommuMemory<M>>>),
+    /// It is what decides that.
+    IsIommu(Box<dyn Device<M>>),
+}
+
 struct Planned<M> {
-    device: Box<dyn Device<M>>,
+    device: Behind<M>,
     transport: Transport,
     options: Options,
     handle: DeviceHandle,
@@ -82,6 +100,18 @@ struct Planned<M> {
 /// ```
 pub struct Devices<M> {
     planned: Vec<Planned<M>>,
+    iommu: Option<Arc<IommuState>>,
+}
+
+/// The IOMMU that some [`Devices`] have.
+#[derive(Clone, Debug)]
+pub struct IommuRef(Arc<IommuState>);
+
+impl IommuRef {
+    /// What the guest has decided.
+    pub fn state(&self) -> &IommuState {
+        &self.0
+    }
 }
 
 impl<M> Default for Devices<M> {
@@ -95,6 +125,7 @@ impl<M> Devices<M> {
     pub fn new() -> Self {
         Self {
             planned: Vec::new(),
+            iommu: None,
         }
     }
 
@@ -108,13 +139,17 @@ impl<M> Devices<M> {
         self.planned.is_empty()
     }
 
-    /// Adds a device.
+    /// Adds a device that reaches all of memory.
     pub fn add(
         &mut self,
         transport: Transport,
         options: Options,
         device: Box<dyn Device<M>>,
     ) -> DeviceHandle {
+        self.plan(transport, options, Behind::Nothing(device))
+    }
+
+    fn plan(&mut self, transport: Transport, options: Options, device: Behind<M>) -> DeviceHandle {
         let handle = DeviceHandle::default();
         self.planned.push(Planned {
             device,
@@ -126,8 +161,121 @@ impl<M> Devices<M> {
     }
 }
 
+/// What ACPI must say of the devices.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Found {
+    pub(crate) windows: Vec<VirtioMmio>,
+    pub(crate) topology: Option<VirtioTopology>,
+}
+
+/// The buses on which devices are put.
+struct Buses<'a> {
+    chip: &'a Arc<Irqchip>,
+    mmio: &'a mut MmioBus,
+    pci: &'a mut PciHost,
+    timers: &'a mut DeviceTimers,
+    windows: Vec<VirtioMmio>,
+}
+
+/// Where a device of some [`Buses`] goes: its place, and the interrupt there.
+struct Slot {
+    place: TopologyPlace,
+    gsi: u32,
+}
+
+impl Buses<'_> {
+    /// The next free place.
+    fn slot(&self, transport: Transport) -> Result<Slot, AttachError> {
+        match transport {
+            Transport::Mmio => {
+                // More devices than interrupts share them, which level triggering allows.
+                let number = self.windows.len();
+                let gsi = layout::FREE_GSIS[number % layout::FREE_GSIS.len()];
+                let offset = number as u64 * layout::VIRTIO_MMIO_STRIDE;
+                Ok(Slot {
+                    place: TopologyPlace::Mmio(layout::VIRTIO_MMIO.wrapping_add(offset)),
+                    gsi: gsi.into(),
+                })
+            }
+            Transport::Pci => {
+                let device = self.pci.free_device().ok_or(AttachError::NoSlot)?;
+                Ok(Slot {
+                    place: TopologyPlace::Pci(u16::from(device) << 3),
+                    gsi: PciHost::intx_gsi(device, 0),
+                })
+            }
+        }
+    }
+
+    /// Puts a device into a place.
+    fn put<M: GuestMemory + Send + 'static>(
+        &mut self,
+        slot: &Slot,
+        device: Box<dyn Device<M>>,
+        memory: M,
+        options: Options,
+        handle: DeviceHandle,
+    ) -> Result<(), AttachError> {
+        let gsi = slot.gsi;
+        let line = wire(self.chip, gsi)?;
+        match slot.place {
+            TopologyPlace::Mmio(base) => {
+                let transport = Mmio::new(device, memory, options, line, gsi);
+                let attached = Attached::new(transport, self.chip, handle);
+                self.mmio
+                    .add(base.0..base.0 + Mmio::<M>::WINDOW, attached.clone())?;
+                self.timers.add(attached);
+                // All interrupts for windows are among the first few.
+                let gsi = gsi as u8;
+                self.windows.push(VirtioMmio { base, gsi });
+            }
+            TopologyPlace::Pci(function) => {
+                let transport = Pci::new(device, memory, options, line, gsi);
+                let attached = Attached::new(transport, self.chip, handle);
+                self.pci.add((function >> 3) as u8, 0, attached.clone())?;
+                self.timers.add(attached);
+            }
+        }
+        Ok(())
+    }
+}
+
 impl<M: GuestMemory + Clone + Send + 'static> Devices<M> {
-    /// Puts the devices on their buses; gives what ACPI must say of those behind windows.
+    /// Adds the device by which the guest decides what the devices behind it may reach. The first
+    /// one is the one that counts.
+    pub fn add_iommu(
+        &mut self,
+        transport: Transport,
+        options: Options,
+    ) -> (DeviceHandle, IommuRef) {
+        let state = self
+            .iommu
+            .get_or_insert_with(|| IommuState::new([]))
+            .clone();
+        let device = Behind::IsIommu(Box::new(Iommu::new(state.clone())));
+        let handle = self.plan(transport, options, device);
+        let woken = handle.clone();
+        state.set_waker(move || woken.wake());
+        (handle, IommuRef(state))
+    }
+
+    /// Adds a device whose accesses to memory go through an IOMMU: its driver must agree to
+    /// [`ACCESS_PLATFORM`](testudo_virtio::Features::ACCESS_PLATFORM).
+    pub fn add_behind(
+        &mut self,
+        _iommu: &IommuRef,
+        transport: Transport,
+        options: Options,
+        device: Box<dyn Device<IommuMemory<M>>>,
+    ) -> DeviceHandle {
+        let options = Options {
+            access_platform: true,
+            ..options
+        };
+        self.plan(transport, options, Behind::Iommu(device))
+    }
+
+    /// Puts the devices on their buses; gives what ACPI must say of them.
     pub(crate) fn attach(
         self,
         chip: &Arc<Irqchip>,
@@ -135,8 +283,16 @@ impl<M: GuestMemory + Clone + Send + 'static> Devices<M> {
         mmio: &mut MmioBus,
         pci: &mut PciHost,
         timers: &mut DeviceTimers,
-    ) -> Result<Vec<VirtioMmio>, AttachError> {
-        let mut windows = Vec::new();
+    ) -> Result<Found, AttachError> {
+        let mut buses = Buses {
+            chip,
+            mmio,
+            pci,
+            timers,
+            windows: Vec::new(),
+        };
+        let mut iommu = None;
+        let mut endpoints = Vec::new();
         for planned in self.planned {
             let Planned {
                 device,
@@ -145,32 +301,26 @@ impl<M: GuestMemory + Clone + Send + 'static> Devices<M> {
                 handle,
             } = planned;
             let memory = memory.clone();
-            match transport {
-                Transport::Mmio => {
-                    // More devices than interrupts share them, which level triggering allows.
-                    let number = windows.len();
-                    let gsi = layout::FREE_GSIS[number % layout::FREE_GSIS.len()];
-                    let base = layout::VIRTIO_MMIO
-                        .wrapping_add(number as u64 * layout::VIRTIO_MMIO_STRIDE);
-                    let line = wire(chip, gsi.into())?;
-                    let transport = Mmio::new(device, memory, options, line, gsi.into());
-                    let attached = Attached::new(transport, chip, handle);
-                    mmio.add(base.0..base.0 + Mmio::<M>::WINDOW, attached.clone())?;
-                    timers.add(attached);
-                    windows.push(VirtioMmio { base, gsi });
+            let slot = buses.slot(transport)?;
+            match device {
+                Behind::Nothing(device) => buses.put(&slot, device, memory, options, handle)?,
+                Behind::IsIommu(device) => {
+                    iommu.get_or_insert(slot.place);
+                    buses.put(&slot, device, memory, options, handle)?;
                 }
-                Transport::Pci => {
-                    let slot = pci.free_device().ok_or(AttachError::NoSlot)?;
-                    let gsi = PciHost::intx_gsi(slot, 0);
-                    let line = wire(chip, gsi)?;
-                    let transport = Pci::new(device, memory, options, line, gsi);
-                    let attached = Attached::new(transport, chip, handle);
-                    pci.add(slot, 0, attached.clone())?;
-                    timers.add(attached);
+                Behind::Iommu(device) => {
+                    let state = self.iommu.clone().ok_or(AttachError::NoIommu)?;
+                    let number = slot.place.endpoint();
+                    state.add_endpoint(number);
+                    endpoints.push(slot.place);
+                    let memory = IommuMemory::new(memory, state, number);
+                    buses.put(&slot, device, memory, options, handle)?;
                 }
             }
         }
-        Ok(windows)
+        let windows = buses.windows;
+        let topology = iommu.map(|iommu| VirtioTopology { iommu, endpoints });
+        Ok(Found { windows, topology })
     }
 }
 

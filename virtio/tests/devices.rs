@@ -13,6 +13,7 @@ use testudo_virtio::device::{
     Balloon, BalloonBackend, Blk, BlkOptions, Console, ConsolePort, Fs, Iommu, IommuMemory,
     IommuState, Mem, MemBackend, MemOptions, Net, NetOptions, Pmem, PortOptions, Stat, Vsock,
 };
+use testudo_virtio::queue::{ActivateError, Bounds, QueueConfig};
 use testudo_virtio::{Features, Segment};
 
 /// Each test, over each transport in each format.
@@ -44,6 +45,7 @@ in_all_ways! {
     balloon_takes_hints_of_its_round_only
     mem_plugs_within_what_was_asked
     iommu_maps_translates_and_reports
+    a_queue_may_end_with_the_address_space
     a_queue_can_be_reset_alone
     console_ports_are_added_named_and_opened
     fs_offers_a_tree_to_read
@@ -486,6 +488,45 @@ fn mem_plugs_within_what_was_asked<T: Connect>(packed: bool) {
         ("unplug", at(8), 2 << 20),
     ];
     assert_eq!(backend.take(), expected);
+}
+
+/// Linux gives devices behind an IOMMU the last pages of 64 bits first.
+fn a_queue_may_end_with_the_address_space<T: Connect>(packed: bool) {
+    const LAST_PAGE: u64 = !0xFFF;
+    const RINGS: u64 = 0x4000;
+    let state = IommuState::new([8]);
+    let mut driver = RawDriver::<T>::new(Iommu::new(state.clone()), packed);
+    let (last, rings) = (alloc(0x1000), alloc(0x2000));
+    let mut ask = |words: &[u32]| {
+        let bytes: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
+        driver.exchange(0, &bytes, 4).unwrap()[0]
+    };
+    let long = |value: u64| [value as u32, (value >> 32) as u32];
+    let map =
+        |start: u64, end: u64, to: u64| [[3, 1], long(start), long(end), long(to), [3, 0]].concat();
+    assert_eq!(ask(&[1, 1, 8, 0, 0]), 0);
+    assert_eq!(ask(&map(LAST_PAGE, u64::MAX, last.0)[..9]), 0);
+    assert_eq!(ask(&map(RINGS, RINGS + 0x1FFF, rings.0)[..9]), 0);
+    let memory = IommuMemory::new(memory(), state, 8);
+    let mut config = QueueConfig::new(256);
+    config.descriptors = Gpa(LAST_PAGE);
+    (config.driver, config.device) = (Gpa(RINGS), Gpa(RINGS + 0x1000));
+    let features = Features::VERSION_1;
+    let bounds = Bounds::for_queue(256);
+    let mut queue = config.activate(features, bounds, &memory).unwrap();
+    // A buffer that is the last descriptor, which nothing else uses.
+    memory.store_u64(Gpa(LAST_PAGE), u64::MAX - 15).unwrap();
+    memory.store_u64(Gpa(LAST_PAGE + 8), 16).unwrap();
+    memory.store_u64(Gpa(u64::MAX - 15), 0x1234).unwrap();
+    memory.store_u16(Gpa(RINGS + 2), 1).unwrap();
+    let chain = queue.pop(&memory).unwrap().unwrap();
+    let word: [u8; 8] = chain.reader(&memory).read_value().unwrap();
+    assert_eq!(u64::from_le_bytes(word), 0x1234);
+    // One byte more, and it is none.
+    config.size = 255;
+    config.descriptors = Gpa(LAST_PAGE + 32);
+    let refused = config.activate(features | Features::RING_PACKED, bounds, &memory);
+    assert!(matches!(refused, Err(ActivateError::NotMemory { .. })));
 }
 
 fn iommu_maps_translates_and_reports<T: Connect>(packed: bool) {

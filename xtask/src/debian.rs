@@ -8,7 +8,7 @@ use std::sync::Once;
 use anyhow::{Context, Result, bail};
 use sha2::{Digest, Sha256};
 
-use crate::{run, workplace};
+use crate::{initrd, run, workplace};
 
 /// A program that a command needs, and the package that has it.
 pub(crate) struct Tool {
@@ -127,76 +127,178 @@ impl Record {
     }
 }
 
-/// What the signed package lists say about the version that would be installed.
-fn candidate(package: &str) -> Result<Option<Record>> {
-    let mut command = Command::new("apt-cache");
-    command
-        .args(["show", "--no-all-versions", package])
-        .stdin(Stdio::null())
-        .stderr(Stdio::null());
-    let output = command.output().context("cannot start apt-cache")?;
-    Ok(Record::parse(&String::from_utf8_lossy(&output.stdout)))
+/// Where packages come from.
+struct Archive {
+    /// What makes apt ask there; nothing for the sources that the system itself has.
+    options: Vec<String>,
 }
 
-/// The contents of a package, unpacked into the cache and not installed.
-///
-/// The archive's SHA-256 must be the one that the package lists give, which the distribution signs.
-pub(crate) fn unpacked(package: &str) -> Result<PathBuf> {
-    let record = find(package)?;
-    let cache = workplace::cache()?;
-    let folder = cache.join(format!(
-        "{}_{}",
-        record.package,
-        record.version.replace(':', "%")
-    ));
-    if folder.is_dir() {
-        return Ok(folder);
-    }
-    run::progress(format_args!(
-        "fetching {} {}",
-        record.package, record.version
-    ));
-    let scratch = workplace::RunFolder::new()?;
-    run::output(Command::new("apt-get").current_dir(scratch.file("")).args([
-        "download",
-        "--quiet",
-        &format!("{}={}", record.package, record.version),
-    ]))?;
-    let archive = fs::read_dir(scratch.file(""))?
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .find(|path| path.extension().is_some_and(|extension| extension == "deb"))
-        .with_context(|| format!("apt-get downloaded no archive of {}", record.package))?;
-    let found = sha256(&archive)?;
-    if found != record.sha256 {
-        bail!(
-            "{} has the SHA-256 {found}, but the package lists say {}",
-            archive.display(),
-            record.sha256
+impl Archive {
+    const SYSTEM: Self = Self {
+        options: Vec::new(),
+    };
+
+    /// The distribution's later kernels for its current release. Its lists are kept in our cache and apart
+    /// from the system's; the distribution's keys vouch for them as for all others.
+    fn backports() -> Result<Self> {
+        const KEYS: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+        let release = fs::read_to_string("/etc/os-release").unwrap_or_default();
+        let codename = release
+            .lines()
+            .find_map(|line| line.strip_prefix("VERSION_CODENAME="))
+            .filter(|_| Path::new(KEYS).is_file())
+            .context("only Debian has later kernels for the same release")?
+            .trim_matches('"');
+        let folder = workplace::cache()?.join(format!("{codename}-backports"));
+        let (lists, packages) = (folder.join("lists"), folder.join("packages"));
+        for folder in [&lists, &packages] {
+            fs::create_dir_all(folder)
+                .with_context(|| format!("cannot make {}", folder.display()))?;
+        }
+        let sources = folder.join("sources.list");
+        let line = format!(
+            "deb [signed-by={KEYS}] http://deb.debian.org/debian {codename}-backports main\n"
         );
+        fs::write(&sources, line).with_context(|| format!("cannot write {}", sources.display()))?;
+        let settings = [
+            ("Dir::Etc::sourcelist", &sources),
+            ("Dir::Etc::sourceparts", &folder.join("none")),
+            ("Dir::State::lists", &lists),
+            ("Dir::Cache", &packages),
+        ];
+        let options = settings
+            .into_iter()
+            .flat_map(|(name, path)| ["-o".to_owned(), format!("{name}={}", path.display())]);
+        Ok(Self {
+            options: options.collect(),
+        })
     }
-    // Renamed when complete, so that a folder that exists is whole.
-    let partial = scratch.file("unpacked");
-    run::check(
-        Command::new("dpkg-deb")
-            .arg("-x")
-            .args([&archive, &partial]),
-    )?;
-    match fs::rename(&partial, &folder) {
-        Err(_) if folder.is_dir() => {}
-        result => result.with_context(|| format!("cannot make {}", folder.display()))?,
+
+    fn command(&self, program: &str) -> Command {
+        let mut command = Command::new(program);
+        command.args(&self.options);
+        command
     }
-    Ok(folder)
+
+    /// Brings the package lists up to date.
+    fn update(&self) -> Result<()> {
+        if self.options.is_empty() {
+            return update_lists();
+        }
+        run::progress("fetching the list of later kernels");
+        run::output(self.command("apt-get").args(["update", "--quiet"])).map(drop)
+    }
+
+    /// What the signed package lists say about the version that would be installed.
+    fn candidate(&self, package: &str) -> Result<Option<Record>> {
+        let mut command = self.command("apt-cache");
+        command
+            .args(["show", "--no-all-versions", package])
+            .stdin(Stdio::null())
+            .stderr(Stdio::null());
+        let output = command.output().context("cannot start apt-cache")?;
+        Ok(Record::parse(&String::from_utf8_lossy(&output.stdout)))
+    }
+
+    fn find(&self, package: &str) -> Result<Record> {
+        if !run::exists("apt-get") || !run::exists("dpkg-deb") {
+            bail!("fetching {package} takes apt-get and dpkg-deb, which Debian and Ubuntu have");
+        }
+        if let Some(record) = self.candidate(package)? {
+            return Ok(record);
+        }
+        self.update()?;
+        self.candidate(package)?
+            .with_context(|| format!("the package lists have no {package}"))
+    }
+
+    /// The contents of a package, unpacked into the cache and not installed.
+    ///
+    /// The archive's SHA-256 must be the one that the package lists give, which the distribution signs.
+    fn unpacked(&self, package: &str) -> Result<PathBuf> {
+        let record = self.find(package)?;
+        let cache = workplace::cache()?;
+        let folder = cache.join(format!(
+            "{}_{}",
+            record.package,
+            record.version.replace(':', "%")
+        ));
+        if folder.is_dir() {
+            return Ok(folder);
+        }
+        run::progress(format_args!(
+            "fetching {} {}",
+            record.package, record.version
+        ));
+        let scratch = workplace::RunFolder::new()?;
+        let version = format!("{}={}", record.package, record.version);
+        let mut download = self.command("apt-get");
+        download.current_dir(scratch.file(""));
+        run::output(download.args(["download", "--quiet", &version]))?;
+        let archive = fs::read_dir(scratch.file(""))?
+            .filter_map(|entry| Some(entry.ok()?.path()))
+            .find(|path| path.extension().is_some_and(|extension| extension == "deb"))
+            .with_context(|| format!("apt-get downloaded no archive of {}", record.package))?;
+        let found = sha256(&archive)?;
+        if found != record.sha256 {
+            bail!(
+                "{} has the SHA-256 {found}, but the package lists say {}",
+                archive.display(),
+                record.sha256
+            );
+        }
+        // Renamed when complete, so that a folder that exists is whole.
+        let partial = scratch.file("unpacked");
+        run::check(
+            Command::new("dpkg-deb")
+                .arg("-x")
+                .args([&archive, &partial]),
+        )?;
+        match fs::rename(&partial, &folder) {
+            Err(_) if folder.is_dir() => {}
+            result => result.with_context(|| format!("cannot make {}", folder.display()))?,
+        }
+        Ok(folder)
+    }
+
+    /// The kernel for virtual machines: Debian's, or Ubuntu's.
+    fn kernel(&self) -> Result<Kernel> {
+        const META: [&str; 2] = ["linux-image-cloud-amd64", "linux-image-virtual"];
+        let meta = self
+            .find(META[0])
+            .or_else(|error| self.find(META[1]).map_err(|_| error))?;
+        let package = meta
+            .depends
+            .iter()
+            .find(|name| name.starts_with("linux-image-"))
+            .with_context(|| format!("{} names no kernel", meta.package))?;
+        let release = package.trim_start_matches("linux-image-").to_owned();
+        let folder = self.unpacked(package)?;
+        // Ubuntu has the modules in a package of their own.
+        let modules = match self
+            .find(package)?
+            .depends
+            .iter()
+            .find(|name| name.starts_with("linux-modules-"))
+        {
+            Some(package) => self.unpacked(package)?,
+            None => folder.clone(),
+        };
+        Ok(Kernel {
+            image: folder.join("boot").join(format!("vmlinuz-{release}")),
+            modules: ["lib/modules", "usr/lib/modules"]
+                .iter()
+                .map(|path| modules.join(path).join(&release))
+                .find(|path| path.is_dir())
+                .with_context(|| format!("{package} has no modules"))?,
+            release,
+        })
+    }
 }
 
-fn find(package: &str) -> Result<Record> {
-    if !run::exists("apt-get") || !run::exists("dpkg-deb") {
-        bail!("fetching {package} takes apt-get and dpkg-deb, which Debian and Ubuntu have");
-    }
-    if let Some(record) = candidate(package)? {
-        return Ok(record);
-    }
-    update_lists()?;
-    candidate(package)?.with_context(|| format!("the package lists have no {package}"))
+/// The contents of a package of the system's own release; see [`Archive::unpacked`].
+pub(crate) fn unpacked(package: &str) -> Result<PathBuf> {
+    Archive::SYSTEM.unpacked(package)
 }
 
 fn sha256(file: &Path) -> Result<String> {
@@ -214,35 +316,29 @@ pub(crate) struct Kernel {
     pub(crate) release: String,
 }
 
-/// The kernel for virtual machines: Debian's, or Ubuntu's.
+/// The kernel for virtual machines.
 pub(crate) fn kernel() -> Result<Kernel> {
-    const META: [&str; 2] = ["linux-image-cloud-amd64", "linux-image-virtual"];
-    let meta = find(META[0]).or_else(|error| find(META[1]).map_err(|_| error))?;
-    let package = meta
-        .depends
-        .iter()
-        .find(|name| name.starts_with("linux-image-"))
-        .with_context(|| format!("{} names no kernel", meta.package))?;
-    let release = package.trim_start_matches("linux-image-").to_owned();
-    let folder = unpacked(package)?;
-    // Ubuntu has the modules in a package of their own.
-    let modules = match find(package)?
-        .depends
-        .iter()
-        .find(|name| name.starts_with("linux-modules-"))
-    {
-        Some(package) => unpacked(package)?,
-        None => folder.clone(),
-    };
-    Ok(Kernel {
-        image: folder.join("boot").join(format!("vmlinuz-{release}")),
-        modules: ["lib/modules", "usr/lib/modules"]
-            .iter()
-            .map(|path| modules.join(path).join(&release))
-            .find(|path| path.is_dir())
-            .with_context(|| format!("{package} has no modules"))?,
-        release,
-    })
+    Archive::SYSTEM.kernel()
+}
+
+/// A kernel for virtual machines that has a driver: the usual one, or if that lacks it a later one.
+pub(crate) fn kernel_with(driver: &str) -> Result<Kernel> {
+    let usual = kernel()?;
+    if initrd::has_module(&usual, driver)? {
+        return Ok(usual);
+    }
+    let lacking = || format!("{} has no {driver}", usual.release);
+    let later = Archive::backports()
+        .and_then(|archive| archive.kernel())
+        .with_context(lacking)?;
+    if !initrd::has_module(&later, driver)? {
+        bail!(
+            "neither {} nor {} has {driver}",
+            usual.release,
+            later.release
+        );
+    }
+    Ok(later)
 }
 
 /// The statically linked busybox.

@@ -108,6 +108,13 @@ impl Initrd {
     }
 }
 
+/// Whether a kernel has a driver, as a module or in itself.
+pub(crate) fn has_module(kernel: &Kernel, name: &str) -> Result<bool> {
+    let modules = Modules::of(&kernel.modules)?;
+    let name = name.replace('-', "_");
+    Ok(modules.available.contains_key(&name) || modules.built_in.contains(&name))
+}
+
 struct Module {
     name: String,
     data: Vec<u8>,

@@ -6,6 +6,7 @@
 //! [`crate::layout`], which the devices use too.
 
 mod dsdt;
+mod viot;
 
 use acpi_tables::facs::FACS;
 use acpi_tables::rsdp::Rsdp;
@@ -14,6 +15,9 @@ use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, mcfg::MCFG};
 use alloc::vec::Vec;
 use testudo_arch::{Gpa, GuestMemory, MemoryFault};
+
+pub(crate) use viot::viot;
+pub use viot::{TopologyPlace, VirtioTopology};
 
 use crate::layout::{self, FIRMWARE_AREA, FIRMWARE_CODE, Layout};
 

@@ -86,7 +86,11 @@ impl Bench {
             base: Gpa(BASE),
             gsi: layout::FREE_GSIS[0],
         };
-        assert_eq!(windows, Ok(Vec::from([window])));
+        let found = Found {
+            windows: Vec::from([window]),
+            topology: None,
+        };
+        assert_eq!(windows, Ok(found));
         Self {
             wishes,
             handle,
@@ -223,10 +227,65 @@ fn devices_beyond_the_interrupts_share_them_and_a_full_bus_refuses() {
         let (mut mmio, mut timers) = (MmioBus::new(), DeviceTimers::new());
         devices.attach(&chip, &GuestRam::new(), &mut mmio, &mut pci, &mut timers)
     };
-    let windows = attach(Transport::Mmio, 12).unwrap();
+    let windows = attach(Transport::Mmio, 12).unwrap().windows;
     assert_eq!(windows[9].gsi, windows[0].gsi);
     assert_eq!(windows[11].base.0, BASE + 0xB000);
     // Device 0 is the bridge.
-    assert_eq!(attach(Transport::Pci, 31), Ok(Vec::new()));
+    assert_eq!(attach(Transport::Pci, 31), Ok(Found::default()));
     assert_eq!(attach(Transport::Pci, 32), Err(AttachError::NoSlot));
+}
+
+/// What is attached of a plan that `plan` makes.
+fn attached(plan: impl FnOnce(&mut Devices<GuestRam>)) -> Result<Found, AttachError> {
+    let (_, chip, _) = machine(1);
+    let mut devices = Devices::new();
+    plan(&mut devices);
+    let (mut mmio, mut timers) = (MmioBus::new(), DeviceTimers::new());
+    let mut pci = PciHost::new(Arc::new(PowerSignal::new()));
+    devices.attach(&chip, &GuestRam::new(), &mut mmio, &mut pci, &mut timers)
+}
+
+#[test]
+fn acpi_is_told_what_is_behind_the_iommu_and_nothing_else() {
+    let device = || Box::new(Wisher(Arc::default()));
+    let found = attached(|devices| {
+        let (_, iommu) = devices.add_iommu(Transport::Pci, Options::split());
+        devices.add(Transport::Pci, Options::split(), device());
+        devices.add_behind(&iommu, Transport::Pci, Options::split(), device());
+        devices.add_behind(&iommu, Transport::Mmio, Options::split(), device());
+        assert_eq!(iommu.state().refused(), 0);
+    })
+    .unwrap();
+    let topology = VirtioTopology {
+        iommu: TopologyPlace::Pci(1 << 3),
+        endpoints: Vec::from([
+            TopologyPlace::Pci(3 << 3),
+            TopologyPlace::Mmio(layout::VIRTIO_MMIO),
+        ]),
+    };
+    assert_eq!(found.topology, Some(topology));
+    assert_eq!(found.windows.len(), 1);
+}
+
+#[test]
+fn a_device_behind_another_machines_iommu_is_refused() {
+    let (_, iommu) = Devices::<GuestRam>::new().add_iommu(Transport::Pci, Options::split());
+    let refused = attached(|devices| {
+        let device = Box::new(Wisher(Arc::default()));
+        devices.add_behind(&iommu, Transport::Pci, Options::split(), device);
+    });
+    assert_eq!(refused, Err(AttachError::NoIommu));
+}
+
+#[test]
+fn a_refused_access_wakes_the_iommu() {
+    let mut devices = Devices::<GuestRam>::new();
+    let (handle, iommu) = devices.add_iommu(Transport::Pci, Options::split());
+    iommu.state().add_endpoint(8);
+    assert!(iommu.state().translate(8, 0x1000, 8, false).is_ok());
+    assert!(!handle.take_wake());
+    assert!(iommu.state().translate(9, 0x1000, 8, true).is_ok());
+    let unmapped = testudo_virtio::device::IommuMemory::new(GuestRam::new(), iommu.0.clone(), 8);
+    assert!(unmapped.load_u32(Gpa(0x1000)).is_err());
+    assert!(!handle.take_wake(), "no memory is not the IOMMU's refusal");
 }

@@ -87,6 +87,13 @@ pub(super) struct Taken {
     pub(super) segments: usize,
 }
 
+/// Whether a buffer goes on past the last address. It may end with it.
+#[inline(always)]
+fn wraps(gpa: Gpa, len: u32) -> bool {
+    let end = gpa.0.wrapping_add(len.into());
+    end < gpa.0 && end != 0
+}
+
 /// Collects the segments of one chain and enforces the bounds.
 ///
 /// The counters are whole words, everything is inlined into the walk, and indirect tables take and
@@ -136,7 +143,7 @@ impl<'w> Collector<'w> {
         }
         self.seen += 1;
         let Descriptor { gpa, len, .. } = descriptor;
-        if gpa.checked_add(len.into()).is_none() {
+        if wraps(gpa, len) {
             return Err(QueueError::Wraps { gpa, len });
         }
         self.bytes += u64::from(len);
@@ -177,7 +184,7 @@ impl<'w> Collector<'w> {
         if len == 0 || len % 16 != 0 || u32::from(count) * 16 != len {
             return Err(QueueError::IndirectLength(len));
         }
-        if gpa.checked_add(len.into()).is_none() {
+        if wraps(gpa, len) {
             return Err(QueueError::Wraps { gpa, len });
         }
         Ok(count)

@@ -234,12 +234,15 @@ impl QueueConfig {
             if gpa.0 & (align - 1) != 0 {
                 return Err(ActivateError::Alignment { area, gpa, align });
             }
-            if gpa.checked_add(len).is_none() || !memory.contains(gpa, len) {
+            // The last byte may be the address space's: behind an IOMMU that is an address as good
+            // as any.
+            if gpa.checked_add(len - 1).is_none() || !memory.contains(gpa, len) {
                 return Err(ActivateError::NotMemory { area, gpa });
             }
         }
         let [ring, driver, device] = areas;
-        let overlap = |a: Area, b: Area| a.1.0 < b.1.0 + b.2 && b.1.0 < a.1.0 + a.2;
+        let last = |(_, gpa, len, _): Area| gpa.0 + (len - 1);
+        let overlap = |a: Area, b: Area| a.1.0 <= last(b) && b.1.0 <= last(a);
         let written_first = [(device, ring), (device, driver), (ring, driver)];
         for (first, second) in &written_first[..if packed { 3 } else { 2 }] {
             if overlap(*first, *second) {

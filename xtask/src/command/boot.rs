@@ -218,7 +218,10 @@ impl Boot {
         let kernel = match given {
             Some(kernel) if !default_disk => kernel,
             given => {
-                let distribution = debian::kernel()?;
+                let distribution = match self.devices.rare_driver() {
+                    Some(driver) => debian::kernel_with(driver)?,
+                    None => debian::kernel()?,
+                };
                 if default_disk {
                     let disk = Initrd {
                         run: self.run.clone(),

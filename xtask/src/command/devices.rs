@@ -11,6 +11,9 @@ use crate::emulator::DiskFile;
 /// MiB of the empty disk that a guest gets when it is given no other.
 const SCRATCH: u64 = 64;
 
+/// What drives an IOMMU, which not every kernel has.
+const IOMMU_DRIVER: &str = "virtio_iommu";
+
 /// How a guest finds its virtio devices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Transport {
@@ -54,6 +57,9 @@ pub(crate) struct Devices {
     /// A folder that the guest can read: mount -t virtiofs host FOLDER
     #[arg(long, value_name = "FOLDER")]
     share: Option<PathBuf>,
+    /// An IOMMU between the devices and memory: the guest decides what each may reach
+    #[arg(long)]
+    iommu: bool,
     /// How the guest finds the devices
     #[arg(long, value_enum, default_value = "pci")]
     transport: Transport,
@@ -126,6 +132,10 @@ impl Devices {
             Transport::Pci => device(" transport=pci", "virtio_pci"),
         }
         let usual = !self.no_virtio;
+        if self.iommu {
+            // First, so that it is there when what is behind it is found.
+            device(" iommu", IOMMU_DRIVER);
+        }
         if disks.is_empty() && usual {
             device(&format!(" scratch={SCRATCH}"), "virtio_blk");
             memory += SCRATCH;
@@ -182,11 +192,17 @@ impl Devices {
             || self.vsock
             || self.rng
             || self.joins_guests()
+            || self.iommu
     }
 
     /// Whether the guests are each other's network.
     pub(crate) fn joins_guests(&self) -> bool {
         self.net == Net::Switch
+    }
+
+    /// The driver that decides which kernel will do.
+    pub(crate) fn rare_driver(&self) -> Option<&'static str> {
+        self.iommu.then_some(IOMMU_DRIVER)
     }
 }
 
@@ -291,6 +307,13 @@ mod tests {
         );
         assert!(words(&["--balloon", "64", "--queues", "2"]).ends_with(" balloon=64 queues=2"));
         assert!(!words(&["--net", "none"]).contains(" net"));
+        let with_iommu = plan(&["--iommu"]);
+        assert!(
+            with_iommu
+                .words
+                .starts_with(" transport=pci iommu scratch=")
+        );
+        assert_eq!(with_iommu.drivers[..2], ["virtio_pci", "virtio_iommu"]);
     }
 
     #[test]

@@ -23,6 +23,8 @@ pub(crate) struct DeviceArgs {
     pub(crate) vsock: bool,
     /// `share`: the files that came as modules, as a file system.
     pub(crate) share: bool,
+    /// `iommu`: what devices reach goes through tables of the guest's.
+    pub(crate) iommu: bool,
     /// `scratch=MIB`: an empty disk of this size.
     pub(crate) scratch_mib: Option<u64>,
     /// `balloon=MIB`: a balloon, and what the guest is asked to give up at the start.
@@ -30,7 +32,7 @@ pub(crate) struct DeviceArgs {
 }
 
 impl DeviceArgs {
-    pub(crate) const USAGE: &str = "transport=mmio|pci packed queues=N console rng net switch vsock share scratch=MIB balloon=MIB";
+    pub(crate) const USAGE: &str = "transport=mmio|pci packed queues=N console rng net switch vsock share iommu scratch=MIB balloon=MIB";
     /// The most queues of a device.
     const MAX_QUEUES: u16 = 32;
 
@@ -45,6 +47,7 @@ impl DeviceArgs {
         switch: false,
         vsock: false,
         share: false,
+        iommu: false,
         scratch_mib: None,
         balloon_mib: None,
     };
@@ -62,6 +65,7 @@ impl DeviceArgs {
             ("switch", "") => self.switch = true,
             ("vsock", "") => self.vsock = true,
             ("share", "") => self.share = true,
+            ("iommu", "") => self.iommu = true,
             ("queues", count) => match count.parse() {
                 Ok(count) if (1..=Self::MAX_QUEUES).contains(&count) => self.queues = count,
                 _ => return false,

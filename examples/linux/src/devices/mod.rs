@@ -15,15 +15,15 @@ use core::sync::atomic::{AtomicU64, Ordering};
 
 use testudo_arch::memory::GuestRam;
 use testudo_arch::{Gpa, PAGE_SIZE};
-use testudo_machine::virtio::{DeviceHandle, Devices};
+use testudo_machine::virtio::{DeviceHandle, Devices, IommuRef};
 use testudo_rt::{self as rt, Boot, println};
 use testudo_virtio::Device;
 use testudo_virtio::backend::{
     BlockBackend, EchoHost, MemoryTree, ReadOnlyImage, UserHost, UserOptions,
 };
 use testudo_virtio::device::{
-    Balloon, BalloonBackend, BalloonControl, Blk, BlkOptions, Console, Fs, Net, NetOptions, Rng,
-    Vsock,
+    Balloon, BalloonBackend, BalloonControl, Blk, BlkOptions, Console, Fs, IommuMemory, Net,
+    NetOptions, Rng, Vsock,
 };
 use testudo_virtio::transport::Options;
 
@@ -51,6 +51,7 @@ pub(crate) struct Backends {
     /// Files that the guest may change, by their number among all files.
     disks: Vec<(usize, Disk)>,
     keyboard: Option<Keyboard>,
+    iommu: Option<IommuRef>,
     balloon: Option<(BalloonControl, Account)>,
 }
 
@@ -81,9 +82,13 @@ pub(crate) fn build(
             named: Vec::new(),
             disks: Vec::new(),
             keyboard: None,
+            iommu: None,
             balloon: None,
         },
     };
+    if args.iommu {
+        plan.iommu();
+    }
     plan.disks(boot);
     let mut net_options = NetOptions {
         pairs: args.queues,
@@ -94,36 +99,36 @@ pub(crate) fn build(
     if args.net {
         let numbers: String = (1..=40_000).map(|n| format!("{n}\n")).collect();
         let host = UserHost::new(UserOptions::default()).with_page("/numbers", numbers.into());
-        plan.add("net", Box::new(Net::new(host, net_options)));
+        plan.add("net", Net::new(host, net_options));
     }
     if args.switch
         && let Some(port) = outside.ethernet.port(outside.guest)
     {
-        let card = plan.add("switch", Box::new(Net::new(port, net_options)));
+        let card = plan.add("switch", Net::new(port, net_options));
         outside.ethernet.connect(outside.guest, card);
     }
     if args.rng {
         let source = entropy::Source::of_this_processor();
-        plan.add("rng", Box::new(Rng::new(source)));
+        plan.add("rng", Rng::new(source));
     }
     if args.console {
         let (terminal, keyboard) = console::terminal(outside.output.clone());
-        let handle = plan.add("console", Box::new(Console::new(Box::new(terminal))));
+        let handle = plan.add("console", Console::new(Box::new(terminal)));
         plan.backends.keyboard = virtio_console.then(|| keyboard(handle));
     }
     if args.vsock {
         let host = EchoHost { port: ECHO_PORT };
-        plan.add("vsock", Box::new(Vsock::new(host, GUEST_CID)));
+        plan.add("vsock", Vsock::new(host, GUEST_CID));
     }
     if args.share {
-        plan.add("share", Box::new(Fs::new(shared_tree(boot), SHARE_TAG)));
+        plan.add("share", Fs::new(shared_tree(boot), SHARE_TAG));
     }
     if let Some(mib) = args.balloon_mib {
         let account = Account::new(ram);
         let (balloon, control) = Balloon::new(account.clone());
         control.set_target(mib << 20);
         control.request_stats();
-        plan.add("balloon", Box::new(balloon));
+        plan.add_direct("balloon", Box::new(balloon));
         plan.backends.balloon = Some((control, account));
     }
     (plan.devices, plan.backends)
@@ -154,15 +159,46 @@ struct Plan<'a> {
 }
 
 impl Plan<'_> {
-    fn add(&mut self, name: &str, device: Box<dyn Device<GuestRam>>) -> DeviceHandle {
-        let options = if self.args.packed {
+    fn options(&self) -> Options {
+        if self.args.packed {
             Options::default()
         } else {
             Options::split()
+        }
+    }
+
+    /// A device, behind the IOMMU if there is one.
+    fn add<D>(&mut self, name: &str, device: D) -> DeviceHandle
+    where
+        D: Device<GuestRam> + Device<IommuMemory<GuestRam>> + 'static,
+    {
+        let Some(iommu) = &self.backends.iommu else {
+            return self.add_direct(name, Box::new(device));
         };
-        let handle = self.devices.add(self.args.transport, options, device);
+        let (transport, options) = (self.args.transport, self.options());
+        let device = Box::new(device);
+        let handle = self.devices.add_behind(iommu, transport, options, device);
+        self.keep(name, handle)
+    }
+
+    /// A device that is about memory itself: no addresses of its own go through an IOMMU.
+    fn add_direct(&mut self, name: &str, device: Box<dyn Device<GuestRam>>) -> DeviceHandle {
+        let (transport, options) = (self.args.transport, self.options());
+        let handle = self.devices.add(transport, options, device);
+        self.keep(name, handle)
+    }
+
+    fn keep(&mut self, name: &str, handle: DeviceHandle) -> DeviceHandle {
         self.backends.named.push((name.into(), handle.clone()));
         handle
+    }
+
+    /// The IOMMU, which the devices that come after it are behind.
+    fn iommu(&mut self) {
+        let options = self.options();
+        let (handle, iommu) = self.devices.add_iommu(self.args.transport, options);
+        self.backends.iommu = Some(iommu);
+        self.keep("iommu", handle);
     }
 
     /// A disk for each module `disk FILE[,ro]`, then the empty one.
@@ -213,7 +249,7 @@ impl Plan<'_> {
             queues: self.args.queues,
             ..BlkOptions::default()
         };
-        self.add(name, Box::new(Blk::new(backend, options)));
+        self.add(name, Blk::new(backend, options));
     }
 }
 
@@ -278,6 +314,14 @@ impl Backends {
             if let Some(fault) = handle.fault() {
                 println!("testudo: virtio device {name}: {fault}");
             }
+        }
+        if let (Some(iommu), true) = (&self.iommu, stats) {
+            let state = iommu.state();
+            println!(
+                "iommu: {} mappings at the end, {} accesses refused",
+                state.mappings(),
+                state.refused()
+            );
         }
         if let (Some((control, account)), true) = (&self.balloon, stats) {
             let of_guest = control.stats();

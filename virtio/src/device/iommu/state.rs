@@ -1,9 +1,12 @@
 //! Domains, endpoints and mappings, and guest memory through them.
 
+use alloc::boxed::Box;
 use alloc::collections::{BTreeMap, VecDeque};
 use alloc::sync::Arc;
+use core::fmt;
+use core::sync::atomic::{AtomicU64, Ordering};
 
-use spin::{Mutex, RwLock};
+use spin::{Mutex, Once, RwLock};
 use testudo_arch::memory::FaultKind;
 use testudo_arch::{Gpa, GuestMemory, MemoryFault};
 
@@ -83,11 +86,24 @@ struct Tables {
     mappings: usize,
 }
 
+/// Who is told that there are faults to report.
+#[derive(Default)]
+struct Waker(Once<Box<dyn Fn() + Send + Sync>>);
+
+impl fmt::Debug for Waker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let set = self.0.is_completed();
+        f.debug_tuple("Waker").field(&set).finish()
+    }
+}
+
 /// What the guest has decided: shared by the IOMMU device and the memories of its endpoints.
 #[derive(Debug, Default)]
 pub struct IommuState {
     tables: RwLock<Tables>,
     faults: Mutex<VecDeque<Fault>>,
+    refused: AtomicU64,
+    waker: Waker,
 }
 
 impl IommuState {
@@ -100,8 +116,34 @@ impl IommuState {
         };
         Arc::new(Self {
             tables: RwLock::new(tables),
-            faults: Mutex::default(),
+            ..Self::default()
         })
+    }
+
+    /// Adds an endpoint whose number was not known when the state was made.
+    pub fn add_endpoint(&self, endpoint: u32) {
+        self.tables
+            .write()
+            .endpoints
+            .entry(endpoint)
+            .or_insert(None);
+    }
+
+    /// Has `wake` called whenever an access was refused, so that the IOMMU device is polled and
+    /// can report it. It is called in the middle of another device's access to memory, and so must
+    /// not use any device itself. The first one stays.
+    pub fn set_waker(&self, wake: impl Fn() + Send + Sync + 'static) {
+        self.waker.0.call_once(|| Box::new(wake));
+    }
+
+    /// How many accesses were refused.
+    pub fn refused(&self) -> u64 {
+        self.refused.load(Ordering::Relaxed)
+    }
+
+    /// How many mappings there are, in all domains.
+    pub fn mappings(&self) -> usize {
+        self.tables.read().mappings
     }
 
     pub(super) fn bypass(&self) -> bool {
@@ -245,20 +287,29 @@ impl IommuState {
         len: u64,
         write: bool,
     ) -> Result<(Gpa, u64), TranslateError> {
-        let tables = self.tables.read();
-        let result = tables.translate(endpoint, address, len, write);
+        let result = self.tables.read().translate(endpoint, address, len, write);
         if let Err(error) = result {
-            let mut faults = self.faults.lock();
-            if faults.len() < MAX_FAULTS {
-                faults.push_back(Fault {
-                    endpoint,
-                    address,
-                    write,
-                    no_domain: matches!(error, TranslateError::NoDomain(_)),
-                });
-            }
+            self.refuse(Fault {
+                endpoint,
+                address,
+                write,
+                no_domain: matches!(error, TranslateError::NoDomain(_)),
+            });
         }
         result
+    }
+
+    #[cold]
+    fn refuse(&self, fault: Fault) {
+        self.refused.fetch_add(1, Ordering::Relaxed);
+        let mut faults = self.faults.lock();
+        if faults.len() < MAX_FAULTS {
+            faults.push_back(fault);
+        }
+        drop(faults);
+        if let Some(wake) = self.waker.0.get() {
+            wake();
+        }
     }
 }
 

@@ -135,9 +135,9 @@ fn a_buffer_that_wraps_is_refused() {
     both(|packed| {
         let wraps = QueueError::Wraps {
             gpa: Gpa(u64::MAX),
-            len: 1,
+            len: 2,
         };
-        assert_eq!(error(packed, &[(u64::MAX, 1, 0, 0)], false), wraps);
+        assert_eq!(error(packed, &[(u64::MAX, 2, 0, 0)], false), wraps);
         assert_eq!(
             error(packed, &[(u64::MAX - 30, 32, INDIRECT, 0)], false),
             QueueError::Wraps {
@@ -311,7 +311,8 @@ proptest! {
                     let segments = chain.readable().len() + chain.writable().len();
                     prop_assert!(segments <= 8);
                     for s in chain.readable().iter().chain(chain.writable()) {
-                        prop_assert!(s.len > 0 && s.gpa.checked_add(s.len.into()).is_some());
+                        prop_assert!(s.len > 0);
+                        prop_assert!(s.gpa.checked_add(u64::from(s.len) - 1).is_some());
                     }
                     taken.push(chain.into_token());
                 }

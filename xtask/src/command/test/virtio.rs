@@ -87,6 +87,10 @@ pub(super) fn run(tally: &mut Tally, full: bool) -> Result<()> {
     if full {
         tally.check("virtio::devices_on_vmx", on_vmx());
     }
+    tally.check("virtio::iommu_on_pci", iommu(false));
+    if full {
+        tally.check("virtio::iommu_on_mmio", iommu(true));
+    }
     tally.check("virtio::balloon_deflates", balloon_deflates());
     tally.check("virtio::broken_disk_is_an_error", broken_disk());
     tally.check("virtio::two_guests_on_a_switch", two_guests_on_a_switch());
@@ -188,6 +192,34 @@ fn again(setting: Setting, disk: &str) -> Result<()> {
     arguments.extend(setting.transport());
     let output = boot(&arguments, script)?;
     ensure!(output.contains("all is there"), "the output was:\n{output}");
+    Ok(())
+}
+
+/// Devices reach what the guest lets them reach: their drivers work through the IOMMU, and a queue elsewhere
+/// is refused and reported.
+fn iommu(mmio: bool) -> Result<()> {
+    let setting = Setting {
+        mmio,
+        packed: mmio,
+        queues: 1,
+    };
+    let rng = if mmio { "" } else { "0000:00:04.0" };
+    let script = format!("RNG={rng}\n{}", include_str!("virtio-iommu.sh"));
+    let mut arguments = vec!["--iommu", "--vcpus", "2", "--stats"];
+    arguments.extend(setting.transport());
+    if setting.packed {
+        arguments.push("--packed");
+    }
+    let output = boot(&arguments, &script)?;
+    let mut wanted = vec!["check groups ok", "check disk ok", "check network ok"];
+    if mmio {
+        wanted.push(" mappings at the end, 0 accesses refused");
+    } else {
+        wanted.extend(["check outside ok", "not in memory", " accesses refused"]);
+    }
+    for words in wanted {
+        ensure!(output.contains(words), "nothing says «{words}»:\n{output}");
+    }
     Ok(())
 }
 
