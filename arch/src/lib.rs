@@ -12,6 +12,7 @@
 extern crate std;
 
 mod addr;
+pub mod apic;
 pub mod bus;
 pub mod cpuid;
 pub mod event;

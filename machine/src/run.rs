@@ -18,7 +18,7 @@ use crate::policy::cpuid::CpuidState;
 use crate::policy::msr::MsrPolicy;
 use crate::stats::ExitStats;
 use crate::stop::{Stop, StopReason};
-use crate::vcpu::{MemoryAccess, PortAccess, Vcpu, VmExit};
+use crate::vcpu::{AwaitedInterrupt, MemoryAccess, PortAccess, Vcpu, VmExit};
 
 /// What a vCPU does at present.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -242,6 +242,9 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
             self.vcpu.inject(Event::Nmi);
         }
         self.vcpu.set_nmi_window(self.nmi);
+        if self.vcpu.delivers_interrupts() {
+            return self.let_deliver();
+        }
         if self.lapic.has_interrupt()
             && self.vcpu.can_take_interrupt()
             && let Some(vector) = self.lapic.acknowledge()
@@ -250,6 +253,26 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
             self.vcpu.inject(Event::Interrupt(vector));
         }
         self.vcpu.set_interrupt_window(self.lapic.awaited());
+    }
+
+    /// As [`deliver`](Self::deliver), for a processor that delivers the local APIC's interrupts itself:
+    /// only the PIC's are injected, and a halted vCPU runs on.
+    fn let_deliver(&mut self) {
+        if let Some(state) = self.lapic.take_state() {
+            self.vcpu.set_apic(&state);
+        }
+        let mut external = self.lapic.pic_waits();
+        if (external || self.activity == Activity::Halted) && self.vcpu.can_take_interrupt() {
+            if let Some(vector) = self.lapic.acknowledge_pic() {
+                self.activity = Activity::Running;
+                self.vcpu.inject(Event::Interrupt(vector));
+            } else if self.lapic.pending_vector().is_some() {
+                self.activity = Activity::Running;
+            }
+            external = self.lapic.pic_waits();
+        }
+        let wanted = external.then_some(AwaitedInterrupt::External);
+        self.vcpu.set_interrupt_window(wanted);
     }
 
     #[inline(never)]
@@ -283,6 +306,14 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
                 size,
                 write,
             } => self.mmio(gpa, data, size, write),
+            VmExit::ApicWrite { register } => {
+                self.lapic.written(register);
+                self.attention = true;
+            }
+            VmExit::EndOfInterrupt(vector) => {
+                self.lapic.ended(vector);
+                self.attention = true;
+            }
             VmExit::Hypercall => self.hypercall(),
             VmExit::CacheFlush => self.vcpu.advance(),
             VmExit::Forbidden | VmExit::ControlRegister => self.vcpu.inject(Event::UD),

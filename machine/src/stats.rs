@@ -5,7 +5,7 @@ use core::fmt;
 use crate::vcpu::VmExit;
 
 /// The reasons that are counted apart.
-const NAMES: [&str; 21] = [
+const NAMES: [&str; 23] = [
     "interrupted",
     "interrupt window",
     "CPUID",
@@ -27,6 +27,8 @@ const NAMES: [&str; 21] = [
     "invalid state",
     "unknown",
     "delivery due",
+    "APIC write",
+    "end of interrupt",
 ];
 
 /// The place of an exit in the table.
@@ -53,6 +55,8 @@ const fn index(exit: &VmExit) -> usize {
         VmExit::InvalidState => 18,
         VmExit::Unknown { .. } => 19,
         VmExit::DeliveryDue => 20,
+        VmExit::ApicWrite { .. } => 21,
+        VmExit::EndOfInterrupt(_) => 22,
     }
 }
 

@@ -5,6 +5,8 @@ use core::sync::atomic::AtomicU32;
 use testudo_arch::regs::SystemRegisters;
 use testudo_arch::{Event, Gpa, Gprs, Gva, Msr};
 
+use crate::irq::ApicState;
+
 /// Why a vCPU stopped, in one vocabulary for all backends.
 ///
 /// A backend reports only what the machine must decide; what it settled itself (KVM's CPUID, for
@@ -56,6 +58,15 @@ pub enum VmExit {
         /// Whether the guest writes.
         write: bool,
     },
+    /// The guest wrote a register of its local APIC, and the processor has put the value into the
+    /// page of the registers: what it does is the machine's. The instruction has been executed.
+    ApicWrite {
+        /// The register's offset in the page.
+        register: u16,
+    },
+    /// The guest ended the interrupt with this vector, which stands for a level. The instruction
+    /// has been executed.
+    EndOfInterrupt(u8),
     /// VMCALL or VMMCALL.
     Hypercall,
     /// WBINVD, INVD or the like.
@@ -220,6 +231,17 @@ pub trait Vcpu {
 
     /// Says whether an NMI waits for [`can_take_nmi`](Self::can_take_nmi) to become true.
     fn set_nmi_window(&mut self, _wanted: bool) {}
+
+    /// Whether the processor, at present, delivers the interrupts that are requested in the page of the
+    /// local APIC's registers by itself, and takes their ends. It hears of changes by
+    /// [`set_apic`](Self::set_apic).
+    fn delivers_interrupts(&self) -> bool {
+        false
+    }
+
+    /// Tells a processor that [delivers interrupts](Self::delivers_interrupts) what it must know of
+    /// the local APIC besides the page.
+    fn set_apic(&mut self, _state: &ApicState) {}
 
     /// Where a guest-physical address of what runs lies in the machine: itself, unless a guest of
     /// the guest's runs on nested paging. `None` if it has no translation at present, so that the

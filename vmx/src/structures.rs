@@ -234,40 +234,9 @@ impl Default for EptpList {
     }
 }
 
-/// The virtual-APIC page: the registers of a virtual local APIC, as far as the processor itself
-/// virtualizes them (SDM vol. 3C, 30.1).
-#[derive(Debug)]
-#[repr(C, align(4096))]
-pub struct VirtualApicPage([AtomicU32; 1024]);
-
-impl VirtualApicPage {
-    /// The offset of the task-priority register.
-    const TPR: usize = 0x80;
-
-    /// A page with all registers 0.
-    pub const fn new() -> Self {
-        Self([const { AtomicU32::new(0) }; 1024])
-    }
-
-    /// The task-priority class: what the guest reads as CR8.
-    #[inline]
-    pub fn task_priority(&self) -> u8 {
-        (self.0[Self::TPR / 4].load(Ordering::Relaxed) >> 4) as u8 & 0xF
-    }
-
-    /// Sets the task-priority class (its low four bits count), the sub-class being 0.
-    #[inline]
-    pub fn set_task_priority(&self, class: u8) {
-        let tpr = u32::from(class & 0xF) << 4;
-        self.0[Self::TPR / 4].store(tpr, Ordering::Relaxed);
-    }
-}
-
-impl Default for VirtualApicPage {
-    fn default() -> Self {
-        Self::new()
-    }
-}
+/// The virtual-APIC page: the registers of a virtual local APIC, which the processor itself reads and
+/// writes as far as the controls say (30.1).
+pub use testudo_arch::apic::ApicPage as VirtualApicPage;
 
 #[cfg(test)]
 mod tests {
@@ -298,14 +267,6 @@ mod tests {
         assert!(posted.post(2));
         let control = posted.control.load(Ordering::Relaxed);
         assert_eq!(control, 0x0000_1234_00F2_0001);
-    }
-
-    #[test]
-    fn task_priority_is_the_upper_half_of_its_register() {
-        let page = VirtualApicPage::new();
-        page.set_task_priority(0xF9);
-        assert_eq!(page.0[32].load(Ordering::Relaxed), 0x90);
-        assert_eq!(page.task_priority(), 9);
     }
 
     #[test]

@@ -1,5 +1,8 @@
 //! Which of the two extensions makes virtual processors here.
 
+use alloc::sync::Arc;
+
+use testudo_arch::apic::ApicPage;
 use testudo_arch::cpuid::Cpuid;
 use testudo_arch::memory::GuestRam;
 use testudo_machine::{Stop, Vcpu};
@@ -32,6 +35,9 @@ pub(crate) enum Backend {
 
 /// What is done with a vCPU, of whichever type.
 pub(crate) trait Work {
+    /// The page of the local APIC that the vCPU is to have.
+    fn apic_page(&self) -> Arc<ApicPage>;
+
     /// Does it.
     fn on<V: Vcpu>(self, vcpu: V) -> Stop;
 }
@@ -81,7 +87,10 @@ impl Backend {
     ) -> Result<Stop, BackendError> {
         match self {
             Self::Svm(svm) => Ok(svm.with_vcpu(number, cpuid, ram, |vcpu| work.on(vcpu))?),
-            Self::Vmx(vmx) => Ok(vmx.with_vcpu(cpuid, ram, |vcpu| work.on(vcpu))?),
+            Self::Vmx(vmx) => {
+                let page = work.apic_page();
+                Ok(vmx.with_vcpu(cpuid, ram, &page, |vcpu| work.on(vcpu))?)
+            }
         }
     }
 }

@@ -27,6 +27,7 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 use spin::{Mutex, Once};
+use testudo_arch::apic::ApicPage;
 use testudo_arch::cpuid::Cpuid;
 use testudo_arch::memory::GuestRam;
 use testudo_machine::boot::{BootState, Module};
@@ -278,6 +279,10 @@ struct Guest {
 }
 
 impl Work for Guest {
+    fn apic_page(&self) -> Arc<ApicPage> {
+        self.lapic.page().clone()
+    }
+
     fn on<V: Vcpu>(self, vcpu: V) -> Stop {
         let shared = self.shared;
         let mut vcpu = VcpuLoop::new(&shared.machine, vcpu, self.lapic, self.start);

@@ -3,14 +3,16 @@
 use alloc::boxed::Box;
 use core::ptr::NonNull;
 
+use testudo_arch::apic::ApicPage;
 use testudo_arch::cpuid::Cpuid;
 use testudo_arch::memory::GuestRam;
-use testudo_arch::{FrameAlloc, Hpa, PageSize};
+use testudo_arch::{FrameAlloc, Hpa, PAGE_SIZE, PageSize};
 use testudo_ept::format::ept::{Ept, EptFlags};
 use testudo_ept::{Format, PageTable, Rights};
 use testudo_machine::VcpuError;
 use testudo_machine::backend::vmx::{
-    Controls, ThisProcessor, Unsuitable, VmxPlace, VmxTables, VmxVcpu, open_direct_msrs,
+    APIC_PAGE, ApicTables, Controls, ThisProcessor, Unsuitable, VmxPlace, VmxTables, VmxVcpu,
+    open_direct_msrs, open_x2apic_msrs,
 };
 use testudo_machine::policy::cpuid::XCR0_ALLOWED;
 use testudo_vmx::bitmap::MsrBitmap;
@@ -18,7 +20,6 @@ use testudo_vmx::caps::{EptVpidCaps, NoVmx};
 use testudo_vmx::hw::{
     EnableError, RegionFrame, ResidentRegisters, ResidentUnsupported, VmcsKind, Vmx,
 };
-use testudo_vmx::structures::VirtualApicPage;
 use testudo_vmx::{VmFail, VmxCaps};
 
 use crate::frames::Frames;
@@ -56,6 +57,53 @@ pub(crate) struct VmxBackend {
     tables: VmxTables,
     _table: PageTable<Ept, Frames>,
     _msr_bitmap: Box<MsrBitmap>,
+    _apic: Option<Apic>,
+}
+
+/// What the processor needs to virtualize local APICs.
+struct Apic {
+    table: PageTable<Ept, Frames>,
+    access_page: Hpa,
+    msr_bitmap: Box<MsrBitmap>,
+}
+
+impl Apic {
+    fn new(caps: &VmxCaps, ram: &GuestRam) -> Result<Self, VmxError> {
+        let format = format(caps);
+        let table = map(format, ram)?;
+        let access_page = Frames.alloc().ok_or(VmxError::NoMemory)?;
+        let flags = format.flags(Rights::all()).unwrap_or(EptFlags::empty());
+        let mapped = table.map(APIC_PAGE, PAGE_SIZE, access_page, flags);
+        mapped.map_err(|_| VmxError::NoMemory)?;
+        let mut msr_bitmap = Box::new(MsrBitmap::all_exit());
+        open_direct_msrs(&mut msr_bitmap);
+        open_x2apic_msrs(&mut msr_bitmap);
+        Ok(Self {
+            table,
+            access_page,
+            msr_bitmap,
+        })
+    }
+
+    fn tables(&self, caps: &VmxCaps) -> ApicTables {
+        ApicTables {
+            ept_pointer: format(caps).pointer(self.table.root()),
+            access_page: self.access_page,
+            x2apic_msr_bitmap: address(&*self.msr_bitmap),
+        }
+    }
+}
+
+/// Tables through which a guest reaches `ram` and nothing else.
+fn map(format: Ept, ram: &GuestRam) -> Result<PageTable<Ept, Frames>, VmxError> {
+    let flags = format.flags(Rights::all()).unwrap_or(EptFlags::empty());
+    let table = PageTable::new(format, Frames).ok_or(VmxError::NoMemory)?;
+    for (gpa, len, _) in ram.ranges() {
+        let host = ram.host_pointer(gpa, len).ok_or(VmxError::NoMemory)?;
+        let mapped = table.map(gpa, len, Hpa(host as u64), flags);
+        mapped.map_err(|_| VmxError::NoMemory)?;
+    }
+    Ok(table)
 }
 
 impl VmxBackend {
@@ -65,18 +113,17 @@ impl VmxBackend {
         let caps = unsafe { Vmx::capabilities()? };
         let controls = Controls::choose(&caps)?;
         let format = format(&caps);
-        let flags = format.flags(Rights::all()).unwrap_or(EptFlags::empty());
-        let table = PageTable::new(format, Frames).ok_or(VmxError::NoMemory)?;
-        for (gpa, len, _) in ram.ranges() {
-            let host = ram.host_pointer(gpa, len).ok_or(VmxError::NoMemory)?;
-            let mapped = table.map(gpa, len, Hpa(host as u64), flags);
-            mapped.map_err(|_| VmxError::NoMemory)?;
-        }
+        let table = map(format, ram)?;
         let mut msr_bitmap = Box::new(MsrBitmap::all_exit());
         open_direct_msrs(&mut msr_bitmap);
+        let apic = match controls.has_virtual_apic() {
+            true => Some(Apic::new(&caps, ram)?),
+            false => None,
+        };
         let tables = VmxTables {
             ept_pointer: format.pointer(table.root()),
             msr_bitmap: address(&*msr_bitmap),
+            apic: apic.as_ref().map(|apic| apic.tables(&caps)),
         };
         Ok(Self {
             caps,
@@ -84,14 +131,16 @@ impl VmxBackend {
             tables,
             _table: table,
             _msr_bitmap: msr_bitmap,
+            _apic: apic,
         })
     }
 
-    /// Turns VMX on for this processor and makes a vCPU on it.
+    /// Turns VMX on for this processor and makes a vCPU on it, whose local APIC has this page.
     pub(crate) fn with_vcpu<R>(
         &'static self,
         cpuid: &Cpuid,
         ram: &'static GuestRam,
+        apic_page: &ApicPage,
         work: impl FnOnce(VmxVcpu<'_, ThisProcessor<'_>, GuestRam>) -> R,
     ) -> Result<R, VmxError> {
         // SAFETY: CPL 0.
@@ -110,7 +159,6 @@ impl VmxBackend {
         let vmcs = vmx.create_vmcs(region()?, VmcsKind::Ordinary);
         let mut vmcs = vmcs.map_err(VmxError::Vmcs)?;
         let resident = ResidentRegisters::reset(cpuid)?;
-        let virtual_apic = Box::new(VirtualApicPage::new());
         let held = vmx.hold_interrupts();
         let current = vmx.load(&mut vmcs).map_err(VmxError::Vmcs)?;
         // SAFETY: the runtime uses none of these registers and has CR4.OSXSAVE and OSFXSR set.
@@ -122,7 +170,7 @@ impl VmxBackend {
             caps: &self.caps,
             controls: &self.controls,
             tables: &self.tables,
-            virtual_apic: (&virtual_apic, address(&*virtual_apic)),
+            apic_page: (apic_page, address(apic_page)),
             vpid: VPID,
             xcr0_valid: (u64::from(high) << 32 | u64::from(low)) & XCR0_ALLOWED,
         };

@@ -18,10 +18,8 @@ mod lapic;
 mod message;
 mod pic;
 mod port;
-mod vectors;
 
 pub use irqchip::{IrqLine, Irqchip};
-pub use lapic::{ApicMsrError, Lapic, LapicFeatures};
+pub use lapic::{ApicMsrError, ApicState, Lapic, LapicFeatures};
 pub use message::{DeliveryMode, Destination, Message};
-pub use port::request;
-pub use vectors::VectorSet;
+pub use port::{ApicMode, request};

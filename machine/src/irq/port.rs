@@ -32,7 +32,7 @@ pub mod request {
 
 /// The mode that IA32_APIC_BASE selects (SDM vol. 3A, 11.12.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum ApicMode {
+pub enum ApicMode {
     /// Globally disabled.
     Disabled,
     /// Memory-mapped.

@@ -7,11 +7,12 @@ use testudo_arch::{Event, Exception, Gpr, Gprs, GuestMemory, Msr, RFlags};
 use testudo_vmx::controls::{Interruptibility, PendingDebug};
 use testudo_vmx::event::{EventType, InterruptionInformation, interrupted_delivery};
 use testudo_vmx::exit::{
-    BasicReason, CrAccess, DebugQualification, EptQualification, EptViolation, Exit, ExitReason,
-    IoAccess,
+    ApicAccess, ApicAccessKind, BasicReason, CrAccess, DebugQualification, EptQualification,
+    EptViolation, Exit, ExitReason, IoAccess,
 };
 use testudo_vmx::{fields, state};
 
+use super::apic::APIC_PAGE;
 use super::cache::{self, Cached};
 use super::mode::{LMA, Mode, pdptes_are_valid};
 use super::{Processor, Refusal, VmxVcpu};
@@ -55,6 +56,9 @@ impl<P: Processor, M: GuestMemory> VmxVcpu<'_, P, M> {
             }
             Exit::EptViolation(violation) => self.memory_exit(&violation)?,
             Exit::Io(access, string) => port_exit(access, string.is_some()),
+            Exit::ApicWrite { offset } => VmExit::ApicWrite { register: offset },
+            Exit::VirtualizedEoi { vector } => VmExit::EndOfInterrupt(vector),
+            Exit::ApicAccess(access) => VmExit::Memory(apic_access(access)),
             Exit::Hlt => VmExit::Halt,
             Exit::InterruptWindow | Exit::TprBelowThreshold => {
                 self.set_interrupt_window(None);
@@ -295,6 +299,17 @@ impl<P: Processor, M: GuestMemory> VmxVcpu<'_, P, M> {
             self.processor.set(field, (rights & !0xF) | BUSY_TSS)?;
         }
         Ok(())
+    }
+}
+
+/// An access to the local APIC's page that the processor does not virtualize.
+fn apic_access(access: ApicAccess) -> MemoryAccess {
+    MemoryAccess {
+        gpa: APIC_PAGE.wrapping_add(access.offset.into()),
+        gva: None,
+        write: access.kind == ApicAccessKind::Write,
+        fetch: access.kind == ApicAccessKind::Fetch,
+        table: false,
     }
 }
 

@@ -7,8 +7,9 @@
 //! CPUID, HLT, ports, all MSRs but a few, the VMX instructions, XSETBV, and the two exceptions (#DB,
 //! #AC) with which a guest could otherwise keep its processor busy for ever (CVE-2015-5307,
 //! CVE-2015-8104). The task priority lives in the virtual-APIC page, so that MOV CR8 does not exit.
-//! The rest of APIC virtualization is not used: the machine's local APIC is software, which the
-//! other backends share, and an interrupt reaches a running guest by a kick.
+//! Where the processor has all of APIC virtualization, so do the other registers of the local APIC,
+//! and the processor delivers its interrupts; one that another vCPU or a device requests reaches a
+//! running guest by a kick.
 //!
 //! # What an exit costs
 //!
@@ -29,6 +30,7 @@
 //! Hardware task switches always exit on VT-x, and this backend does not emulate them: a guest that
 //! makes one ends with [`VcpuError::Unsupported`].
 
+mod apic;
 mod cache;
 mod exit;
 mod mode;
@@ -41,6 +43,7 @@ mod vcpu;
 
 use core::cell::Cell;
 
+use testudo_arch::apic::ApicPage;
 use testudo_arch::regs::SystemRegisters;
 use testudo_arch::segment::SegmentAttributes;
 use testudo_arch::{Event, GuestMemory, Hpa, RFlags};
@@ -49,10 +52,11 @@ use testudo_vmx::event::Injection;
 use testudo_vmx::exit::{BasicReason, ExitReason};
 use testudo_vmx::hw::instructions::{self, InveptKind, InvvpidKind};
 use testudo_vmx::hw::{CurrentVmcs, GuestRegisters, HeldInterrupts, HostState};
-use testudo_vmx::structures::VirtualApicPage;
 use testudo_vmx::{AccessError, Encoding, Field, VmFail, VmxCaps, encoding, fields, state};
 
 use crate::vcpu::{AwaitedInterrupt, Vcpu, VcpuError};
+use apic::VirtualApic;
+pub use apic::{APIC_PAGE, ApicTables, open_x2apic_msrs};
 use cache::{Cache, Cached};
 use mode::{Imposed, LMA, Mode, PE};
 pub use processor::{Processor, ThisProcessor};
@@ -69,7 +73,12 @@ pub struct VmxVcpu<'a, P, M> {
     cache: Cache,
     memory: &'a M,
     caps: &'a VmxCaps,
-    virtual_apic: &'a VirtualApicPage,
+    controls: &'a Controls,
+    tables: &'a VmxTables,
+    /// The page of the local APIC's registers.
+    apic_page: &'a ApicPage,
+    /// The rest of the local APIC, where the processor virtualizes it.
+    apic: Option<VirtualApic>,
     imposed: Imposed,
     xcr0_valid: u64,
     /// Why the guest came out last.
@@ -106,8 +115,9 @@ pub struct VmxPlace<'a> {
     pub controls: &'a Controls,
     /// The tables that the machine's vCPUs share.
     pub tables: &'a VmxTables,
-    /// The virtual-APIC page, and its physical address.
-    pub virtual_apic: (&'a VirtualApicPage, Hpa),
+    /// The page of the vCPU's local APIC ([`Lapic::page`](crate::irq::Lapic::page)), and its
+    /// physical address.
+    pub apic_page: (&'a ApicPage, Hpa),
     /// The VPID: not 0.
     pub vpid: u16,
     /// The components that the guest may enable in XCR0.
@@ -124,8 +134,8 @@ impl<'a, M: GuestMemory> VmxVcpu<'a, ThisProcessor<'a>, M> {
     /// # Safety
     ///
     /// What [`CurrentVmcs::enter`] and [`HostState::of_this_processor`] ask, for as long as this
-    /// value lives: the tables are in place and reach only the guest's memory, the virtual-APIC
-    /// page is at its address and this vCPU's alone, and no other guest uses the VPID on this
+    /// value lives: the tables are in place and reach only the guest's memory, the page of the local
+    /// APIC is at its address and this vCPU's alone, and no other guest uses the VPID on this
     /// processor. The guest's resident registers stay in this processor. The capabilities are this
     /// processor's.
     #[allow(
@@ -151,7 +161,7 @@ impl<'a, M: GuestMemory> VmxVcpu<'a, ThisProcessor<'a>, M> {
             caps,
             controls,
             tables: place.tables,
-            virtual_apic: place.virtual_apic,
+            apic_page: place.apic_page,
             vpid: place.vpid,
             xcr0_valid: place.xcr0_valid,
         };
@@ -164,15 +174,23 @@ struct Parts<'a> {
     caps: &'a VmxCaps,
     controls: &'a Controls,
     tables: &'a VmxTables,
-    virtual_apic: (&'a VirtualApicPage, Hpa),
+    apic_page: (&'a ApicPage, Hpa),
     vpid: u16,
     xcr0_valid: u64,
 }
 
 impl<'a, P: Processor, M: GuestMemory> VmxVcpu<'a, P, M> {
     fn on(mut processor: P, parts: &Parts<'a>, memory: &'a M) -> Result<Self, VcpuError> {
-        let (virtual_apic, at) = parts.virtual_apic;
+        let (apic_page, at) = parts.apic_page;
         setup::write(&mut processor, parts.controls, parts.tables, at, parts.vpid)?;
+        let apic_tables = parts
+            .tables
+            .apic
+            .filter(|_| parts.controls.has_virtual_apic());
+        let apic = match apic_tables {
+            Some(tables) => Some(VirtualApic::new(&mut processor, tables)?),
+            None => None,
+        };
         let imposed = Imposed::new(parts.caps);
         processor.set(fields::CR0_GUEST_HOST_MASK, imposed.cr0_mask())?;
         processor.set(fields::CR4_GUEST_HOST_MASK, u64::MAX)?;
@@ -182,7 +200,10 @@ impl<'a, P: Processor, M: GuestMemory> VmxVcpu<'a, P, M> {
             cache: Cache::default(),
             memory,
             caps: parts.caps,
-            virtual_apic,
+            controls: parts.controls,
+            tables: parts.tables,
+            apic_page,
+            apic,
             imposed,
             xcr0_valid: parts.xcr0_valid,
             reason: ExitReason(0),

@@ -9,6 +9,8 @@ use testudo_vmx::controls::{
 use testudo_vmx::hw::instructions::InvvpidKind;
 use testudo_vmx::{AccessError, VmcsWrite, VmxCaps, fields};
 
+use super::apic::{self, ApicTables};
+
 /// The MSRs that a guest reads and writes directly: those that the VMCS holds, and those that stay
 /// in the processor because the host uses none of them.
 const DIRECT_MSRS: [Msr; 11] = [
@@ -42,6 +44,9 @@ pub struct VmxTables {
     pub ept_pointer: u64,
     /// The MSR bitmap, made by [`open_direct_msrs`].
     pub msr_bitmap: Hpa,
+    /// What APIC virtualization takes besides; it is used where these are and
+    /// [`Controls::has_virtual_apic`].
+    pub apic: Option<ApicTables>,
 }
 
 /// Why this backend cannot run guests on a processor with VMX.
@@ -121,7 +126,8 @@ impl Controls {
             | SecondaryControls::ENABLE_RDTSCP
             | SecondaryControls::ENABLE_INVPCID
             | SecondaryControls::WBINVD_EXITING
-            | SecondaryControls::ENABLE_ENCLS_EXITING;
+            | SecondaryControls::ENABLE_ENCLS_EXITING
+            | apic::NEEDED;
         let exit = ExitControls::HOST_ADDRESS_SPACE_SIZE
             | ExitControls::SAVE_DEBUG_CONTROLS
             | ExitControls::LOAD_EFER
@@ -146,6 +152,11 @@ impl Controls {
         if !caps.ept_vpid.contains(both) {
             secondary -= SecondaryControls::ENABLE_VPID;
         }
+        let virtual_apic = secondary.contains(apic::NEEDED);
+        secondary -= apic::NEEDED;
+        if virtual_apic {
+            secondary |= apic::ALWAYS;
+        }
         Ok(Self {
             pin: caps.pin.grant(pin, PinControls::empty())?.controls,
             primary: primary - WINDOWS,
@@ -153,6 +164,12 @@ impl Controls {
             exit: caps.exit.grant(exit, ExitControls::empty())?.controls,
             entry: caps.entry.grant(entry, EntryControls::empty())?.controls,
         })
+    }
+
+    /// Whether the processor virtualizes the whole of the local APIC, so that it is worth having
+    /// [`VmxTables::apic`].
+    pub fn has_virtual_apic(&self) -> bool {
+        self.secondary.contains(apic::ALWAYS)
     }
 
     /// How the translations of a guest with this VPID are dropped; `None` without VPIDs.
@@ -176,12 +193,16 @@ pub(super) fn write(
     vmcs: &mut impl VmcsWrite,
     controls: &Controls,
     tables: &VmxTables,
-    virtual_apic: Hpa,
+    apic_page: Hpa,
     vpid: u16,
 ) -> Result<(), AccessError> {
     vmcs.set(fields::PIN_CONTROLS, controls.pin.bits())?;
     vmcs.set(fields::PRIMARY_CONTROLS, controls.primary.bits())?;
-    vmcs.set(fields::SECONDARY_CONTROLS, controls.secondary.bits())?;
+    let mut secondary = controls.secondary;
+    if tables.apic.is_none() {
+        secondary -= apic::ALWAYS;
+    }
+    vmcs.set(fields::SECONDARY_CONTROLS, secondary.bits())?;
     vmcs.set(fields::EXIT_CONTROLS, controls.exit.bits())?;
     vmcs.set(fields::ENTRY_CONTROLS, controls.entry.bits())?;
     // With the first two a guest could keep its processor busy for ever; the third is the host's.
@@ -189,7 +210,7 @@ pub(super) fn write(
         ExceptionBitmap::DEBUG | ExceptionBitmap::ALIGNMENT_CHECK | ExceptionBitmap::MACHINE_CHECK;
     vmcs.set(fields::EXCEPTION_BITMAP, exceptions.bits())?;
     vmcs.set(fields::MSR_BITMAPS, tables.msr_bitmap.0)?;
-    vmcs.set(fields::VIRTUAL_APIC_ADDRESS, virtual_apic.0)?;
+    vmcs.set(fields::VIRTUAL_APIC_ADDRESS, apic_page.0)?;
     vmcs.set(fields::EPT_POINTER, tables.ept_pointer)?;
     vmcs.set(fields::VMCS_LINK_POINTER, u64::MAX)?;
     vmcs.set(fields::TSC_OFFSET, 0)?;

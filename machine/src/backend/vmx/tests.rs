@@ -18,6 +18,8 @@ use testudo_vmx::encoding::Area;
 use testudo_vmx::fake::FakeVmcs;
 use testudo_vmx::{Encoding, InstructionError, VmFail, VmcsRead, VmcsWrite};
 
+mod apic;
+
 use super::mode::LME;
 use super::*;
 use crate::boot::BootState;
@@ -154,12 +156,13 @@ fn vcpu_on(caps: &VmxCaps) -> Fake {
     let tables = Box::leak(Box::new(VmxTables {
         ept_pointer: 0x1000 | 3 << 3 | 6,
         msr_bitmap: Hpa(0x2000),
+        apic: None,
     }));
     let parts = Parts {
         caps,
         controls,
         tables,
-        virtual_apic: (Box::leak(Box::default()), Hpa(0x3000)),
+        apic_page: (Box::leak(Box::default()), Hpa(0x3000)),
         vpid: 1,
         xcr0_valid: 7,
     };
@@ -815,7 +818,7 @@ fn the_task_priority_is_one_in_the_processor_and_the_apic() {
     let (machine, lapics) = made.unwrap();
 
     let mut vcpu = vcpu();
-    let apic = vcpu.virtual_apic;
+    let apic = vcpu.apic_page;
     let access = |write: bool, msr: Msr, value: u64| {
         move |vmcs: &mut FakeVmcs, registers: &mut GuestRegisters| {
             (registers.gprs.rcx, registers.gprs.rax) = (msr.0.into(), value);

@@ -12,6 +12,7 @@ use super::cache::{self, Cached};
 use super::mode::Mode;
 use super::{CPUID, Processor, VmxVcpu};
 use crate::backend::{is_valid_pat, is_valid_xcr0};
+use crate::irq::ApicState;
 use crate::vcpu::{AwaitedInterrupt, Vcpu, VcpuError, VmExit};
 
 impl<P: Processor, M: GuestMemory> Vcpu for VmxVcpu<'_, P, M> {
@@ -129,12 +130,28 @@ impl<P: Processor, M: GuestMemory> Vcpu for VmxVcpu<'_, P, M> {
 
     #[inline]
     fn task_priority(&self) -> u8 {
-        self.virtual_apic.task_priority()
+        self.apic_page.task_priority()
     }
 
     fn set_task_priority(&mut self, cr8: u8) {
-        self.virtual_apic.set_task_priority(cr8);
+        // The sub-class, which CR8 does not show, stays if the class does.
+        if cr8 != self.apic_page.task_priority() {
+            self.apic_page.set_task_priority(cr8);
+        }
         self.open_window();
+    }
+
+    #[inline]
+    fn delivers_interrupts(&self) -> bool {
+        self.apic.is_some()
+    }
+
+    fn set_apic(&mut self, state: &ApicState) {
+        if let Some(apic) = &mut self.apic {
+            let secondary = self.controls.secondary;
+            let set = apic.set(&mut self.processor, state, secondary, self.tables);
+            self.or_zero(set);
+        }
     }
 
     fn read_msr(&mut self, msr: Msr) -> Option<u64> {

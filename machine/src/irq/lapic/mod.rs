@@ -11,14 +11,15 @@ use alloc::sync::Arc;
 use core::sync::atomic::{AtomicU32, Ordering};
 
 use testudo_arch::Gpa;
+use testudo_arch::apic::{ApicPage, VectorRegister, VectorSet};
 
 use super::irqchip::Irqchip;
 use super::message::{DeliveryMode, Destination, Message};
 use super::port::{ApicMode, LapicPort, Routing, request};
-use super::vectors::VectorSet;
 use crate::layout;
 use crate::vcpu::AwaitedInterrupt;
 pub use msr::ApicMsrError;
+use registers::register;
 use timer::Timer;
 
 /// What the local APICs of a machine offer; CPUID must say the same.
@@ -77,6 +78,21 @@ mod base {
     pub(super) const ENABLED: u64 = 1 << 11;
 }
 
+/// What a processor that virtualizes a local APIC must know of it besides the page of its registers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ApicState {
+    /// How the guest reaches the registers.
+    pub mode: ApicMode,
+    /// Where they are in guest-physical memory, in xAPIC mode.
+    pub page: Option<Gpa>,
+    /// The highest vector requested, or 0.
+    pub requesting: u8,
+    /// The highest vector in service, or 0.
+    pub serving: u8,
+    /// The vectors of whose end [`Lapic::ended`] must hear: those that stand for a level.
+    pub level: [u64; 4],
+}
+
 /// One vCPU's local APIC: registers, timer, and what is pending and in service.
 ///
 /// Made by [`Irqchip::new`]. Everything here is called by the vCPU's own loop.
@@ -87,22 +103,17 @@ pub struct Lapic {
     index: usize,
     features: LapicFeatures,
     base: u64,
-    irr: VectorSet,
-    isr: VectorSet,
-    /// Of the vectors accepted last: whether they stand for a level.
-    tmr: VectorSet,
-    tpr: u8,
-    /// Follows `isr` and `tpr`.
-    ppr: u8,
-    spurious: u32,
+    /// The registers, which a processor that virtualizes the APIC reads and writes as well while its
+    /// guest runs. What it may have changed is looked up there: IRR, ISR, and the task priority.
+    page: Arc<ApicPage>,
+    /// Such a processor must be told of what changed.
+    changed: bool,
+    /// The logical destination of xAPIC mode.
     logical: u8,
     /// The model bits of the destination format register.
     cluster: bool,
-    lvt: [u32; LVT_ENTRIES],
-    icr: u64,
-    /// Errors since the last write to the error status register, and what that write made visible.
+    /// Errors since the last write to the error status register.
     errors: u32,
-    error_status: u32,
     timer: Timer,
     /// A message asked to take the PIC's interrupt.
     extint: bool,
@@ -113,43 +124,94 @@ pub struct Lapic {
 
 impl Lapic {
     pub(super) fn new(chip: Arc<Irqchip>, index: usize, features: LapicFeatures) -> Self {
+        let page = Arc::new(ApicPage::new());
+        let lapic = Self::with_page(chip, index, features, page);
+        if index == 0 {
+            // Virtual-wire mode, as firmware leaves it to an operating system
+            // (MultiProcessor Specification 1.4, 3.6.2.2).
+            lapic.set_lvt(Lvt::Lint0, (DeliveryMode::ExtInt as u32) << 8);
+            lapic.set_lvt(Lvt::Lint1, (DeliveryMode::Nmi as u32) << 8);
+        }
+        lapic
+    }
+
+    /// A local APIC as after power-up, with its registers in `page`.
+    fn with_page(
+        chip: Arc<Irqchip>,
+        index: usize,
+        features: LapicFeatures,
+        page: Arc<ApicPage>,
+    ) -> Self {
         let bsp = if index == 0 { base::BSP } else { 0 };
-        let mut lapic = Self {
+        let lapic = Self {
             port: chip.port(index).clone(),
             chip,
             index,
             features,
             base: layout::LAPIC.0 | base::ENABLED | bsp,
-            irr: VectorSet::EMPTY,
-            isr: VectorSet::EMPTY,
-            tmr: VectorSet::EMPTY,
-            tpr: 0,
-            ppr: 0,
-            spurious: spurious::RESET,
+            page,
+            changed: true,
             logical: 0,
             cluster: false,
-            lvt: [LVT_MASKED; LVT_ENTRIES],
-            icr: 0,
             errors: 0,
-            error_status: 0,
             timer: Timer::default(),
             extint: false,
             nmi: false,
             init: false,
             startup: None,
         };
-        if index == 0 {
-            // Virtual-wire mode, as firmware leaves it to an operating system
-            // (MultiProcessor Specification 1.4, 3.6.2.2).
-            lapic.lvt[Lvt::Lint0 as usize] = (DeliveryMode::ExtInt as u32) << 8;
-            lapic.lvt[Lvt::Lint1 as usize] = (DeliveryMode::Nmi as u32) << 8;
+        lapic.page.clear();
+        lapic.page.set(register::SPURIOUS, spurious::RESET);
+        for entry in 0..LVT_ENTRIES {
+            lapic.page.set(register::lvt(entry), LVT_MASKED);
         }
+        lapic.show();
         lapic
     }
 
     #[inline]
     fn port(&self) -> &LapicPort {
         &self.port
+    }
+
+    /// The page of the registers: for a processor that virtualizes the local APIC to use while this
+    /// vCPU's guest runs on it.
+    pub fn page(&self) -> &Arc<ApicPage> {
+        &self.page
+    }
+
+    #[inline]
+    fn irr(&self) -> VectorSet<'_> {
+        self.page.vectors(VectorRegister::Irr)
+    }
+
+    #[inline]
+    fn isr(&self) -> VectorSet<'_> {
+        self.page.vectors(VectorRegister::Isr)
+    }
+
+    #[inline]
+    fn tmr(&self) -> VectorSet<'_> {
+        self.page.vectors(VectorRegister::Tmr)
+    }
+
+    #[inline]
+    fn tpr(&self) -> u8 {
+        self.page.get(register::TPR) as u8
+    }
+
+    #[inline]
+    fn spurious(&self) -> u32 {
+        self.page.get(register::SPURIOUS)
+    }
+
+    #[inline]
+    fn lvt(&self, entry: Lvt) -> u32 {
+        self.page.get(register::lvt(entry as usize))
+    }
+
+    fn set_lvt(&self, entry: Lvt, value: u32) {
+        self.page.set(register::lvt(entry as usize), value);
     }
 
     /// The APIC identification, which is the vCPU's number.
@@ -203,8 +265,9 @@ impl Lapic {
             for word in 0..8 {
                 let (vectors, level) = self.port().take(word);
                 if vectors != 0 {
-                    self.irr.insert_word(word, vectors);
-                    self.tmr.replace_word(word, vectors, level);
+                    self.irr().insert_word(word, vectors);
+                    self.tmr().replace_word(word, vectors, level);
+                    self.changed = true;
                 }
             }
         }
@@ -244,19 +307,19 @@ impl Lapic {
     /// What INIT does to a local APIC (SDM vol. 3A, 11.4.7.3): all registers as after power-up
     /// but for the identification and IA32_APIC_BASE.
     pub fn init(&mut self) {
-        let chip = self.chip.clone();
+        let (chip, page) = (self.chip.clone(), self.page.clone());
         *self = Self {
             base: self.base,
             init: self.init,
             startup: self.startup,
-            lvt: [LVT_MASKED; LVT_ENTRIES],
-            ..Self::new(chip, self.index, self.features)
+            ..Self::with_page(chip, self.index, self.features, page)
         };
         self.port().drop_posted();
         self.publish();
     }
 
-    fn mode(&self) -> ApicMode {
+    /// How the registers are reached: by memory, by MSRs, or not at all.
+    pub fn mode(&self) -> ApicMode {
         match (
             self.base & base::ENABLED != 0,
             self.base & base::X2APIC != 0,
@@ -267,14 +330,38 @@ impl Lapic {
         }
     }
 
-    /// Tells senders where this one listens.
-    fn publish(&self) {
+    /// Tells senders where this one listens, and the page what follows from it.
+    fn publish(&mut self) {
         self.port().publish(Routing {
             mode: self.mode(),
-            enabled: self.spurious & spurious::ENABLED != 0,
+            enabled: self.spurious() & spurious::ENABLED != 0,
             cluster: self.cluster,
             logical: self.logical,
         });
+        self.show();
+        self.changed = true;
+    }
+
+    /// What a processor that virtualizes the APIC must know besides the page; `None` if nothing of
+    /// it changed since this was asked last but by the processor itself.
+    #[inline]
+    pub fn take_state(&mut self) -> Option<ApicState> {
+        core::mem::take(&mut self.changed).then(|| self.state())
+    }
+
+    fn state(&self) -> ApicState {
+        let broadcasts = self.spurious() & spurious::NO_EOI_BROADCAST == 0;
+        ApicState {
+            mode: self.mode(),
+            page: self.mmio_window(),
+            requesting: self.irr().highest().unwrap_or(0),
+            serving: self.isr().highest().unwrap_or(0),
+            level: if broadcasts {
+                self.tmr().words()
+            } else {
+                [0; 4]
+            },
+        }
     }
 
     /// Where the registers are in guest-physical memory: one page, or none unless the mode is
@@ -287,9 +374,8 @@ impl Lapic {
     /// PIC's interrupts are not among them.
     #[inline]
     pub fn pending_vector(&self) -> Option<u8> {
-        self.irr
-            .highest()
-            .filter(|vector| vector & 0xF0 > self.ppr & 0xF0)
+        let vector = self.irr().highest()?;
+        (vector & 0xF0 > self.ppr() & 0xF0).then_some(vector)
     }
 
     /// Whether an interrupt waits that the vCPU shall take as soon as it can.
@@ -305,14 +391,14 @@ impl Lapic {
         if self.pic_waits() {
             return Some(AwaitedInterrupt::External);
         }
-        let serving = self.isr.highest().unwrap_or(0) & 0xF0;
-        let vector = self.irr.highest().filter(|vector| vector & 0xF0 > serving);
-        vector.map(AwaitedInterrupt::Vector)
+        let vector = self.irr().highest()?;
+        let serving = self.isr().highest().unwrap_or(0) & 0xF0;
+        (vector & 0xF0 > serving).then_some(AwaitedInterrupt::Vector(vector))
     }
 
     /// Whether the PIC's interrupt waits and comes through here.
     #[inline]
-    fn pic_waits(&self) -> bool {
+    pub fn pic_waits(&self) -> bool {
         let asserted = self.chip.port(0).lint0.load(Ordering::Acquire);
         asserted && (self.extint || self.index == 0 && self.lint0_takes_pic())
     }
@@ -320,7 +406,7 @@ impl Lapic {
     /// Whether LINT0 passes the PIC's output to the processor; without a local APIC it always
     /// does (SDM vol. 3A, 11.4.3).
     fn lint0_takes_pic(&self) -> bool {
-        let entry = self.lvt[Lvt::Lint0 as usize];
+        let entry = self.lvt(Lvt::Lint0);
         self.mode() == ApicMode::Disabled
             || entry & LVT_MASKED == 0
                 && DeliveryMode::from_bits(entry >> 8) == DeliveryMode::ExtInt
@@ -330,33 +416,38 @@ impl Lapic {
     /// is in service from now on and is to be injected. `None` if it went away meanwhile.
     #[inline]
     pub fn acknowledge(&mut self) -> Option<u8> {
-        if self.pic_waits() {
-            self.extint = false;
-            if let Some(vector) = self.chip.acknowledge_pic() {
-                return Some(vector);
-            }
+        if let Some(vector) = self.acknowledge_pic() {
+            return Some(vector);
         }
         let vector = self.pending_vector()?;
-        self.irr.remove(vector);
-        self.isr.insert(vector);
-        self.ppr = vector & 0xF0;
+        self.irr().remove(vector);
+        self.isr().insert(vector);
+        self.changed = true;
         Some(vector)
     }
 
+    /// As [`acknowledge`](Self::acknowledge), of the PIC's interrupt alone.
     #[inline]
-    fn update_ppr(&mut self) {
-        let serving = self.isr.highest().unwrap_or(0) & 0xF0;
-        self.ppr = if self.tpr & 0xF0 >= serving {
-            self.tpr
-        } else {
-            serving
-        };
+    pub fn acknowledge_pic(&mut self) -> Option<u8> {
+        if !self.pic_waits() {
+            return None;
+        }
+        self.extint = false;
+        self.chip.acknowledge_pic()
+    }
+
+    /// The processor priority (SDM vol. 3A, 11.8.3.1).
+    #[inline]
+    fn ppr(&self) -> u8 {
+        let serving = self.isr().highest().unwrap_or(0) & 0xF0;
+        let tpr = self.tpr();
+        if tpr & 0xF0 >= serving { tpr } else { serving }
     }
 
     /// The task priority as CR8 shows it.
     #[inline]
     pub fn cr8(&self) -> u8 {
-        self.tpr >> 4
+        self.page.task_priority()
     }
 
     /// Takes note that CR8 holds `value`, at most 15 (SDM vol. 3A, 11.8.6). The lower half of the
@@ -364,25 +455,25 @@ impl Lapic {
     #[inline]
     pub fn set_cr8(&mut self, value: u8) {
         if value != self.cr8() {
-            self.set_tpr(value << 4);
+            self.page.set_task_priority(value);
         }
-    }
-
-    #[inline]
-    fn set_tpr(&mut self, value: u8) {
-        self.tpr = value;
-        self.update_ppr();
     }
 
     /// The end of the interrupt in service with the highest priority (SDM vol. 3A, 11.8.5).
     #[inline]
     fn end_of_interrupt(&mut self) {
-        let Some(vector) = self.isr.highest() else {
+        let Some(vector) = self.isr().highest() else {
             return;
         };
-        self.isr.remove(vector);
-        self.update_ppr();
-        if self.tmr.contains(vector) && self.spurious & spurious::NO_EOI_BROADCAST == 0 {
+        self.isr().remove(vector);
+        self.changed = true;
+        self.ended(vector);
+    }
+
+    /// Takes note that this interrupt's service is over: the I/O APIC hears of a level's.
+    #[inline]
+    pub fn ended(&self, vector: u8) {
+        if self.tmr().contains(vector) && self.spurious() & spurious::NO_EOI_BROADCAST == 0 {
             self.chip.end_of_interrupt(vector);
         }
     }
@@ -392,15 +483,16 @@ impl Lapic {
     fn post_local(&mut self, vector: u8) {
         if vector < 16 {
             self.report(error::RECEIVE_ILLEGAL_VECTOR);
-        } else if self.spurious & spurious::ENABLED != 0 {
-            self.irr.insert(vector);
-            self.tmr.remove(vector);
+        } else if self.spurious() & spurious::ENABLED != 0 {
+            self.irr().insert(vector);
+            self.tmr().remove(vector);
+            self.changed = true;
         }
     }
 
     /// Delivers what an entry of the local vector table says.
     fn fire(&mut self, entry: Lvt) {
-        let value = self.lvt[entry as usize];
+        let value = self.lvt(entry);
         if value & LVT_MASKED != 0 {
             return;
         }
@@ -423,9 +515,14 @@ impl Lapic {
         let news = self.errors & error == 0;
         self.errors |= error;
         // An illegal vector in the error entry itself must not report itself for ever.
-        if news && self.lvt[Lvt::Error as usize] & 0xFF >= 16 {
+        if news && self.lvt(Lvt::Error) & 0xFF >= 16 {
             self.fire(Lvt::Error);
         }
+    }
+
+    /// The vector goes to this one itself (SDM vol. 3A, 11.12.11).
+    pub(super) fn send_self_ipi(&mut self, vector: u32) {
+        self.send_ipi(u64::from(vector & 0xFF) | 1 << 18);
     }
 
     /// Sends what the interrupt command register says (SDM vol. 3A, 11.6.1).

@@ -83,7 +83,7 @@ impl Lapic {
 
     fn read_x2apic(&mut self, msr: Msr) -> Result<u64, ApicMsrError> {
         match self.register_of(msr)? {
-            register::ICR => Ok(self.icr),
+            register::ICR => Ok(self.icr()),
             register::EOI | register::SELF_IPI => Err(ApicMsrError::WriteOnly(msr)),
             register::APR | register::REMOTE_READ | register::DFR | register::ICR_HIGH => {
                 Err(ApicMsrError::Missing(msr))
@@ -128,8 +128,8 @@ impl Lapic {
                 if low & !(ICR_WRITABLE | ICR_STATUS) != 0 {
                     return reserved;
                 }
-                self.icr = value & !u64::from(ICR_STATUS);
-                self.send_ipi(self.icr);
+                self.set_icr(value & !u64::from(ICR_STATUS));
+                self.send_ipi(self.icr());
             }
             ID | VERSION | PPR | LDR | ISR..=IRR_LAST | CURRENT_COUNT => {
                 return Err(ApicMsrError::ReadOnly(msr));
@@ -146,7 +146,7 @@ impl Lapic {
                     return reserved;
                 }
                 if register == SELF_IPI {
-                    self.send_ipi(u64::from(low) | 1 << 18);
+                    self.send_self_ipi(low);
                 } else {
                     self.write_register(register, low);
                 }
@@ -189,7 +189,7 @@ impl Lapic {
             (ApicMode::XApic | ApicMode::X2Apic, ApicMode::Disabled) => self.init(),
             // The destination half of the command register has another format.
             (ApicMode::XApic, ApicMode::X2Apic) => {
-                self.icr &= 0xFFFF_FFFF;
+                self.set_icr(self.icr() & 0xFFFF_FFFF);
                 self.publish();
             }
             _ => self.publish(),

@@ -17,7 +17,6 @@ pub(super) mod register {
     pub(in super::super) const DFR: u16 = 0x0E0;
     pub(in super::super) const SPURIOUS: u16 = 0x0F0;
     pub(in super::super) const ISR: u16 = 0x100;
-    pub(in super::super) const TMR: u16 = 0x180;
     pub(in super::super) const IRR: u16 = 0x200;
     pub(in super::super) const IRR_LAST: u16 = 0x270;
     pub(in super::super) const ESR: u16 = 0x280;
@@ -30,6 +29,13 @@ pub(super) mod register {
     pub(in super::super) const CURRENT_COUNT: u16 = 0x390;
     pub(in super::super) const DIVIDE: u16 = 0x3E0;
     pub(in super::super) const SELF_IPI: u16 = 0x3F0;
+
+    /// An entry of the local vector table, of which there are
+    /// [`LVT_ENTRIES`](super::super::LVT_ENTRIES).
+    #[inline]
+    pub(in super::super) const fn lvt(index: usize) -> u16 {
+        LVT_TIMER + ((index as u16 & 7) << 4)
+    }
 }
 use register::*;
 
@@ -84,44 +90,57 @@ impl Lapic {
     /// The value of the register at `register` (a multiple of 16), or `None` if there is none.
     #[inline]
     pub(super) fn read_register(&mut self, register: u16) -> Option<u32> {
-        let x2apic = self.mode() == ApicMode::X2Apic;
-        let word = usize::from(register >> 4 & 7);
         Some(match register {
-            ID if x2apic => self.id(),
-            ID => self.id() << 24,
-            VERSION => VERSION_VALUE,
-            TPR => u32::from(self.tpr),
             APR | REMOTE_READ | EOI => 0,
-            PPR => u32::from(self.ppr),
-            LDR if x2apic => x2apic_logical(self.id()),
-            LDR => u32::from(self.logical) << 24,
-            DFR => {
-                if self.cluster {
-                    0x0FFF_FFFF
-                } else {
-                    u32::MAX
-                }
-            }
-            SPURIOUS => self.spurious,
-            ISR..TMR => self.isr.word(word),
-            TMR..IRR => self.tmr.word(word),
+            PPR => u32::from(self.ppr()),
             IRR..=IRR_LAST => {
                 self.sync();
-                self.irr.word(word)
+                self.page.get(register)
             }
-            ESR => self.error_status,
-            ICR => self.icr as u32,
-            ICR_HIGH => (self.icr >> 32) as u32,
-            LVT_TIMER..=LVT_ERROR => self.lvt[usize::from(register - LVT_TIMER) >> 4],
-            INITIAL_COUNT => self.timer.initial,
             CURRENT_COUNT => {
                 let now = self.chip.host().now();
                 self.poll_timer(now);
                 self.timer.count(now)
             }
-            DIVIDE => self.timer.divide,
+            ID | VERSION | TPR | LDR | DFR | SPURIOUS | ESR | ICR | ICR_HIGH => {
+                self.page.get(register)
+            }
+            ISR..IRR | LVT_TIMER..=LVT_ERROR | INITIAL_COUNT | DIVIDE => self.page.get(register),
             _ => return None,
         })
+    }
+
+    /// Brings those registers in the page up to date that follow from something else.
+    pub(super) fn show(&self) {
+        let x2apic = self.mode() == ApicMode::X2Apic;
+        let (id, ldr) = if x2apic {
+            (self.id(), x2apic_logical(self.id()))
+        } else {
+            (self.id() << 24, u32::from(self.logical) << 24)
+        };
+        let dfr = if self.cluster { 0x0FFF_FFFF } else { u32::MAX };
+        for (register, value) in [
+            (ID, id),
+            (VERSION, VERSION_VALUE),
+            (LDR, ldr),
+            (DFR, dfr),
+            (INITIAL_COUNT, self.timer.initial),
+            (DIVIDE, self.timer.divide),
+        ] {
+            self.page.set(register, value);
+        }
+    }
+
+    /// The interrupt command register.
+    #[inline]
+    pub(super) fn icr(&self) -> u64 {
+        u64::from(self.page.get(ICR)) | u64::from(self.page.get(ICR_HIGH)) << 32
+    }
+
+    #[inline]
+    pub(super) fn set_icr(&self, value: u64) {
+        self.page.set(ICR, value as u32);
+        self.page.set(ICR_HIGH, (value >> 32) as u32);
     }
 
     /// Writes a register at `register` (a multiple of 16); bits that are not writable are
@@ -129,7 +148,7 @@ impl Lapic {
     #[inline]
     pub(super) fn write_register(&mut self, register: u16, value: u32) -> bool {
         match register {
-            TPR => self.set_tpr(value as u8),
+            TPR => self.page.set(TPR, value & 0xFF),
             EOI => self.end_of_interrupt(),
             LDR => {
                 self.logical = (value >> 24) as u8;
@@ -140,14 +159,12 @@ impl Lapic {
                 self.publish();
             }
             SPURIOUS => self.write_spurious(value),
-            ESR => self.error_status = core::mem::take(&mut self.errors),
+            ESR => self.page.set(ESR, core::mem::take(&mut self.errors)),
             ICR => {
-                self.icr = self.icr & !0xFFFF_FFFF | u64::from(value & ICR_WRITABLE);
-                self.send_ipi(self.icr);
+                self.page.set(ICR, value & ICR_WRITABLE);
+                self.send_ipi(self.icr());
             }
-            ICR_HIGH => {
-                self.icr = self.icr & 0xFFFF_FFFF | u64::from(value & 0xFF00_0000) << 32;
-            }
+            ICR_HIGH => self.page.set(ICR_HIGH, value & 0xFF00_0000),
             LVT_TIMER => self.write_timer_entry(value),
             LVT_THERMAL..=LVT_ERROR => {
                 self.write_lvt(usize::from(register - LVT_TIMER) >> 4, value);
@@ -155,11 +172,13 @@ impl Lapic {
             INITIAL_COUNT => {
                 let now = self.chip.host().now();
                 self.timer.start(value, now);
+                self.page.set(INITIAL_COUNT, self.timer.initial);
             }
             DIVIDE => {
                 let now = self.chip.host().now();
                 self.poll_timer(now);
                 self.timer.set_divide(value, now);
+                self.page.set(DIVIDE, self.timer.divide);
             }
             // Read-only.
             ID | VERSION | APR | PPR | REMOTE_READ | ISR..=IRR_LAST | CURRENT_COUNT => {}
@@ -168,16 +187,16 @@ impl Lapic {
         true
     }
 
-    fn write_lvt(&mut self, index: usize, value: u32) {
+    fn write_lvt(&self, index: usize, value: u32) {
         let mut entry = value & self.lvt_writable(index);
         // "When a local APIC is software disabled, the mask bits of all LVT entries are set and
         // attempts to reset them are ignored" (SDM vol. 3A, 11.4.7.2, in substance). The PIC's way
         // through LINT0 is no interrupt of the APIC's.
-        if self.spurious & spurious::ENABLED == 0 {
+        if self.spurious() & spurious::ENABLED == 0 {
             entry |= LVT_MASKED;
         }
-        if let Some(slot) = self.lvt.get_mut(index) {
-            *slot = entry;
+        if index < LVT_ENTRIES {
+            self.page.set(lvt(index), entry);
         }
     }
 
@@ -187,17 +206,34 @@ impl Lapic {
         self.poll_timer(now);
         self.write_lvt(Lvt::Timer as usize, value);
         self.timer
-            .set_mode(TimerMode::from_lvt(self.lvt[Lvt::Timer as usize]));
+            .set_mode(TimerMode::from_lvt(self.lvt(Lvt::Timer)));
     }
 
     fn write_spurious(&mut self, value: u32) {
-        self.spurious = value & SPURIOUS_WRITABLE;
-        if self.spurious & spurious::ENABLED == 0 {
-            for entry in &mut self.lvt {
-                *entry |= LVT_MASKED;
+        self.page.set(SPURIOUS, value & SPURIOUS_WRITABLE);
+        if value & spurious::ENABLED == 0 {
+            for entry in 0..LVT_ENTRIES {
+                let masked = self.page.get(lvt(entry)) | LVT_MASKED;
+                self.page.set(lvt(entry), masked);
             }
         }
         self.publish();
+    }
+
+    /// Does what the guest's write to a register does, which the processor has already put into the
+    /// page.
+    pub fn written(&mut self, register: u16) {
+        let register = register & 0xFF0;
+        let value = self.page.get(register);
+        if self.mode() == ApicMode::X2Apic {
+            // The one such write in this mode: a vector that is illegal.
+            if register == SELF_IPI {
+                self.send_self_ipi(value);
+            }
+            return;
+        }
+        self.write_mmio(register.into(), &value.to_le_bytes());
+        self.show();
     }
 
     /// Reads from the register page at `offset`.

@@ -511,13 +511,13 @@ proptest! {
                 1 => write(l, u64::from(register & 0xFF0), value),
                 2 => { read(l, u64::from(register)); }
                 3 => {
-                    let ppr = l.ppr;
+                    let ppr = l.ppr();
                     l.sync();
                     if !l.pic_waits()
                         && let Some(vector) = l.acknowledge()
                     {
-                        prop_assert!(vector & 0xF0 > ppr & 0xF0 || ppr != l.ppr);
-                        prop_assert!(l.isr.contains(vector) && !l.irr.contains(vector));
+                        prop_assert!(vector & 0xF0 > ppr & 0xF0 || ppr != l.ppr());
+                        prop_assert!(l.isr().contains(vector) && !l.irr().contains(vector));
                     }
                 }
                 4 => write(l, 0xB0, 0),
@@ -537,8 +537,8 @@ proptest! {
                     prop_assert!(l.next_deadline().is_none_or(|at| at > host.now()));
                 }
             }
-            let serving = l.isr.highest().unwrap_or(0) & 0xF0;
-            prop_assert!(l.ppr & 0xF0 == serving.max(l.tpr & 0xF0));
+            let serving = l.isr().highest().unwrap_or(0) & 0xF0;
+            prop_assert!(l.ppr() & 0xF0 == serving.max(l.tpr() & 0xF0));
         }
     }
 }

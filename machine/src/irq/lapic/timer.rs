@@ -131,7 +131,7 @@ impl Lapic {
     /// When the timer's interrupt is due, in the host's nanoseconds, if it will come at all.
     #[inline]
     pub fn next_deadline(&self) -> Option<u64> {
-        let masked = self.lvt[Lvt::Timer as usize] & LVT_MASKED != 0;
+        let masked = self.lvt(Lvt::Timer) & LVT_MASKED != 0;
         self.timer.deadline.filter(|_| !masked)
     }
 

@@ -1,0 +1,188 @@
+//! The local APIC as far as the processor virtualizes it itself (SDM vol. 3C, chapter 30).
+//!
+//! With all of APIC virtualization a guest reads the registers of its local APIC, changes its task
+//! priority, ends interrupts and interrupts itself without an exit, in xAPIC and in x2APIC mode; any
+//! other write exits after it was done, so that no instruction is to be decoded; and interrupts that
+//! the machine has requested are delivered as soon as the guest can take them. The registers are
+//! those of the machine's local APIC, in its page: what the processor knows besides them, the
+//! machine says whenever it has changed something.
+
+use testudo_arch::{Gpa, Hpa, Msr};
+use testudo_vmx::bitmap::MsrBitmap;
+use testudo_vmx::controls::SecondaryControls;
+use testudo_vmx::{AccessError, VmcsWrite, fields};
+
+use super::setup::VmxTables;
+use crate::irq::{ApicMode, ApicState};
+use crate::layout;
+
+/// What APIC virtualization takes: a processor that lacks one of these has the task priority alone.
+pub(super) const NEEDED: SecondaryControls = SecondaryControls::VIRTUALIZE_APIC_ACCESSES
+    .union(SecondaryControls::VIRTUALIZE_X2APIC_MODE)
+    .union(SecondaryControls::APIC_REGISTER_VIRTUALIZATION)
+    .union(SecondaryControls::VIRTUAL_INTERRUPT_DELIVERY);
+
+/// Those of them that are always on.
+pub(super) const ALWAYS: SecondaryControls = SecondaryControls::APIC_REGISTER_VIRTUALIZATION
+    .union(SecondaryControls::VIRTUAL_INTERRUPT_DELIVERY);
+
+/// Where a guest finds the registers of its local APIC in memory, as far as the processor knows.
+pub const APIC_PAGE: Gpa = layout::LAPIC;
+
+/// Tables for APIC virtualization, which the processor reads.
+#[derive(Clone, Copy, Debug)]
+pub struct ApicTables {
+    /// The EPT pointer of tables as those of [`VmxTables`] that also map [`APIC_PAGE`], to
+    /// `access_page`.
+    pub ept_pointer: u64,
+    /// A frame that nobody looks into: accesses to it are what the processor virtualizes.
+    pub access_page: Hpa,
+    /// The MSR bitmap in x2APIC mode, made by [`open_direct_msrs`](super::open_direct_msrs) and
+    /// [`open_x2apic_msrs`].
+    pub x2apic_msr_bitmap: Hpa,
+}
+
+/// Opens the registers that a guest in x2APIC mode accesses directly. The others need software: the
+/// timer's count, and writes that do something. A register that does not exist must exit to be
+/// refused, since APIC-register virtualization reads whatever is in the page.
+pub fn open_x2apic_msrs(bitmap: &mut MsrBitmap) {
+    const READABLE: [core::ops::RangeInclusive<u32>; 7] = [
+        // ID and version; TPR; PPR; LDR; SVR, ISR, TMR, IRR, ESR; LVT and initial count; divide.
+        0x802..=0x803,
+        0x808..=0x808,
+        0x80A..=0x80A,
+        0x80D..=0x80D,
+        0x80F..=0x828,
+        0x832..=0x838,
+        0x83E..=0x83E,
+    ];
+    for register in READABLE.into_iter().flatten() {
+        bitmap.set(Msr(register), false, true);
+    }
+    bitmap.set(Msr::X2APIC_TPR, false, false);
+    for write_only in [Msr::X2APIC_EOI, Msr::X2APIC_SELF_IPI] {
+        bitmap.set(write_only, true, false);
+    }
+}
+
+/// How a guest reaches its local APIC without the machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Access {
+    /// Not at all: the APIC is disabled, or its page is elsewhere.
+    None,
+    Page,
+    Msrs,
+}
+
+impl Access {
+    fn of(state: &ApicState) -> Self {
+        match state.mode {
+            ApicMode::X2Apic => Self::Msrs,
+            ApicMode::XApic if state.page == Some(APIC_PAGE) => Self::Page,
+            ApicMode::XApic | ApicMode::Disabled => Self::None,
+        }
+    }
+}
+
+/// What was told to the processor.
+#[derive(Debug)]
+pub(super) struct VirtualApic {
+    tables: ApicTables,
+    access: Access,
+    level: [u64; 4],
+}
+
+const EOI_EXITS: [testudo_vmx::Field<u64>; 4] = [
+    fields::EOI_EXIT_BITMAP_0,
+    fields::EOI_EXIT_BITMAP_1,
+    fields::EOI_EXIT_BITMAP_2,
+    fields::EOI_EXIT_BITMAP_3,
+];
+
+impl VirtualApic {
+    /// Prepares a VMCS whose secondary controls include [`ALWAYS`].
+    pub(super) fn new(vmcs: &mut impl VmcsWrite, tables: ApicTables) -> Result<Self, AccessError> {
+        vmcs.set(fields::APIC_ACCESS_ADDRESS, tables.access_page.0)?;
+        vmcs.set(fields::GUEST_INTERRUPT_STATUS, 0)?;
+        for field in EOI_EXITS {
+            vmcs.set(field, 0)?;
+        }
+        Ok(Self {
+            tables,
+            access: Access::None,
+            level: [0; 4],
+        })
+    }
+
+    /// Tells the processor. `secondary` are the controls that the guest has whatever its APIC's mode.
+    pub(super) fn set(
+        &mut self,
+        vmcs: &mut impl VmcsWrite,
+        state: &ApicState,
+        secondary: SecondaryControls,
+        tables: &VmxTables,
+    ) -> Result<(), AccessError> {
+        let status = u16::from(state.serving) << 8 | u16::from(state.requesting);
+        vmcs.set(fields::GUEST_INTERRUPT_STATUS, status)?;
+        if state.level != self.level {
+            self.level = state.level;
+            for (field, vectors) in EOI_EXITS.into_iter().zip(state.level) {
+                vmcs.set(field, vectors)?;
+            }
+        }
+        let access = Access::of(state);
+        if access != self.access {
+            self.access = access;
+            self.switch(vmcs, secondary, tables)?;
+        }
+        Ok(())
+    }
+
+    fn switch(
+        &self,
+        vmcs: &mut impl VmcsWrite,
+        secondary: SecondaryControls,
+        tables: &VmxTables,
+    ) -> Result<(), AccessError> {
+        let own = &self.tables;
+        let (control, ept_pointer, msr_bitmap) = match self.access {
+            Access::None => (
+                SecondaryControls::empty(),
+                tables.ept_pointer,
+                tables.msr_bitmap,
+            ),
+            Access::Page => (
+                SecondaryControls::VIRTUALIZE_APIC_ACCESSES,
+                own.ept_pointer,
+                tables.msr_bitmap,
+            ),
+            Access::Msrs => (
+                SecondaryControls::VIRTUALIZE_X2APIC_MODE,
+                tables.ept_pointer,
+                own.x2apic_msr_bitmap,
+            ),
+        };
+        vmcs.set(fields::SECONDARY_CONTROLS, (secondary | control).bits())?;
+        // Translations are cached by the tables' root as well, so none of the other's is used.
+        vmcs.set(fields::EPT_POINTER, ept_pointer)?;
+        vmcs.set(fields::MSR_BITMAPS, msr_bitmap.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_does_something_in_x2apic_mode_exits() {
+        let mut bitmap = MsrBitmap::all_exit();
+        open_x2apic_msrs(&mut bitmap);
+        let direct_reads = (0x800..0x900).filter(|msr| !bitmap.read_exits(Msr(*msr)));
+        let direct_writes = (0x800..0x900).filter(|msr| !bitmap.write_exits(Msr(*msr)));
+        assert_eq!(direct_reads.count(), 2 + 1 + 1 + 1 + 26 + 7 + 1);
+        assert!(direct_writes.eq([0x808, 0x80B, 0x83F]));
+        for software in [Msr::X2APIC_EOI, Msr(0x830), Msr(0x839), Msr(0x804)] {
+            assert!(bitmap.read_exits(software));
+        }
+    }
+}
