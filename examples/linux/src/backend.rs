@@ -1,5 +1,6 @@
 //! Which of the two extensions makes virtual processors here.
 
+use alloc::boxed::Box;
 use alloc::sync::Arc;
 
 use testudo_arch::apic::ApicPage;
@@ -30,7 +31,7 @@ pub(crate) enum Backend {
     /// AMD-V.
     Svm(SvmBackend),
     /// Intel VT-x.
-    Vmx(VmxBackend),
+    Vmx(Box<VmxBackend>),
 }
 
 /// What is done with a vCPU, of whichever type.
@@ -48,7 +49,7 @@ impl Backend {
         match SvmBackend::new(cpuid, ram) {
             Ok(svm) => Ok(Self::Svm(svm)),
             Err(SvmError::Unavailable(no_svm)) => match VmxBackend::new(ram) {
-                Ok(vmx) => Ok(Self::Vmx(vmx)),
+                Ok(vmx) => Ok(Self::Vmx(Box::new(vmx))),
                 Err(VmxError::Unavailable(no_vmx @ NoVmx::NotSupported)) => {
                     Err(BackendError::Neither(no_svm, no_vmx))
                 }
