@@ -250,6 +250,13 @@ pub trait Vcpu {
         Some(gpa)
     }
 
+    /// Has [`run`](Self::run) end with [`VmExit::Interrupted`] soon after the host's time-stamp counter
+    /// has reached `tsc`; `None` takes that back. False from a vCPU that needs the host's timer for
+    /// it.
+    fn set_deadline(&mut self, _tsc: Option<u64>) -> bool {
+        false
+    }
+
     /// CR8 as the guest left it: the task priority, 0 to 15.
     fn task_priority(&self) -> u8;
 
