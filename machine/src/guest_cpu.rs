@@ -29,6 +29,8 @@ pub(crate) struct GuestCpu<'a, V, M> {
     /// translation yet: whatever the emulator says, the instruction has not been executed and is to
     /// be tried again.
     contended: bool,
+    /// The instruction is emulated because it writes to memory that the backend watches.
+    watched: bool,
 }
 
 /// The second stage has no translation at present.
@@ -62,7 +64,14 @@ impl<'a, V: Vcpu, M: GuestMemory> GuestCpu<'a, V, M> {
             paging,
             rflags,
             contended: false,
+            watched: false,
         }
+    }
+
+    /// For an instruction that accesses `gpa`.
+    pub(crate) fn accessing(mut self, gpa: Option<Gpa>) -> Self {
+        self.watched = gpa.is_some_and(|gpa| self.memory.contains(gpa, 1));
+        self
     }
 
     fn translate(&mut self, address: Gva, len: usize, kind: AccessKind) -> Result<Parts, Fault> {
@@ -139,7 +148,9 @@ impl<'a, V: Vcpu, M: GuestMemory> GuestCpu<'a, V, M> {
             if cr8 != self.vcpu.task_priority() {
                 self.vcpu.set_task_priority(cr8);
             }
-        } else if self.memory.write(gpa, data).is_err() {
+        } else if self.memory.write(gpa, data).is_ok() {
+            self.vcpu.memory_written(gpa, data.len());
+        } else {
             self.mmio.write(gpa.0, data);
         }
     }
@@ -215,6 +226,48 @@ impl<V: Vcpu, M: GuestMemory> Cpu for GuestCpu<'_, V, M> {
         }
     }
 
+    fn cpl(&self) -> u8 {
+        self.system.cpl()
+    }
+
+    /// Whoever writes to a table so is about to make something else of it: the backend need not
+    /// watch that.
+    fn repeats_natively(&self) -> bool {
+        self.watched
+    }
+
+    fn control_register(&self, number: u8) -> Option<u64> {
+        match number {
+            0 => Some(self.system.cr0),
+            2 => Some(self.system.cr2),
+            3 => Some(self.system.cr3),
+            4 => Some(self.system.cr4),
+            8 => Some(self.system.cr8),
+            _ => None,
+        }
+    }
+
+    fn set_control_register(&mut self, number: u8, value: u64) -> Result<(), Fault> {
+        let done = match number {
+            0 | 3 | 4 => self.vcpu.set_control_register(number, value),
+            2 => {
+                self.vcpu.set_cr2(value);
+                true
+            }
+            8 if value <= 15 => {
+                self.vcpu.set_task_priority(value as u8);
+                true
+            }
+            _ => false,
+        };
+        done.then_some(()).ok_or(Fault::GP0)
+    }
+
+    fn invalidate_page(&mut self, address: Gva) -> Result<(), Fault> {
+        self.vcpu.invalidate_page(address);
+        Ok(())
+    }
+
     fn fetch(&mut self, address: Gva, code: &mut [u8]) -> Result<usize, Fault> {
         let room = (PAGE_SIZE - address.offset_in(PageSize::Size4K)) as usize;
         let len = code.len().min(room);
@@ -281,6 +334,9 @@ impl<V: Vcpu, M: GuestMemory> Cpu for GuestCpu<'_, V, M> {
                 }
                 _ => return self.write(address, new).map(|()| true),
             };
+            if swapped {
+                self.vcpu.memory_written(gpa, len);
+            }
             return Ok(swapped);
         }
         self.write(address, new).map(|()| true)

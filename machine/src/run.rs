@@ -12,7 +12,6 @@ use crate::boot::BootState;
 use crate::device::PowerEvent;
 use crate::emulate::{self, EmulateError, Outcome};
 use crate::guest_cpu::GuestCpu;
-use crate::host::Host;
 use crate::irq::{Lapic, request};
 use crate::machine::Machine;
 use crate::policy::cpuid::CpuidState;
@@ -46,12 +45,8 @@ pub struct VcpuLoop<'m, V, M> {
     nmi: bool,
     /// The guest's IA32_TSC_ADJUST.
     tsc_adjust: u64,
-    /// When something is due next, in the host's nanoseconds.
-    deadline: Option<u64>,
     /// What the host's timer was last set to.
     timer: Option<u64>,
-    /// What the vCPU's own timer was last set to, and what the host's TSC is then.
-    turn: (Option<u64>, Option<u64>),
     stats: Option<ExitStats>,
 }
 
@@ -82,9 +77,7 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
             attention: true,
             nmi: false,
             tsc_adjust: 0,
-            deadline: None,
             timer: None,
-            turn: (None, None),
             stats: None,
         }
     }
@@ -177,10 +170,9 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
         if self.activity != Activity::WaitsForStartup {
             self.deliver();
         }
-        self.set_timer();
     }
 
-    /// Lets due timers fire, and finds out when the next is due.
+    /// Lets due timers fire, and has the host wake this vCPU for the next.
     fn poll_timers(&mut self) {
         let next = |lapic: &Lapic, machine: &Machine<M>, first: bool| {
             let (devices, end) = if first {
@@ -209,23 +201,8 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
                 self.timer = None;
             }
         }
-        self.deadline = deadline;
-    }
-
-    /// Has the guest's turn, or the wait for something to do, end when the next timer is due.
-    fn set_timer(&mut self) {
-        let (deadline, host) = (self.deadline, &self.machine.host);
-        if self.activity == Activity::Running {
-            if deadline != self.turn.0 {
-                let at = deadline.map(|at| host.tsc().saturating_add(ticks_until(at, &**host)));
-                self.turn = (deadline, at);
-            }
-            if self.vcpu.set_deadline(self.turn.1) {
-                return;
-            }
-        }
         if deadline != self.timer {
-            host.set_timer(deadline);
+            self.machine.host.set_timer(deadline);
             self.timer = deadline;
         }
     }
@@ -321,7 +298,7 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
                 self.complete(done);
             }
             VmExit::Port(access) => self.port(access),
-            VmExit::StringPort(_) => self.emulate(),
+            VmExit::StringPort(_) | VmExit::ControlRegister => self.emulate(None),
             VmExit::Memory(access) => self.memory(access),
             VmExit::Mmio {
                 gpa,
@@ -339,7 +316,7 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
             }
             VmExit::Hypercall => self.hypercall(),
             VmExit::CacheFlush => self.vcpu.advance(),
-            VmExit::Forbidden | VmExit::ControlRegister => self.vcpu.inject(Event::UD),
+            VmExit::Forbidden => self.vcpu.inject(Event::UD),
             VmExit::Exception { vector, error_code } => {
                 self.vcpu.inject(Event::Exception { vector, error_code });
             }
@@ -480,7 +457,7 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
         if access.fetch && !self.machine.mmio.claims(access.gpa.0) {
             return self.fail(StopReason::FetchOutsideMemory(access.gpa));
         }
-        self.emulate();
+        self.emulate(Some(access.gpa));
     }
 
     /// An access that the backend took apart.
@@ -506,8 +483,9 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
         self.check_power();
     }
 
-    /// Executes the instruction at RIP by software.
-    fn emulate(&mut self) {
+    /// Executes the instruction at RIP by software: because it accesses memory at `gpa`, or for
+    /// another reason.
+    fn emulate(&mut self, gpa: Option<Gpa>) {
         let machine = self.machine;
         let mut cpu = GuestCpu::new(
             &mut self.vcpu,
@@ -515,7 +493,8 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
             (&machine.mmio, &machine.ports),
             &mut self.lapic,
             machine.physical_bits,
-        );
+        )
+        .accessing(gpa);
         let result = emulate::step(&mut cpu);
         self.attention = true;
         if !cpu.finish() {
@@ -531,6 +510,9 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
                 self.vcpu.inject(fault.event);
             }
             Err(EmulateError::Unsupported { bytes, .. }) => {
+                if gpa.is_some_and(|gpa| self.vcpu.stop_watching(gpa)) {
+                    return;
+                }
                 self.fail(StopReason::Unemulated { bytes });
             }
         }
@@ -560,11 +542,4 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
         };
         self.fail(reason);
     }
-}
-
-/// How many ticks of the host's TSC there are until `at`, rounded up.
-fn ticks_until(at: u64, host: &dyn Host) -> u64 {
-    let left = u128::from(at.saturating_sub(host.now()));
-    let ticks = (left * u128::from(host.tsc_hz())).div_ceil(1_000_000_000);
-    u64::try_from(ticks).unwrap_or(u64::MAX)
 }

@@ -81,7 +81,8 @@ pub enum VmExit {
         /// The error code, if there is one.
         error_code: Option<u32>,
     },
-    /// A move to or from a control register that is intercepted.
+    /// An access to a control register (MOV, LMSW, SMSW, CLTS) or INVLPG that the backend
+    /// intercepts and has not taken apart: the instruction at RIP is to be emulated.
     ControlRegister,
     /// The guest's processor shut down: a triple fault.
     Shutdown,
@@ -160,6 +161,9 @@ pub enum VcpuError {
     #[cfg(feature = "vmx")]
     #[error(transparent)]
     Vmcs(#[from] testudo_vmx::AccessError),
+    /// The guest's tables cannot be shadowed.
+    #[error(transparent)]
+    Shadow(#[from] testudo_ept::shadow::ShadowError),
     /// INVEPT or INVVPID failed.
     #[cfg(feature = "vmx")]
     #[error("cached translations cannot be dropped: {0}")]
@@ -250,12 +254,24 @@ pub trait Vcpu {
         Some(gpa)
     }
 
-    /// Has [`run`](Self::run) end with [`VmExit::Interrupted`] soon after the host's time-stamp counter
-    /// has reached `tsc`; `None` takes that back. False from a vCPU that needs the host's timer for
-    /// it.
-    fn set_deadline(&mut self, _tsc: Option<u64>) -> bool {
+    /// Says that the machine has written guest memory for an instruction of the guest's: it may
+    /// have been a table that the backend follows.
+    fn memory_written(&mut self, _gpa: Gpa, _len: usize) {}
+
+    /// The instruction that writes at this address cannot be emulated: lets the guest execute it, if
+    /// nothing but the backend's own watch keeps it from that. `false` if something else does.
+    fn stop_watching(&mut self, _gpa: Gpa) -> bool {
         false
     }
+
+    /// Writes CR0, CR3 or CR4 as the guest's own instruction would, on a backend that intercepts
+    /// that; `false` is #GP(0).
+    fn set_control_register(&mut self, _number: u8, _value: u64) -> bool {
+        false
+    }
+
+    /// INVLPG, on a backend that intercepts it.
+    fn invalidate_page(&mut self, _address: Gva) {}
 
     /// CR8 as the guest left it: the task priority, 0 to 15.
     fn task_priority(&self) -> u8;

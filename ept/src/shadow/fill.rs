@@ -165,8 +165,11 @@ impl<M: FrameAlloc + FrameMem> ShadowMmu<M> {
         memory: &V,
         debt: &mut Debt,
     ) -> Result<PageId, ShadowError> {
-        if key.level > 1 && self.pages.is_out_of_step(key.frame) {
-            // A table of another level cannot be out of step.
+        if key.level > 1
+            && self.pages.is_out_of_step(key.frame)
+            && !self.pages.is_released(key.frame)
+        {
+            // A table of another level is not to be out of step.
             self.catch_up_frame(key.frame, memory, debt);
             self.pages.set_out_of_step(key.frame, false);
             self.protect(key.frame, debt);
@@ -188,7 +191,7 @@ impl<M: FrameAlloc + FrameMem> ShadowMmu<M> {
         {
             return Ok(child);
         }
-        self.drop_entry(page, index, debt);
+        self.replace_entry(page, index, debt);
         let child = self.find_or_new(key, debt)?;
         // The four pointers of PAE have no rights, and their bits are reserved.
         let top = self.pages[page].key.is_pae_top();
@@ -211,7 +214,9 @@ impl<M: FrameAlloc + FrameMem> ShadowMmu<M> {
             return Ok(page);
         }
         let frame = self.frames.alloc().ok_or(ShadowError::OutOfFrames)?;
-        let new = key.kind == Kind::Table && !self.pages.is_table(key.frame);
+        let new = key.kind == Kind::Table
+            && !self.pages.is_table(key.frame)
+            && !self.pages.is_out_of_step(key.frame);
         let page = self.pages.insert(key, frame);
         if new {
             self.protect(key.frame, debt);
@@ -232,6 +237,8 @@ impl<M: FrameAlloc + FrameMem> ShadowMmu<M> {
         for (page, index) in self.pages.mappings_of(2, frame & !0x1FF) {
             self.drop_entry(page, index, debt);
         }
+        // Of a mapping that is gone, a processor may still have the translation.
+        debt.everything |= self.lingering;
     }
 
     /// Makes an entry map memory.
@@ -256,14 +263,21 @@ impl<M: FrameAlloc + FrameMem> ShadowMmu<M> {
             self.pages.note_guest(page, index, guest);
             return;
         }
-        self.drop_entry(page, index, debt);
+        self.replace_entry(page, index, debt);
         let slot = Slot { child, guest };
         self.pages.set(&self.frames, page, index, slot, entry);
     }
 
+    /// Drops an entry that the guest has changed without invalidating it.
+    fn replace_entry(&mut self, page: PageId, index: usize, debt: &mut Debt) {
+        debt.everything |= self.pages[page].slot(index).child != Child::Absent;
+        self.drop_entry(page, index, debt);
+    }
+
+    /// Makes an entry absent. Its translations may linger in processors.
     pub(super) fn drop_entry(&mut self, page: PageId, index: usize, debt: &mut Debt) {
         let child = self.pages.clear(&self.frames, page, index);
-        debt.everything |= child != Child::Absent;
+        self.lingering |= child != Child::Absent;
         if let Child::Table(child) = child {
             self.give_up_orphan(child, debt);
         }
@@ -326,15 +340,18 @@ impl<M: FrameAlloc + FrameMem> ShadowMmu<M> {
     /// watched again.
     pub(super) fn catch_up<V: GuestMemory + ?Sized>(&mut self, memory: &V, debt: &mut Debt) {
         for frame in self.pages.all_out_of_step() {
-            if !self.catch_up_frame(frame, memory, debt) {
+            let changed = self.catch_up_frame(frame, memory, debt);
+            if !changed || self.pages.is_released(frame) {
                 self.pages.set_out_of_step(frame, false);
-                self.protect(frame, debt);
+                if self.pages.is_table(frame) {
+                    self.protect(frame, debt);
+                }
             }
         }
     }
 
     /// Drops the entries whose counterparts have changed. `true` if there were any.
-    fn catch_up_frame<V: GuestMemory + ?Sized>(
+    pub(super) fn catch_up_frame<V: GuestMemory + ?Sized>(
         &mut self,
         frame: u64,
         memory: &V,

@@ -19,6 +19,7 @@ mod role;
 #[cfg(test)]
 mod tests;
 
+use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 use testudo_arch::{FrameAlloc, FrameMem, Gpa, GuestMemory, Gva, Hpa, MemoryFault};
@@ -77,6 +78,13 @@ impl<F: Format<Input = Gpa>, M: FrameAlloc + FrameMem> Backing for PageTable<F, 
     }
 }
 
+impl<B: Backing + ?Sized> Backing for Arc<B> {
+    #[inline]
+    fn find(&self, gpa: Gpa) -> Option<Backed> {
+        (**self).find(gpa)
+    }
+}
+
 /// What a fault on shadow tables comes to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -132,6 +140,9 @@ pub struct ShadowMmu<M: FrameAlloc + FrameMem> {
     limit: usize,
     /// Tables that a call gave up which then failed: the next token takes them.
     owed: Vec<Hpa>,
+    /// Some processor may still use a translation whose entry is gone: the guest has not
+    /// invalidated it there yet.
+    lingering: bool,
 }
 
 /// What a call leaves to be flushed.
@@ -139,7 +150,6 @@ pub struct ShadowMmu<M: FrameAlloc + FrameMem> {
 struct Debt {
     retired: Vec<Hpa>,
     everything: bool,
-    page: Option<u64>,
 }
 
 impl<M: FrameAlloc + FrameMem> ShadowMmu<M> {
@@ -150,6 +160,7 @@ impl<M: FrameAlloc + FrameMem> ShadowMmu<M> {
             pages: Pages::default(),
             limit: limit.max(16),
             owed: Vec::new(),
+            lingering: false,
         }
     }
 
@@ -167,7 +178,9 @@ impl<M: FrameAlloc + FrameMem> ShadowMmu<M> {
     /// to its CR3 or to another register that [`PagingState`] holds. The value for the hardware's
     /// CR3 comes out.
     ///
-    /// Shadows of a root that was used before are still there, and are brought up to date.
+    /// Shadows of a root that was used before are still there, and are brought up to date. As the
+    /// guest's own write would have, the caller drops all translations that this processor caches;
+    /// what the others must drop is the token's.
     ///
     /// # Errors
     ///
@@ -178,10 +191,7 @@ impl<M: FrameAlloc + FrameMem> ShadowMmu<M> {
         memory: &V,
         state: &PagingState,
     ) -> Result<Flush<'_, M, u64>, ShadowError> {
-        let mut debt = Debt {
-            everything: true,
-            ..Debt::default()
-        };
+        let mut debt = Debt::default();
         self.catch_up(memory, &mut debt);
         let page = self.root(state, &mut debt);
         let page = self.unless_failed(page, &mut debt)?;
@@ -289,26 +299,50 @@ impl<M: FrameAlloc + FrameMem> ShadowMmu<M> {
         }
     }
 
-    /// INVLPG on one virtual processor.
-    pub fn invalidate_page(&mut self, processor: &ShadowRoot, address: Gva) -> Flush<'_, M> {
+    /// INVLPG on one virtual processor, whose cached translations of the page the caller drops.
+    ///
+    /// The other processors may go on with theirs until the guest invalidates there, as they
+    /// might on a machine of their own; before it could do harm, a token asks for it.
+    pub fn invalidate_page<V: GuestMemory + ?Sized>(
+        &mut self,
+        processor: &ShadowRoot,
+        memory: &V,
+        address: Gva,
+    ) -> Flush<'_, M> {
         let mut debt = Debt::default();
+        // "INVLPG also invalidates all entries in all paging-structure caches ... regardless of the
+        // linear addresses to which they correspond" (SDM vol. 3A, 4.10.4.1).
+        for frame in self.pages.all_released() {
+            self.catch_up_frame(frame, memory, &mut debt);
+        }
         let mut next = processor.page;
-        let mut alone = true;
         while let Some(id) = next.take() {
             let page = &self.pages[id];
             let index = page.key.index(address.0);
-            alone &= page.parents.len() + page.pins as usize <= 1;
             match page.slot(index).child {
                 Child::Table(child) => next = Some(child),
                 Child::Memory(_) => self.drop_entry(id, index, &mut debt),
                 Child::Absent => {}
             }
         }
-        // Through a table that is reached in several ways, other addresses used the entry too, and
-        // nobody will remember that their translations are cached.
-        debt.everything &= !alone;
-        debt.page = Some(address.0 & !0xFFF);
         self.settle(debt, ())
+    }
+
+    /// Gives up what shadows the guest's table at `gpa`, and lets the guest write there unseen
+    /// until it loads CR3: for an instruction that cannot be emulated, and for the delivery of an
+    /// event. `false` if nothing there was shadowed.
+    pub fn release(&mut self, gpa: Gpa) -> Flush<'_, M, bool> {
+        let mut debt = Debt::default();
+        let frame = gpa.0 >> 12;
+        let pages: Vec<PageId> = self.pages.of_frame(frame).collect();
+        for page in &pages {
+            self.give_up(*page, &mut debt);
+        }
+        if !pages.is_empty() {
+            // The write may itself go through this table, which then is shadowed again at once.
+            self.pages.release(frame);
+        }
+        self.settle(debt, !pages.is_empty())
     }
 
     /// Takes every mapping of this guest memory out, before its backing changes.
@@ -318,6 +352,7 @@ impl<M: FrameAlloc + FrameMem> ShadowMmu<M> {
         while let Some((page, index)) = self.pages.mapping_in(gpa.0 >> 12, last >> 12) {
             self.drop_entry(page, index, &mut debt);
         }
+        debt.everything = self.lingering;
         self.settle(debt, ())
     }
 
@@ -350,9 +385,8 @@ impl<M: FrameAlloc + FrameMem> ShadowMmu<M> {
         // The guest's roots share tables, so that no single root names what is stale.
         let mut flush = Flush::new(&self.frames, Hpa::ZERO, 0xF << 52, 0, value);
         if debt.everything || !debt.retired.is_empty() {
+            self.lingering = false;
             flush.cover(0, u64::MAX, false);
-        } else if let Some(page) = debt.page {
-            flush.cover(page, page | 0xFFF, true);
         }
         for table in debt.retired {
             flush.retire(table);

@@ -73,6 +73,8 @@ pub(super) struct Pages {
     mappings: BTreeSet<(u8, u64, PageId, u16)>,
     /// Tables of the lowest level that the guest may write without our seeing it.
     out_of_step: BTreeSet<u64>,
+    /// Tables of any level that are out of step until the next load, whoever shadows them.
+    released: BTreeSet<u64>,
     births: u64,
 }
 
@@ -143,7 +145,7 @@ impl Pages {
         self.vacant.push(id.0);
         self.names.remove(&page.key);
         let frame = page.key.frame;
-        if page.key.kind == Kind::Table && !self.is_table(frame) {
+        if page.key.kind == Kind::Table && !self.is_table(frame) && !self.is_released(frame) {
             self.out_of_step.remove(&frame);
         }
         Some(page.frame)
@@ -192,7 +194,22 @@ impl Pages {
             self.out_of_step.insert(frame);
         } else {
             self.out_of_step.remove(&frame);
+            self.released.remove(&frame);
         }
+    }
+
+    /// Lets a table of any level be out of step until [`Self::set_out_of_step`] ends it.
+    pub(super) fn release(&mut self, frame: u64) {
+        self.out_of_step.insert(frame);
+        self.released.insert(frame);
+    }
+
+    pub(super) fn is_released(&self, frame: u64) -> bool {
+        self.released.contains(&frame)
+    }
+
+    pub(super) fn all_released(&self) -> Vec<u64> {
+        self.released.iter().copied().collect()
     }
 
     pub(super) fn all_out_of_step(&self) -> Vec<u64> {

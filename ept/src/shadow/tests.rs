@@ -363,9 +363,10 @@ fn the_lowest_tables_go_out_of_step_until_the_guest_invalidates() {
         .store_u64(Gpa(0x4008), 0xA000 | ALL | D)
         .unwrap();
     assert_eq!(guest.access(0x1000, USER_READ), Ok(HOST + 0x9000));
-    let flush = guest.mmu.invalidate_page(&guest.processor, Gva(0x1000));
-    let scope = flush.scope().unwrap();
-    assert_eq!((scope.first, scope.last), (0x1000, 0x1FFF));
+    let flush = guest
+        .mmu
+        .invalidate_page(&guest.processor, &guest.memory.ram, Gva(0x1000));
+    assert_eq!(flush.scope(), None, "other processors keep theirs");
     flush.discharge(&mut NoHardware);
     assert_eq!(guest.access(0x1000, USER_READ), Ok(HOST + 0xA000));
     // So it is after CR3 is loaded. The table has changed and stays writable.
@@ -402,6 +403,84 @@ fn upper_tables_are_never_written_unseen() {
     }
     assert!(!guest.mmu.pages.is_table(3));
     guest.check();
+}
+
+#[test]
+fn a_table_that_is_released_can_be_written_and_is_followed_again() {
+    let pool = FramePool::new(FRAMES);
+    let mut guest = long_guest(&pool);
+    // Linear pages 1 and 2 are the directory that maps them and the root.
+    for (at, table) in [(0x4008, 0x3000), (0x4010, 0x1000)] {
+        guest.set(at, table | ALL | D);
+    }
+    guest.set(0x4018, 0x9000 | ALL | D);
+    assert_eq!(guest.access(0x3000, USER_READ), Ok(HOST + 0x9000));
+    for (page, table) in [(0x1000, 0x3000), (0x2000, 0x1000)] {
+        let write = Outcome::TableWrite(Gpa(table));
+        assert_eq!(guest.access(page, Access::WRITE), Err(write));
+        let released = guest.mmu.release(Gpa(table));
+        assert!(released.discharge(&mut NoHardware));
+        assert_eq!(guest.access(page, Access::WRITE), Ok(HOST + table));
+        guest.check();
+    }
+    assert!(!guest.mmu.release(Gpa(0x9000)).discharge(&mut NoHardware));
+    assert_eq!(guest.hardware(0x1000, Access::WRITE), Some(HOST + 0x3000));
+    // What the guest writes to its root counts once it invalidates, be it another page.
+    assert_eq!(guest.access(0x3000, USER_READ), Ok(HOST + 0x9000));
+    guest.memory.ram.store_u64(Gpa(0x1000), 0).unwrap();
+    let flush = guest
+        .mmu
+        .invalidate_page(&guest.processor, &guest.memory.ram, Gva(0x7000));
+    flush.discharge(&mut NoHardware);
+    assert_eq!(guest.hardware(0x3000, USER_READ), None);
+    assert!(matches!(
+        guest.access(0x3000, USER_READ),
+        Err(Outcome::Inject(_))
+    ));
+    guest
+        .memory
+        .ram
+        .store_u64(Gpa(0x1000), 0x2000 | ALL)
+        .unwrap();
+    guest.load();
+    assert!(guest.mmu.pages.all_released().is_empty());
+    assert_eq!(guest.access(0x3000, USER_READ), Ok(HOST + 0x9000));
+    assert_eq!(guest.hardware(0x1000, Access::WRITE), None);
+    guest.check();
+}
+
+#[test]
+fn what_may_linger_is_flushed_before_a_page_is_watched() {
+    let pool = FramePool::new(FRAMES);
+    let mut guest = long_guest(&pool);
+    guest.set(0x4000, 0x5000 | ALL | D);
+    assert_eq!(guest.access(0, USER_WRITE), Ok(HOST + 0x5000));
+    // Dropped here; another processor may still write to page 5 by what it has cached.
+    guest.memory.ram.store_u64(Gpa(0x4000), 0).unwrap();
+    let flush = guest
+        .mmu
+        .invalidate_page(&guest.processor, &guest.memory.ram, Gva(0));
+    flush.discharge(&mut NoHardware);
+    guest.set(0x3008, 0x5000 | ALL);
+    guest
+        .memory
+        .ram
+        .store_u64(Gpa(0x5000), 0x9000 | ALL)
+        .unwrap();
+    let flush = guest.mmu.fault(
+        &guest.processor,
+        &guest.memory.ram,
+        &guest.memory,
+        &guest.state,
+        Gva(2 << 20),
+        USER_READ,
+    );
+    let flush = flush.unwrap();
+    assert!(flush.scope().is_some(), "page 5 is a table now");
+    flush.discharge(&mut NoHardware);
+    let flush = guest.mmu.forget(Gpa(0xA000), 0x1000);
+    assert_eq!(flush.scope(), None, "nothing lingers any more");
+    flush.discharge(&mut NoHardware);
 }
 
 #[test]
@@ -588,6 +667,9 @@ enum Op {
     Forget {
         frame: u64,
     },
+    Release {
+        table: u64,
+    },
     Junk {
         table: u64,
         offset: u64,
@@ -609,6 +691,7 @@ fn op() -> impl Strategy<Value = Op> {
         1 => (any::<bool>(), any::<bool>())
             .prop_map(|(write_protect, smep)| Op::Controls { write_protect, smep }),
         1 => (0..12u64).prop_map(|frame| Op::Forget { frame }),
+        1 => (1..7u64).prop_map(|table| Op::Release { table }),
         1 => (1..7u64, 0..0xFFEu64).prop_map(|(table, offset)| Op::Junk { table, offset }),
     ]
 }
@@ -656,6 +739,9 @@ proptest! {
                         stale |= pages.is_table(table);
                     }
                 }
+                Op::Release { table } => {
+                    guest.mmu.release(Gpa(table << 12)).discharge(&mut NoHardware);
+                }
                 Op::Junk { table, offset } => {
                     let at = (table << 12) + offset;
                     guest.memory.ram.write(Gpa(at), &[0, 0]).unwrap();
@@ -663,7 +749,7 @@ proptest! {
                 }
                 Op::Access { gva, access, invlpg } => {
                     if stale && invlpg {
-                        let flush = guest.mmu.invalidate_page(&guest.processor, Gva(gva));
+                        let flush = guest.mmu.invalidate_page(&guest.processor, &guest.memory.ram, Gva(gva));
                         flush.discharge(&mut NoHardware);
                     } else if stale {
                         guest.load();

@@ -1,6 +1,8 @@
-//! The program's own command line: `memory=MIB vcpus=N guests=N nested timeout=SECONDS stats verbose -- guest command line`.
+//! The program's own command line: `memory=MIB vcpus=N guests=N nested paging=nested|shadow timeout=SECONDS stats verbose -- guest command line`.
 
 use core::fmt;
+
+use testudo_machine::paging::Paging;
 
 use crate::devices::args::DeviceArgs;
 
@@ -15,6 +17,8 @@ pub(crate) struct Args<'a> {
     pub(crate) guests: usize,
     /// Whether the guest may be a hypervisor itself.
     pub(crate) nested: bool,
+    /// How its memory is put behind its paging; `None` takes what the processor has.
+    pub(crate) paging: Option<Paging>,
     /// How many seconds the guest may run.
     pub(crate) timeout_s: Option<u64>,
     /// Whether to print what the exits cost.
@@ -35,7 +39,7 @@ impl fmt::Display for BadWord<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "`{}` is not understood; write `memory=MIB vcpus=N guests=N nested timeout=SECONDS stats verbose DEVICES -- GUEST COMMAND LINE`, \
+            "`{}` is not understood; write `memory=MIB vcpus=N guests=N nested paging=nested|shadow timeout=SECONDS stats verbose DEVICES -- GUEST COMMAND LINE`, \
              DEVICES being of `{}`",
             self.0,
             DeviceArgs::USAGE
@@ -51,6 +55,7 @@ impl<'a> Args<'a> {
             vcpus: 1,
             guests: 1,
             nested: false,
+            paging: None,
             timeout_s: None,
             stats: false,
             verbose: false,
@@ -68,6 +73,8 @@ impl<'a> Args<'a> {
                     break;
                 }
                 None if word == "nested" => args.nested = true,
+                Some(("paging", "nested")) => args.paging = Some(Paging::Nested),
+                Some(("paging", "shadow")) => args.paging = Some(Paging::Shadow),
                 None if word == "stats" => args.stats = true,
                 None if word == "verbose" => args.verbose = true,
                 Some(("memory", mib)) => match mib.parse() {

@@ -2,11 +2,13 @@
 
 use alloc::boxed::Box;
 use alloc::sync::Arc;
+use core::fmt;
 
 use testudo_arch::apic::ApicPage;
 use testudo_arch::cpuid::Cpuid;
 use testudo_arch::memory::GuestRam;
-use testudo_machine::{Stop, Vcpu};
+use testudo_machine::paging::Paging;
+use testudo_machine::{Host, Stop, Vcpu};
 use testudo_svm::caps::SvmUnavailable;
 use testudo_vmx::caps::NoVmx;
 
@@ -24,12 +26,16 @@ pub(crate) enum BackendError {
     Vmx(#[from] VmxError),
     #[error("guests cannot be hypervisors here: this program offers that on AMD-V only")]
     NoNesting,
+    #[error("a guest on shadow paging cannot be a hypervisor itself")]
+    NoNestingOnShadow,
+    #[error("shadow paging: this program offers that on AMD-V only")]
+    NoShadow,
 }
 
 /// What the processor has.
 pub(crate) enum Backend {
     /// AMD-V.
-    Svm(SvmBackend),
+    Svm(Box<SvmBackend>),
     /// Intel VT-x.
     Vmx(Box<VmxBackend>),
 }
@@ -44,11 +50,17 @@ pub(crate) trait Work {
 }
 
 impl Backend {
-    /// The backend for this processor, with the tables through which a guest reaches `ram`.
-    pub(crate) fn new(cpuid: &Cpuid, ram: &GuestRam) -> Result<Self, BackendError> {
-        match SvmBackend::new(cpuid, ram) {
-            Ok(svm) => Ok(Self::Svm(svm)),
+    /// The backend for this processor, with the tables through which a guest reaches `ram`. `paging`
+    /// is what was asked for.
+    pub(crate) fn new(
+        cpuid: &Cpuid,
+        ram: &GuestRam,
+        paging: Option<Paging>,
+    ) -> Result<Self, BackendError> {
+        match SvmBackend::new(cpuid, ram, paging) {
+            Ok(svm) => Ok(Self::Svm(Box::new(svm))),
             Err(SvmError::Unavailable(no_svm)) => match VmxBackend::new(ram) {
+                Ok(_) if paging == Some(Paging::Shadow) => Err(BackendError::NoShadow),
                 Ok(vmx) => Ok(Self::Vmx(Box::new(vmx))),
                 Err(VmxError::Unavailable(no_vmx @ NoVmx::NotSupported)) => {
                     Err(BackendError::Neither(no_svm, no_vmx))
@@ -59,8 +71,41 @@ impl Backend {
         }
     }
 
+    /// How the guest's memory is put behind its paging.
+    pub(crate) fn paging(&self) -> Paging {
+        match self {
+            Self::Svm(svm) => svm.paging(),
+            Self::Vmx(_) => Paging::Nested,
+        }
+    }
+
+    /// Prepares shadow paging for a guest with these CPUID answers.
+    pub(crate) fn enable_shadow(
+        &mut self,
+        host: Arc<dyn Host>,
+        guest: &Cpuid,
+        ram: &GuestRam,
+        vcpus: usize,
+    ) {
+        match self {
+            Self::Svm(svm) => svm.enable_shadow(host, guest, ram, vcpus),
+            Self::Vmx(_) => {}
+        }
+    }
+
+    /// What shadow paging did, if it was used.
+    pub(crate) fn shadow_figures(&self) -> Option<&dyn fmt::Display> {
+        match self {
+            Self::Svm(svm) => svm.shadow_figures(),
+            Self::Vmx(_) => None,
+        }
+    }
+
     /// Puts into `processor` what a guest hypervisor may know of the extension.
     pub(crate) fn offer_nested(&self, processor: &mut Cpuid) -> Result<(), BackendError> {
+        if self.paging() == Paging::Shadow {
+            return Err(BackendError::NoNestingOnShadow);
+        }
         match self {
             Self::Svm(svm) => {
                 svm.offer_nested(processor);

@@ -2,6 +2,9 @@
 
 use core::sync::atomic::{AtomicU64, Ordering};
 
+use alloc::vec::Vec;
+
+use spin::Mutex;
 use testudo_arch::{FrameAlloc, FrameMem, Hpa, PAGE_SIZE};
 use testudo_rt::memory;
 
@@ -44,5 +47,43 @@ impl FrameMem for Frames {
     fn compare_exchange(&self, entry: Hpa, current: u64, new: u64) -> Result<u64, u64> {
         let entry = Self::entry(entry);
         entry.compare_exchange(current, new, Ordering::AcqRel, Ordering::Acquire)
+    }
+}
+
+/// Frames for tables that come and go often: what is given back is kept for the next.
+#[derive(Debug, Default)]
+pub(crate) struct FrameStack(Mutex<Vec<Hpa>>);
+
+// SAFETY: a frame comes from `Frames`, zeroed, or from its last owner, and is zeroed again.
+unsafe impl FrameAlloc for FrameStack {
+    fn alloc(&self) -> Option<Hpa> {
+        let frame = match self.0.lock().pop() {
+            Some(frame) => frame,
+            None => return Frames.alloc(),
+        };
+        // SAFETY: `Frames` gave it out, and its owner is done with it.
+        unsafe { core::ptr::write_bytes(frame.0 as *mut u8, 0, PAGE_SIZE as usize) };
+        Some(frame)
+    }
+
+    fn free(&self, frame: Hpa) {
+        self.0.lock().push(frame);
+    }
+}
+
+impl FrameMem for FrameStack {
+    #[inline]
+    fn load(&self, entry: Hpa) -> u64 {
+        Frames.load(entry)
+    }
+
+    #[inline]
+    fn store(&self, entry: Hpa, value: u64) {
+        Frames.store(entry, value);
+    }
+
+    #[inline]
+    fn compare_exchange(&self, entry: Hpa, current: u64, new: u64) -> Result<u64, u64> {
+        Frames.compare_exchange(entry, current, new)
     }
 }

@@ -32,6 +32,7 @@ use testudo_arch::cpuid::Cpuid;
 use testudo_arch::memory::GuestRam;
 use testudo_machine::boot::{BootState, Module};
 use testudo_machine::irq::Lapic;
+use testudo_machine::paging::{self, Paging};
 use testudo_machine::stats::ExitStats;
 use testudo_machine::{Host, Machine, MachineConfig, Stop, Vcpu, VcpuLoop, layout};
 use testudo_rt::{self as rt, Boot, println};
@@ -107,8 +108,17 @@ fn prepare(
     }
     let cpuid = Cpuid::of_this_processor();
     let ram = reserve(args.memory_mib << 20, &cpuid)?;
-    let mut backend = Backend::new(&cpuid, &ram).map_err(|e| e.to_string())?;
+    let mut backend = Backend::new(&cpuid, &ram, args.paging).map_err(|e| e.to_string())?;
     let mut processor = cpuid.clone();
+    let shadow = backend.paging() == Paging::Shadow;
+    if shadow {
+        if args.paging.is_none() {
+            println!(
+                "testudo: this processor has no nested paging; the guest runs on shadow paging"
+            );
+        }
+        paging::hide_from_guests(&mut processor);
+    }
     if args.nested {
         backend
             .offer_nested(&mut processor)
@@ -137,9 +147,18 @@ fn prepare(
             ethernet,
         },
     );
-    let (machine, lapics) =
-        Machine::with_devices(config, ram.clone(), host, &processor, console, devices)
-            .map_err(|e| e.to_string())?;
+    let (machine, lapics) = Machine::with_devices(
+        config,
+        ram.clone(),
+        host.clone(),
+        &processor,
+        console,
+        devices,
+    )
+    .map_err(|e| e.to_string())?;
+    if shadow {
+        backend.enable_shadow(host, machine.cpuid(), &ram, args.vcpus);
+    }
     if args.nested {
         backend
             .enable_nested(machine.cpuid())
@@ -239,6 +258,9 @@ fn finish(guest: &Shared, args: &Args<'_>) -> u8 {
     };
     if args.stats {
         println!("{}", *guest.stats.lock());
+        if let Some(figures) = guest.backend.shadow_figures() {
+            println!("{figures}");
+        }
     }
     guest.backends.finish(args.stats);
     if !stop.reason.is_orderly() || args.verbose {

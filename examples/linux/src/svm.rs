@@ -1,27 +1,31 @@
 //! The machine's processors as AMD-V offers them.
 
 use alloc::boxed::Box;
+use alloc::sync::Arc;
+use core::fmt;
 
 use testudo_arch::cpuid::Cpuid;
 use testudo_arch::memory::GuestRam;
 use testudo_arch::{FrameAlloc, Hpa, PageSize};
 use testudo_ept::format::npt::{Npt, NptFlags};
 use testudo_ept::{Format, PageTable, Rights};
+use testudo_machine::Host;
 use testudo_machine::backend::svm::{
-    Flusher, NestedParts, SvmPlace, SvmTables, SvmVcpu, open_direct_msrs,
+    Flusher, NestedParts, ShadowPlace, SvmPlace, SvmTables, SvmVcpu, open_direct_msrs,
 };
+use testudo_machine::paging::{self, Paging, ShadowPaging};
 use testudo_machine::policy::cpuid::XCR0_ALLOWED;
 use testudo_nested::svm::{
     ComposedParts, ComposedStage, Host as NestedHost, NestedSvm, Pages, leaf_8000_000a, offer,
 };
-use testudo_svm::caps::{SvmCaps, SvmUnavailable};
+use testudo_svm::caps::{Features, SvmCaps, SvmUnavailable};
 use testudo_svm::hw::{
     EnableError, HeldInterrupts, HostFrames, ResidentRegisters, ResidentUnsupported, Svm, VmcbFrame,
 };
 use testudo_svm::permission::{IoPermissionMap, MsrPermissionMap};
 use testudo_svm::vmcb::Vmcb;
 
-use crate::frames::Frames;
+use crate::frames::{FrameStack, Frames};
 
 /// What composes the nested page tables of a guest's own guests.
 pub(crate) type Stage = ComposedStage<'static, GuestRam, Frames, Frames, Flusher>;
@@ -35,8 +39,16 @@ pub(crate) enum SvmError {
     Enable(#[from] EnableError),
     #[error(transparent)]
     Resident(#[from] ResidentUnsupported),
+    #[error("this processor has no nested paging")]
+    NoNestedPaging,
     #[error("no memory is left for the tables")]
     NoMemory,
+}
+
+/// Shadow paging over the memory that the table maps.
+struct Shadow {
+    tables: ShadowPaging<FrameStack, GuestRam, Arc<PageTable<Npt, Frames>>>,
+    cr4: u64,
 }
 
 /// What all processors share.
@@ -44,7 +56,9 @@ pub(crate) struct SvmBackend {
     caps: SvmCaps,
     /// What a nested guest hypervisor is told that its processor offers.
     nested_caps: Option<SvmCaps>,
-    table: PageTable<Npt, Frames>,
+    table: Arc<PageTable<Npt, Frames>>,
+    paging: Paging,
+    shadow: Option<Shadow>,
     msr_permissions: Box<MsrPermissionMap>,
     io_permissions: Box<IoPermissionMap>,
     tables: SvmTables,
@@ -52,8 +66,17 @@ pub(crate) struct SvmBackend {
 
 impl SvmBackend {
     /// Builds the tables through which a guest reaches `ram` and nothing else.
-    pub(crate) fn new(cpuid: &Cpuid, ram: &GuestRam) -> Result<Self, SvmError> {
+    pub(crate) fn new(
+        cpuid: &Cpuid,
+        ram: &GuestRam,
+        paging: Option<Paging>,
+    ) -> Result<Self, SvmError> {
         let caps = SvmCaps::from_cpuid(cpuid)?;
+        let paging = match (paging, caps.has(Features::NP)) {
+            (Some(Paging::Nested), false) => return Err(SvmError::NoNestedPaging),
+            (None, false) => Paging::Shadow,
+            (paging, _) => paging.unwrap_or(Paging::Nested),
+        };
         let format = Npt::new(caps.physical_address_bits);
         let flags = format.flags(Rights::all()).unwrap_or(NptFlags::empty());
         let table = PageTable::new(format, Frames).ok_or(SvmError::NoMemory)?;
@@ -73,11 +96,39 @@ impl SvmBackend {
         Ok(Self {
             caps,
             nested_caps: None,
-            table,
+            table: Arc::new(table),
+            paging,
+            shadow: None,
             msr_permissions,
             io_permissions,
             tables,
         })
+    }
+
+    /// How the guest's memory is put behind its paging.
+    pub(crate) fn paging(&self) -> Paging {
+        self.paging
+    }
+
+    /// Prepares shadow paging for a guest with these CPUID answers.
+    pub(crate) fn enable_shadow(
+        &mut self,
+        host: Arc<dyn Host>,
+        guest: &Cpuid,
+        ram: &GuestRam,
+        vcpus: usize,
+    ) {
+        let (frames, limit) = (FrameStack::default(), paging::table_limit(ram));
+        let (memory, backing) = (ram.clone(), self.table.clone());
+        self.shadow = Some(Shadow {
+            tables: ShadowPaging::new(frames, limit, memory, backing, host, vcpus),
+            cr4: paging::allowed_cr4(guest),
+        });
+    }
+
+    /// What shadow paging did, if it was used.
+    pub(crate) fn shadow_figures(&self) -> Option<&dyn fmt::Display> {
+        self.shadow.as_ref().map(|shadow| &shadow.tables as _)
     }
 
     /// Puts into `processor` what a guest hypervisor may know of SVM.
@@ -110,7 +161,7 @@ impl SvmBackend {
         let bytes: u64 = ram.ranges().map(|(_, len, _)| len).sum();
         let parts = ComposedParts {
             memory: ram,
-            inner: &self.table,
+            inner: &*self.table,
             frames: Frames,
             format: Npt::new(self.caps.physical_address_bits),
             l1_format: Npt::new(l1_caps.physical_address_bits),
@@ -161,6 +212,14 @@ impl SvmBackend {
         // SAFETY: `new` made the tables, which reach `ram` only, and this value keeps them; each
         // vCPU has its processor to itself.
         let mut vcpu = unsafe { SvmVcpu::new(place, ram) };
+        if let Some(Shadow { tables, cr4 }) = &self.shadow {
+            vcpu = vcpu.with_shadow_paging(ShadowPlace {
+                tables,
+                vcpu: number,
+                cr4: *cr4,
+                physical_bits: self.caps.physical_address_bits,
+            });
+        }
         if let Some(l1_caps) = &self.nested_caps {
             vcpu = vcpu.with_nested(self.nested(ram, l1_caps)?);
         }

@@ -1,5 +1,9 @@
 //! The processor modes behind [`Vcpu`](crate::Vcpu).
 
+#[cfg(any(feature = "svm", feature = "vmx"))]
+mod mode;
+#[cfg(any(feature = "svm", feature = "vmx"))]
+pub(crate) mod paging;
 #[cfg(feature = "svm")]
 pub mod svm;
 #[cfg(feature = "vmx")]

@@ -30,6 +30,7 @@ impl<C: Cpu + ?Sized> Execution<'_, C> {
         }
         let mnemonic = self.instruction.mnemonic();
         match mnemonic {
+            Mnemonic::Mov if self.is_control_move() => self.move_control(),
             Mnemonic::Mov | Mnemonic::Movnti => self.mov(),
             Mnemonic::Movzx => self.load(|value, _| value),
             Mnemonic::Movsx | Mnemonic::Movsxd => self.load(alu::sign_extend),
@@ -61,6 +62,10 @@ impl<C: Cpu + ?Sized> Execution<'_, C> {
             Mnemonic::Pop => self.pop(),
             Mnemonic::Call | Mnemonic::Jmp => self.branch(mnemonic),
             Mnemonic::In | Mnemonic::Out => self.port(mnemonic),
+            Mnemonic::Smsw => self.store_machine_status(),
+            Mnemonic::Lmsw => self.load_machine_status(),
+            Mnemonic::Clts => self.clear_task_switched(),
+            Mnemonic::Invlpg => self.invalidate_page(),
             // Hints, which do nothing to memory.
             Mnemonic::Nop
             | Mnemonic::Prefetchnta

@@ -6,8 +6,8 @@
 //! them. [`length()`] only measures an instruction, for processors that do not tell its length.
 //!
 //! Covered are moves of all kinds (also SSE's), arithmetic, bit operations, exchanges, string
-//! instructions, stack and branch operands, and ports. Not covered are the x87 FPU, MMX and AVX,
-//! multiplication and division, and far branches: [`EmulateError::Unsupported`]. Alignment checks
+//! instructions, stack and branch operands, ports, control registers and INVLPG. Not covered are the
+//! x87 FPU, MMX and AVX, multiplication and division, and far branches: [`EmulateError::Unsupported`]. Alignment checks
 //! (`#AC`) are not made.
 //!
 //! Work is bounded: one call executes at most [`MAX_ITERATIONS`] iterations, and no guest input
@@ -18,6 +18,7 @@ mod execute;
 mod length;
 mod operand;
 mod string;
+mod system;
 mod vector;
 
 use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction};
@@ -105,6 +106,40 @@ pub trait Cpu {
     /// The width of a canonical address: 48, or 57 with CR4.LA57.
     fn linear_bits(&self) -> u8 {
         48
+    }
+
+    /// The privilege level, for instructions that only the supervisor has.
+    fn cpl(&self) -> u8 {
+        0
+    }
+
+    /// CR0, CR2, CR3, CR4 or CR8; `None` if this CPU does not show it.
+    fn control_register(&self, _number: u8) -> Option<u64> {
+        None
+    }
+
+    /// Writes such a register.
+    ///
+    /// # Errors
+    ///
+    /// The fault that a MOV of this value raises. By default `#UD`, as of a register that is not there.
+    fn set_control_register(&mut self, _number: u8, _value: u64) -> Result<(), Fault> {
+        Err(Fault::UD)
+    }
+
+    /// INVLPG of the page at a canonical address.
+    ///
+    /// # Errors
+    ///
+    /// By default `#UD`, as where there is no such instruction.
+    fn invalidate_page(&mut self, _address: Gva) -> Result<(), Fault> {
+        Err(Fault::UD)
+    }
+
+    /// Whether the processor can as well execute a repeated string instruction itself, which is
+    /// then [`EmulateError::Unsupported`].
+    fn repeats_natively(&self) -> bool {
+        false
     }
 
     /// Copies code bytes from a linear address and returns how many: at least one, and as many as

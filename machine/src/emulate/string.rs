@@ -83,6 +83,9 @@ impl<C: Cpu + ?Sized> Execution<'_, C> {
             self.iterate(operation, size, address_mask)?;
             return Ok(self.done());
         }
+        if self.cpu.repeats_natively() {
+            return Err(Stop::Unsupported);
+        }
         for _ in 0..MAX_ITERATIONS {
             let count = self.cpu.gprs()[Gpr::Rcx] & address_mask;
             if count == 0 {

@@ -23,6 +23,10 @@ struct TestCpu {
     writes: Vec<(u64, Vec<u8>)>,
     ports: Vec<(u16, Vec<u8>)>,
     xmm: [u128; 16],
+    cpl: u8,
+    controls: [u64; 9],
+    invalidated: Vec<Gva>,
+    native_repeats: bool,
     /// How many times another processor is faster in a locked exchange.
     races: u32,
 }
@@ -43,6 +47,10 @@ impl TestCpu {
             writes: Vec::new(),
             ports: Vec::new(),
             xmm: [0; 16],
+            cpl: 0,
+            controls: [0; 9],
+            invalidated: Vec::new(),
+            native_repeats: false,
             races: 0,
         };
         cpu.segments[1] = Segment::flat(8, SegmentAttributes::CODE32);
@@ -120,6 +128,26 @@ impl Cpu for TestCpu {
     }
     fn segment(&self, register: SegmentRegister) -> Segment {
         self.segments[register as usize]
+    }
+    fn cpl(&self) -> u8 {
+        self.cpl
+    }
+    fn control_register(&self, number: u8) -> Option<u64> {
+        self.controls.get(usize::from(number)).copied()
+    }
+    fn set_control_register(&mut self, number: u8, value: u64) -> Result<(), Fault> {
+        if value >> 63 != 0 {
+            return Err(Fault::GP0);
+        }
+        self.controls[usize::from(number)] = value;
+        Ok(())
+    }
+    fn invalidate_page(&mut self, address: Gva) -> Result<(), Fault> {
+        self.invalidated.push(address);
+        Ok(())
+    }
+    fn repeats_natively(&self) -> bool {
+        self.native_repeats
     }
     fn fetch(&mut self, address: Gva, code: &mut [u8]) -> Result<usize, Fault> {
         let from = self
@@ -1001,4 +1029,88 @@ fn instruction_pointers_have_the_width_of_their_mode() {
     cpu.segments[1].limit = 0xFFFF;
     assert_eq!(step(&mut cpu), Ok(Outcome::Done));
     assert_eq!(cpu.rip, 0);
+}
+
+#[test]
+fn control_registers_are_moved_in_the_modes_width() {
+    // mov cr3, rax; mov rdx, cr4; mov cr0, r9
+    let mut cpu = TestCpu::long(&[0x0F, 0x22, 0xD8]);
+    cpu.gprs.rax = 0x12_3456_7000;
+    assert_eq!(cpu.done().controls[3], 0x12_3456_7000);
+    let mut cpu = TestCpu::long(&[0x0F, 0x20, 0xE2]);
+    cpu.controls[4] = 0x7_0000_0020;
+    assert_eq!(cpu.done().gprs.rdx, 0x7_0000_0020);
+    let mut cpu = TestCpu::long(&[0x41, 0x0F, 0x22, 0xC1]);
+    cpu.gprs.r9 = 0x8001_0011;
+    assert_eq!(cpu.done().controls[0], 0x8001_0011);
+    let mut cpu = TestCpu::new(CpuMode::Protected32, &[0x0F, 0x22, 0xD8]);
+    cpu.gprs.rax = 0xF_0000_1000;
+    assert_eq!(cpu.done().controls[3], 0x1000);
+    // A value that the register refuses, and user mode.
+    let mut cpu = TestCpu::long(&[0x0F, 0x22, 0xE0]);
+    cpu.gprs.rax = 1 << 63;
+    cpu.faults(Fault::GP0);
+    for code in [
+        &[0x0F, 0x22, 0xD8][..],
+        &[0x0F, 0x20, 0xD8],
+        &[0x0F, 0x06],
+        &[0x0F, 0x01, 0xF0],
+        &[0x0F, 0x01, 0x38],
+    ] {
+        let mut cpu = TestCpu::long(code);
+        cpu.cpl = 3;
+        cpu.faults(Fault::GP0);
+    }
+}
+
+#[test]
+fn the_machine_status_word_is_the_low_end_of_cr0() {
+    // lmsw ax: PE can be set and not cleared.
+    for (old, word, new) in [
+        (0x6000_0010, 0xFFFF, 0x6000_001F),
+        (0x6000_001F, 0, 0x6000_0011),
+    ] {
+        let mut cpu = TestCpu::long(&[0x0F, 0x01, 0xF0]);
+        (cpu.controls[0], cpu.gprs.rax) = (old, word);
+        assert_eq!(cpu.done().controls[0], new);
+    }
+    // smsw eax; smsw [rdi], by user mode too
+    let mut cpu = TestCpu::long(&[0x0F, 0x01, 0xE0]);
+    (cpu.cpl, cpu.controls[0]) = (3, 0x8005_0033);
+    assert_eq!(cpu.done().gprs.rax, 0x8005_0033);
+    let mut cpu = TestCpu::long(&[0x0F, 0x01, 0x27]);
+    (cpu.controls[0], cpu.gprs.rdi) = (0x8005_0033, 0x2000);
+    assert_eq!(cpu.done().writes, [(0x2000, vec![0x33, 0])]);
+    // clts
+    let mut cpu = TestCpu::long(&[0x0F, 0x06]);
+    cpu.controls[0] = 0x8005_003B;
+    assert_eq!(cpu.done().controls[0], 0x8005_0033);
+}
+
+#[test]
+fn pages_are_invalidated_without_an_access() {
+    // invlpg [rax]; invlpg gs:[rax + 0x10]
+    let mut cpu = TestCpu::long(&[0x0F, 0x01, 0x38]);
+    cpu.gprs.rax = 0xFFFF_8000_0000_1234;
+    assert_eq!(cpu.done().invalidated, [Gva(0xFFFF_8000_0000_1234)]);
+    assert!(cpu.reads.is_empty());
+    let mut cpu = TestCpu::long(&[0x65, 0x0F, 0x01, 0x78, 0x10]);
+    cpu.segments[5].base = 0x10_0000;
+    cpu.gprs.rax = 0x2000;
+    assert_eq!(cpu.done().invalidated, [Gva(0x10_2010)]);
+    // An address that is not canonical does nothing.
+    let mut cpu = TestCpu::long(&[0x0F, 0x01, 0x38]);
+    cpu.gprs.rax = 1 << 60;
+    assert!(cpu.done().invalidated.is_empty());
+}
+
+#[test]
+fn repeated_stores_are_left_to_a_processor_that_can_make_them() {
+    let mut cpu = TestCpu::long(&[0xF3, 0xAA]);
+    (cpu.gprs.rdi, cpu.gprs.rcx, cpu.native_repeats) = (0x2000, 2, true);
+    assert!(matches!(
+        step(&mut cpu),
+        Err(EmulateError::Unsupported { .. })
+    ));
+    assert!(cpu.writes.is_empty());
 }

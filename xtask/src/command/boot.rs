@@ -58,6 +58,25 @@ impl Backend {
     }
 }
 
+/// How a guest's memory is put behind its own paging.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Paging {
+    /// By the processor: NPT or EPT
+    Nested,
+    /// By tables that the hypervisor makes from the guest's
+    Shadow,
+}
+
+impl Paging {
+    /// The hypervisor's argument.
+    pub(super) fn word(self) -> &'static str {
+        match self {
+            Self::Nested => " paging=nested",
+            Self::Shadow => " paging=shadow",
+        }
+    }
+}
+
 /// Boot a guest kernel on a bare-metal hypervisor made of the project's crates.
 ///
 /// Without --kernel, Debian's own kernel for virtual machines is fetched, checked and booted. The exit
@@ -100,6 +119,12 @@ pub(crate) struct Boot {
     /// Let the guest be a hypervisor itself
     #[arg(long)]
     nested: bool,
+    /// How the guest's memory is put behind its paging [default: nested where the processor can]
+    #[arg(long, value_enum)]
+    paging: Option<Paging>,
+    /// Have the emulated processor lack nested paging
+    #[arg(long)]
+    no_nested_paging: bool,
 
     #[command(flatten)]
     devices: Devices,
@@ -164,6 +189,7 @@ impl Boot {
         let guest = self.guest(&devices.drivers)?;
         let mut machine = Machine {
             cpu,
+            nested_paging: !self.no_nested_paging,
             processors: self
                 .processors
                 .unwrap_or(self.vcpus.saturating_mul(self.guests)),
@@ -186,6 +212,7 @@ impl Boot {
         if self.nested {
             command_line.push_str(" nested");
         }
+        command_line.push_str(self.paging.map_or("", Paging::word));
         command_line.push_str(&limit(&mut machine));
         if self.stats {
             command_line.push_str(" stats");

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use super::boot::{Backend, HYPERVISOR, machine_memory};
+use super::boot::{Backend, HYPERVISOR, Paging, machine_memory};
 use crate::bare::{self, Payload};
 use crate::debian;
 use crate::emulator::{Cpu, Kind, Machine, Program};
@@ -39,7 +39,11 @@ enum What {
     /// Exit and resume, by kind of exit, as a guest sees it
     Exits,
     /// A Linux boot to its first process under the hypervisor, against the same without it
-    Boot,
+    Boot {
+        /// How the guest's memory is put behind its paging; shadow is compared with nested too
+        #[arg(long, value_enum, default_value = "nested")]
+        paging: Paging,
+    },
 }
 
 impl Measure {
@@ -47,7 +51,7 @@ impl Measure {
         run::set_verbose(self.verbose);
         let figures = match self.what {
             What::Exits => self.exits()?,
-            What::Boot => self.boot()?,
+            What::Boot { paging } => self.boot(paging)?,
         };
         if self.json {
             let members: Vec<String> = figures
@@ -90,8 +94,9 @@ impl Measure {
         Ok(figures)
     }
 
-    /// Boots Linux twice and compares the instructions that the emulator executed in all.
-    fn boot(&self) -> Result<Vec<(String, String)>> {
+    /// Boots Linux twice, or for shadow paging three times, and compares the instructions that the
+    /// emulator executed in all.
+    fn boot(&self, paging: Paging) -> Result<Vec<(String, String)>> {
         const MEMORY: u64 = 512;
         if self.backend.emulator() != Kind::Qemu {
             bail!("instructions are counted on QEMU, and this backend runs on another emulator");
@@ -132,7 +137,7 @@ impl Measure {
             MARK,
         )?;
         let payload = Payload {
-            command_line: format!("memory={MEMORY} vcpus=1 -- {command_line}"),
+            command_line: String::new(),
             modules: vec![
                 ("kernel vmlinuz".into(), image),
                 ("initrd default".into(), disk),
@@ -141,21 +146,34 @@ impl Measure {
         let modules = folder.file("modules");
         fs::write(&modules, payload.container(false))?;
         let hypervisor = bare::build(HYPERVISOR)?;
-        run::progress("booting under the hypervisor");
-        let under = machine(machine_memory(1, MEMORY, &payload)).count(
-            &Program {
-                kernel: hypervisor,
-                initrd: Some(modules),
-                command_line: payload.command_line,
-            },
-            MARK,
-        )?;
-        let ratio = under as f64 / direct as f64;
-        Ok(vec![
-            ("ratio".into(), format!("{ratio:.3}")),
-            ("instructions".into(), under.to_string()),
+        let under = |paging: Paging| {
+            run::progress(format_args!(
+                "booting under the hypervisor,{}",
+                paging.word()
+            ));
+            let word = paging.word();
+            machine(machine_memory(1, MEMORY, &payload)).count(
+                &Program {
+                    kernel: hypervisor.clone(),
+                    initrd: Some(modules.clone()),
+                    command_line: format!("memory={MEMORY} vcpus=1{word} -- {command_line}"),
+                },
+                MARK,
+            )
+        };
+        let count = under(paging)?;
+        let ratio = |against: u64| format!("{:.3}", count as f64 / against as f64);
+        let mut figures = vec![
+            ("ratio".into(), ratio(direct)),
+            ("instructions".into(), count.to_string()),
             ("instructions_direct".into(), direct.to_string()),
-        ])
+        ];
+        if paging == Paging::Shadow {
+            let nested = under(Paging::Nested)?;
+            figures.push(("ratio_nested".into(), ratio(nested)));
+            figures.push(("instructions_nested".into(), nested.to_string()));
+        }
+        Ok(figures)
     }
 }
 

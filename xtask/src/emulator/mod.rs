@@ -48,6 +48,8 @@ pub(crate) enum Loader {
 pub(crate) struct Machine {
     pub(crate) kind: Kind,
     pub(crate) cpu: Cpu,
+    /// Whether the processor has nested paging.
+    pub(crate) nested_paging: bool,
     pub(crate) loader: Loader,
     pub(crate) processors: u32,
     /// Memory in MiB.
@@ -81,6 +83,7 @@ impl Machine {
         Self {
             kind,
             cpu: Cpu::Svm,
+            nested_paging: true,
             loader: Loader::Direct,
             processors: 1,
             memory: 512,

@@ -25,11 +25,16 @@ fn command(machine: &Machine) -> Result<Command> {
         package: "qemu-system-x86",
     }])?;
     let mut qemu = Command::new("qemu-system-x86_64");
+    let model = if machine.nested_paging {
+        "max,+svm,+npt"
+    } else {
+        "max,+svm,-npt"
+    };
     qemu.args([
         "-accel",
         "tcg",
         "-cpu",
-        "max,+svm,+npt",
+        model,
         "-display",
         "none",
         "-no-reboot",

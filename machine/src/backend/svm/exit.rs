@@ -22,6 +22,7 @@ impl<M: GuestMemory, S: SecondStage> SvmVcpu<'_, M, S> {
         if self.nested.is_some() {
             self.prepare_l1();
         }
+        self.enter_gate();
         // SAFETY: `new` set the intercepts that `enter` lists, and nothing removes one but the
         // nested layer, where the processor virtualizes what they guard; the rest is what the
         // caller of `new` promised.
@@ -29,6 +30,7 @@ impl<M: GuestMemory, S: SecondStage> SvmVcpu<'_, M, S> {
         unsafe {
             self.processor.enter(&mut self.vmcb01, &mut self.registers);
         }
+        self.leave_gate();
         self.vmcb01.set_event_inj(RawEvent::NONE);
         self.next_rip = if self.saves_next_rip {
             self.vmcb01.n_rip()
@@ -45,6 +47,9 @@ impl<M: GuestMemory, S: SecondStage> SvmVcpu<'_, M, S> {
     pub(super) fn settle(&mut self) -> Option<VmExit> {
         let exit = Exit::read(&self.vmcb01);
         if let Exit::Exception(exception) = exit {
+            if self.shadow.is_some() && exception.vector == Exception::PageFault.vector() {
+                return self.shadow_fault(exception);
+            }
             return self.reflect(exception);
         }
         // An event whose delivery the exit interrupted goes first at the next entry.
@@ -105,6 +110,8 @@ impl<M: GuestMemory, S: SecondStage> SvmVcpu<'_, M, S> {
             Exit::Clgi => return self.svm_instruction(Instruction::Clgi),
             Exit::Skinit => return self.svm_instruction(Instruction::Skinit),
             Exit::Invlpga => return self.svm_instruction(Instruction::Invlpga),
+            Exit::Cr(_) | Exit::Invlpg { .. } if self.shadow.is_some() => VmExit::ControlRegister,
+            Exit::Invpcid { .. } if self.shadow.is_some() => VmExit::Forbidden,
             Exit::Invlpgb { .. }
             | Exit::Tlbsync
             | Exit::Mcommit
@@ -167,11 +174,9 @@ impl<M: GuestMemory, S: SecondStage> SvmVcpu<'_, M, S> {
             return self.next_rip;
         }
         let vmcb = self.vmcb();
-        let key = FetchKey {
-            rip: vmcb.rip(),
-            cr3: vmcb.cr3(),
-            cr4: vmcb.cr4(),
-        };
+        let (cr3, cr4) = self.visible_cr3_and_cr4();
+        let rip = vmcb.rip();
+        let key = FetchKey { rip, cr3, cr4 };
         let long = vmcb.raw_segment(SegmentRegister::Cs).attributes & CS_LONG != 0
             && vmcb.efer() & LMA != 0;
         let length = match self.code_cache.length(&key) {
@@ -184,7 +189,7 @@ impl<M: GuestMemory, S: SecondStage> SvmVcpu<'_, M, S> {
     /// The length of the instruction that exited, from its bytes: in any mode, also across pages.
     #[inline(never)]
     fn measure_instruction(&mut self, key: FetchKey) -> u8 {
-        let system = self.vmcb().system_registers();
+        let system = self.system();
         let mode = system.mode();
         let paging = paging_state(&system, 0, self.physical_bits);
         let linear = match mode {

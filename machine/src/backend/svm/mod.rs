@@ -6,19 +6,20 @@
 //! instructions, XSETBV, and the two exceptions (#DB, #AC) with which a guest could otherwise keep
 //! its processor busy for ever (CVE-2015-5307, CVE-2015-8104).
 //!
+//! With [`SvmVcpu::with_shadow_paging`] it runs without nested paging.
+//!
 //! With [`SvmVcpu::with_nested`] the guest is offered SVM itself. Whatever runs, the guest (L1) or
 //! a guest of its own (L2), has one VMCB that the processor runs it with; everything here is about
 //! that one.
 
 mod exit;
 mod nested;
+mod shadow;
 
 use core::sync::atomic::{AtomicU32, Ordering};
 
 use testudo_arch::regs::SystemRegisters;
-use testudo_arch::{
-    Cr0Flags, Cr4Flags, EferFlags, Event, Gpa, Gprs, GuestMemory, Hpa, Msr, RFlags,
-};
+use testudo_arch::{Cr0Flags, EferFlags, Event, Gpa, Gprs, GuestMemory, Gva, Hpa, Msr, RFlags};
 use testudo_nested::svm::{NoSecondStage, PhysicalEvent, SecondStage};
 use testudo_svm::Vmcb;
 use testudo_svm::asid::{AsidPool, AsidSlot};
@@ -33,6 +34,8 @@ use super::{is_valid_pat, is_valid_xcr0};
 use crate::code_cache::CodeCache;
 use crate::vcpu::{AwaitedInterrupt, Vcpu, VcpuError, VmExit};
 
+use super::paging::GuestPaging;
+pub use super::paging::ShadowPlace;
 use nested::Nested;
 pub use nested::{Flusher, NestedParts};
 
@@ -92,6 +95,7 @@ pub struct SvmVcpu<'a, M, S = NoSecondStage> {
     processor: HeldInterrupts<'a>,
     vmcb01: VmcbFrame<'a>,
     nested: Option<Nested<S>>,
+    shadow: Option<GuestPaging<'a>>,
     asids: AsidPool,
     l1_asid: AsidSlot,
     registers: GuestRegisters,
@@ -174,6 +178,7 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
             processor,
             vmcb01,
             nested: None,
+            shadow: None,
             asids,
             l1_asid,
             registers: GuestRegisters::default(),
@@ -214,6 +219,9 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
     /// EFER as the guest writes it: LMA stays what the processor made it, and LME cannot change
     /// while paging is on (APM vol. 2, 3.1.7 and 14.6.1).
     fn write_efer(&mut self, value: u64) -> bool {
+        if let Some(done) = self.write_shadow_efer(value) {
+            return done;
+        }
         let vmcb = self.vmcb();
         let old = vmcb.efer();
         let paging = vmcb.cr0() & Cr0Flags::PAGING.bits() != 0;
@@ -297,6 +305,9 @@ impl<M: GuestMemory, S: SecondStage> Vcpu for SvmVcpu<'_, M, S> {
                     self.run_l2()
                 }
                 _ => {
+                    if self.shadow.is_some() {
+                        self.shadow_failure()?;
+                    }
                     self.enter_l1();
                     // CPUID needs no more than this, and never interrupts an event.
                     if self.vmcb01.exit_code() == ExitCode::CPUID.0 {
@@ -334,6 +345,10 @@ impl<M: GuestMemory, S: SecondStage> Vcpu for SvmVcpu<'_, M, S> {
     fn system(&self) -> SystemRegisters {
         let mut system = self.vmcb().system_registers();
         system.efer = self.visible_efer();
+        if let Some(shadow) = &self.shadow {
+            (system.cr0, system.cr3, system.cr4) =
+                (shadow.mode().cr0, shadow.cr3(), shadow.mode().cr4);
+        }
         system
     }
 
@@ -341,6 +356,9 @@ impl<M: GuestMemory, S: SecondStage> Vcpu for SvmVcpu<'_, M, S> {
         let efer = system.efer | SVME;
         self.vmcb_mut()
             .set_system_registers(&SystemRegisters { efer, ..*system });
+        if self.shadow.is_some() {
+            self.set_shadow_system(system);
+        }
     }
 
     fn reset(&mut self) {
@@ -428,6 +446,24 @@ impl<M: GuestMemory, S: SecondStage> Vcpu for SvmVcpu<'_, M, S> {
         }
     }
 
+    fn memory_written(&mut self, gpa: Gpa, len: usize) {
+        if let Some(shadow) = &self.shadow {
+            shadow.written(gpa, len);
+        }
+    }
+
+    fn stop_watching(&mut self, gpa: Gpa) -> bool {
+        self.stop_watching_shadow(gpa)
+    }
+
+    fn set_control_register(&mut self, number: u8, value: u64) -> bool {
+        self.write_shadow_register(number, value)
+    }
+
+    fn invalidate_page(&mut self, address: Gva) {
+        self.invalidate_shadow_page(address);
+    }
+
     fn read_msr(&mut self, msr: Msr) -> Option<u64> {
         match msr {
             Msr::EFER => Some(self.visible_efer()),
@@ -478,7 +514,7 @@ impl<M: GuestMemory, S: SecondStage> Vcpu for SvmVcpu<'_, M, S> {
     }
 
     fn pkru(&self) -> u32 {
-        if self.vmcb().cr4() & Cr4Flags::PROTECTION_KEY_USER.bits() == 0 {
+        if !self.uses_keys() {
             return 0;
         }
         // SAFETY: VMRUN refuses CR4.PKE on a processor without protection keys.
@@ -490,7 +526,7 @@ impl<M: GuestMemory, S: SecondStage> Vcpu for SvmVcpu<'_, M, S> {
 
     #[inline]
     fn cr4(&self) -> u64 {
-        self.vmcb().cr4()
+        self.visible_cr3_and_cr4().1
     }
 
     #[inline]

@@ -85,6 +85,9 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
 
     /// EFER as whoever runs reads it.
     pub(super) fn visible_efer(&self) -> u64 {
+        if let Some(shadow) = &self.shadow {
+            return shadow.mode().efer;
+        }
         let efer = self.vmcb().efer();
         match &self.nested {
             Some(nested) => nested.state.visible_efer(efer),

@@ -14,7 +14,7 @@ use testudo_vmx::{fields, state};
 
 use super::apic::APIC_PAGE;
 use super::cache::{self, Cached};
-use super::mode::{LMA, Mode, pdptes_are_valid};
+use super::mode::{LMA, Mode, pdptes_are_valid, read_pdptes};
 use super::{Processor, Refusal, VmxVcpu};
 use crate::vcpu::{MemoryAccess, PortAccess, Vcpu, VcpuError, VmExit};
 
@@ -29,10 +29,6 @@ impl<P: Processor, M: GuestMemory> VmxVcpu<'_, P, M> {
         match basic {
             BasicReason::ExternalInterrupt => {
                 self.processor.take_pending();
-                return Ok(Some(VmExit::Interrupted));
-            }
-            BasicReason::PreemptionTimer => {
-                self.until_timer = 1;
                 return Ok(Some(VmExit::Interrupted));
             }
             BasicReason::ExceptionOrNmi => return self.exception(reason),
@@ -271,14 +267,14 @@ impl<P: Processor, M: GuestMemory> VmxVcpu<'_, P, M> {
             let rights = self.processor.get(fields::GUEST_CS_ACCESS_RIGHTS)?;
             old.with_cr0(value, rights & SegmentAttributes::LONG.bits() != 0)
         } else {
-            old.with_cr4(value, &self.imposed)
+            old.with_cr4(value, self.imposed.cr4_guest)
         };
         let Some(new) = new else {
             self.inject(Event::GP0);
             return Ok(None);
         };
         if new.loads_pdptes(&old) {
-            let pdptes = self.read_pdptes(self.processor.get(fields::GUEST_CR3)?);
+            let pdptes = read_pdptes(self.memory, self.processor.get(fields::GUEST_CR3)?);
             if !pdptes_are_valid(&pdptes, self.caps.processor.physical_address_bits) {
                 self.inject(Event::GP0);
                 return Ok(None);

@@ -9,7 +9,7 @@ use testudo_vmx::controls::{Interruptibility, PrimaryControls};
 use testudo_vmx::{fields, state};
 
 use super::cache::{self, Cached};
-use super::mode::Mode;
+use super::mode::{GUEST_EFER, Mode};
 use super::{CPUID, Processor, VmxVcpu};
 use crate::backend::{is_valid_pat, is_valid_xcr0};
 use crate::irq::ApicState;
@@ -128,15 +128,6 @@ impl<P: Processor, M: GuestMemory> Vcpu for VmxVcpu<'_, P, M> {
         self.set_primary(PrimaryControls::NMI_WINDOW_EXITING, wanted);
     }
 
-    fn set_deadline(&mut self, tsc: Option<u64>) -> bool {
-        let Some(timer) = &mut self.timer else {
-            return false;
-        };
-        timer.deadline = tsc.unwrap_or(u64::MAX);
-        self.until_timer = 1;
-        true
-    }
-
     #[inline]
     fn task_priority(&self) -> u8 {
         self.apic_page.task_priority()
@@ -178,7 +169,7 @@ impl<P: Processor, M: GuestMemory> Vcpu for VmxVcpu<'_, P, M> {
                     cr0: self.cr0(),
                     ..self.mode
                 };
-                let new = mode.with_efer(value);
+                let new = mode.with_efer(value, GUEST_EFER);
                 if let Some(new) = new
                     && let Err(error) = self.set_mode(new)
                 {

@@ -1,0 +1,248 @@
+//! A vCPU on shadow paging: what the guest believes its paging registers hold, and what the
+//! processor runs with instead.
+
+use testudo_arch::{Cr0Flags, Cr4Flags, Gpa, GuestMemory, Gva, RFlags};
+use testudo_ept::shadow::{Outcome, ShadowError};
+use testudo_ept::walk::{Access, AccessKind, PageFaultCode, PagingState, Privilege};
+
+use super::mode::{CD, LMA, LME, Mode, NW, NXE, PAE, PG, pdptes_are_valid, read_pdptes};
+use crate::paging::{Gate, ShadowTables};
+
+const WP: u64 = Cr0Flags::WRITE_PROTECT.bits();
+/// These act on user pages only where there is paging.
+const CR4_WITH_PAGING: u64 = Cr4Flags::SUPERVISOR_MODE_EXECUTION_PROTECTION.bits()
+    | Cr4Flags::SUPERVISOR_MODE_ACCESS_PREVENTION.bits()
+    | Cr4Flags::PROTECTION_KEY_USER.bits();
+const LA57: u64 = Cr4Flags::L5_PAGING.bits();
+
+/// How a vCPU is put on shadow paging.
+#[derive(Clone, Copy)]
+pub struct ShadowPlace<'a> {
+    /// The machine's tables.
+    pub tables: &'a dyn ShadowTables,
+    /// The number of the vCPU.
+    pub vcpu: usize,
+    /// The bits of CR4 that the guest may set: see [`allowed_cr4`](crate::paging::allowed_cr4).
+    pub cr4: u64,
+    /// The width of the guest's physical addresses.
+    pub physical_bits: u8,
+}
+
+/// The paging registers of a vCPU on shadow paging.
+pub(crate) struct GuestPaging<'a> {
+    place: ShadowPlace<'a>,
+    gate: &'a Gate,
+    mode: Mode,
+    cr3: u64,
+    pdptes: [u64; 4],
+    /// The hardware's CR3.
+    root: u64,
+    /// Why the vCPU cannot go on.
+    failure: Option<ShadowError>,
+}
+
+/// A change of the registers that the guest may make.
+struct Change {
+    mode: Mode,
+    cr3: u64,
+}
+
+impl<'a> GuestPaging<'a> {
+    /// With all registers zero; [`Self::set`] comes before the first entry.
+    pub(crate) fn new(place: ShadowPlace<'a>) -> Self {
+        Self {
+            place,
+            gate: place.tables.gate(place.vcpu),
+            mode: Mode::default(),
+            cr3: 0,
+            pdptes: [0; 4],
+            root: 0,
+            failure: None,
+        }
+    }
+
+    /// CR0, CR4 and EFER as the guest sees them.
+    #[inline]
+    pub(crate) fn mode(&self) -> Mode {
+        self.mode
+    }
+
+    /// CR3 as the guest sees it.
+    #[inline]
+    pub(crate) fn cr3(&self) -> u64 {
+        self.cr3
+    }
+
+    #[inline]
+    pub(crate) fn gate(&self) -> &'a Gate {
+        self.gate
+    }
+
+    /// Why the vCPU cannot go on, once.
+    #[inline]
+    pub(crate) fn failure(&mut self) -> Option<ShadowError> {
+        self.failure.take()
+    }
+
+    /// The registers that the processor runs with: paging and write protection on whatever the
+    /// guest has, PAE paging outside long mode, and caches on.
+    pub(crate) fn hardware(&self) -> (Mode, u64) {
+        let Mode { cr0, cr4, efer } = self.mode;
+        let long = efer & LMA != 0;
+        let mut real_cr4 = cr4 | PAE;
+        if !long {
+            real_cr4 &= !LA57;
+        }
+        if cr0 & PG == 0 {
+            real_cr4 &= !CR4_WITH_PAGING;
+        }
+        let real = Mode {
+            cr0: (cr0 & !(CD | NW)) | PG | WP,
+            cr4: real_cr4,
+            // Paging is on, so that LME would make it long mode.
+            efer: if long { efer } else { efer & !(LME | LMA) } | NXE,
+        };
+        (real, self.root)
+    }
+
+    /// What decides how the guest's linear addresses are translated.
+    fn state(&self, rflags: u64, pkru: u32) -> PagingState {
+        PagingState {
+            cr0: self.mode.cr0,
+            cr3: self.cr3,
+            cr4: self.mode.cr4,
+            efer: self.mode.efer,
+            alignment_check: rflags & RFlags::ALIGNMENT_CHECK.bits() != 0,
+            pkru,
+            physical_bits: self.place.physical_bits,
+            pdptes: self.mode.pae_paging().then_some(self.pdptes),
+            ..PagingState::default()
+        }
+    }
+
+    /// Sets the registers, whatever they were.
+    pub(crate) fn set(&mut self, memory: &impl GuestMemory, mode: Mode, cr3: u64) {
+        (self.mode, self.cr3) = (mode, cr3);
+        if mode.pae_paging() {
+            self.pdptes = read_pdptes(memory, cr3);
+        }
+        self.load();
+    }
+
+    fn load(&mut self) {
+        let state = self.state(0, 0);
+        match self.place.tables.load(self.place.vcpu, &state) {
+            Ok(root) => self.root = root,
+            Err(error) => self.failure = Some(error),
+        }
+    }
+
+    /// MOV to CR0, CR3 or CR4 by code with CS.L = `cs_long`; `false` is #GP(0).
+    pub(crate) fn write(
+        &mut self,
+        memory: &impl GuestMemory,
+        number: u8,
+        value: u64,
+        cs_long: bool,
+    ) -> bool {
+        let old = self.mode;
+        let change = match number {
+            0 => old.with_cr0(value, cs_long).map(|mode| (mode, self.cr3)),
+            3 => self.valid_cr3(value).then_some((old, value)),
+            4 => {
+                let mode = old.with_cr4(value, self.place.cr4);
+                mode.map(|mode| (mode, self.cr3))
+            }
+            _ => None,
+        };
+        let Some((mode, cr3)) = change else {
+            return false;
+        };
+        self.change(memory, &Change { mode, cr3 }, number == 3)
+    }
+
+    /// WRMSR to EFER, where the guest may set the bits `allowed`; `false` is #GP(0).
+    pub(crate) fn write_efer(
+        &mut self,
+        memory: &impl GuestMemory,
+        value: u64,
+        allowed: u64,
+    ) -> bool {
+        let Some(mode) = self.mode.with_efer(value, allowed) else {
+            return false;
+        };
+        let cr3 = self.cr3;
+        self.change(memory, &Change { mode, cr3 }, false)
+    }
+
+    /// Bits beyond the width of addresses are reserved, in long mode (SDM vol. 3A, 4.5.2; APM vol.
+    /// 2, 5.3.2). Without PCIDs bit 63 is too.
+    fn valid_cr3(&self, value: u64) -> bool {
+        self.mode.efer & LMA == 0 || value >> self.place.physical_bits.clamp(32, 52) == 0
+    }
+
+    fn change(&mut self, memory: &impl GuestMemory, new: &Change, loads_cr3: bool) -> bool {
+        let old = core::mem::replace(&mut self.mode, new.mode);
+        if new.mode.loads_pdptes(&old) || (loads_cr3 && new.mode.pae_paging()) {
+            let pdptes = read_pdptes(memory, new.cr3);
+            if !pdptes_are_valid(&pdptes, self.place.physical_bits) {
+                self.mode = old;
+                return false;
+            }
+            self.pdptes = pdptes;
+        }
+        self.cr3 = new.cr3;
+        let other_role = (new.mode.cr0 ^ old.cr0) & WP != 0;
+        if loads_cr3 || other_role || new.mode.drops_translations(&old) {
+            self.load();
+        }
+        true
+    }
+
+    /// Handles a page fault. `code` is the processor's error code, `cpl` the privilege level.
+    pub(crate) fn fault(
+        &mut self,
+        address: Gva,
+        code: u32,
+        (cpl, rflags, pkru): (u8, u64, u32),
+    ) -> Option<Outcome> {
+        let code = PageFaultCode::from_bits_retain(code);
+        let kind = if code.contains(PageFaultCode::FETCH) {
+            AccessKind::Fetch
+        } else if code.contains(PageFaultCode::WRITE) {
+            AccessKind::Write
+        } else {
+            AccessKind::Read
+        };
+        let privilege = match (code.contains(PageFaultCode::USER), cpl) {
+            (true, _) => Privilege::User,
+            (false, 3) => Privilege::Implicit,
+            (false, _) => Privilege::Supervisor,
+        };
+        let state = self.state(rflags, pkru);
+        let access = Access::new(kind, privilege);
+        let ShadowPlace { tables, vcpu, .. } = self.place;
+        match tables.fault(vcpu, &state, address, access) {
+            Ok(outcome) => Some(outcome),
+            Err(error) => {
+                self.failure = Some(error);
+                None
+            }
+        }
+    }
+
+    /// INVLPG; the caller drops the processor's translations of the page.
+    pub(crate) fn invalidate_page(&self, address: Gva) {
+        self.place.tables.invalidate_page(self.place.vcpu, address);
+    }
+
+    /// The machine wrote guest memory.
+    pub(crate) fn written(&self, gpa: Gpa, len: usize) {
+        self.place.tables.written(self.place.vcpu, gpa, len as u64);
+    }
+
+    /// Lets the guest write to a table itself.
+    pub(crate) fn release(&self, gpa: Gpa) -> bool {
+        self.place.tables.release(self.place.vcpu, gpa)
+    }
+}

@@ -1,0 +1,382 @@
+//! Shadow paging for a whole machine: the tables that its vCPUs share, and what each tells the
+//! others.
+//!
+//! On a processor without nested paging, guests run on tables that [`ShadowMmu`] fills from
+//! theirs. All vCPUs share one set under one lock. An edit that takes rights away must reach every
+//! processor that may have cached them: before the call returns, each other vCPU either has been
+//! outside the guest, and drops its translations before it enters again, or is made to leave by a
+//! kick.
+
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use core::convert::Infallible;
+use core::fmt;
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+
+use testudo_arch::cpuid::Cpuid;
+use testudo_arch::memory::GuestRam;
+use testudo_arch::{Cr4Flags, FrameAlloc, FrameMem, Gpa, GuestMemory, Gva};
+use testudo_ept::shadow::{Backing, Outcome, ShadowError, ShadowMmu, ShadowRoot};
+use testudo_ept::walk::{Access, AccessKind, PageFault, PageFaultCode, PagingState, Privilege};
+use testudo_ept::{Invalidate, Invalidation};
+
+use crate::host::Host;
+
+/// How a guest's memory is put behind its own paging.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Paging {
+    /// The processor walks the guest's tables, and ours for every address in them.
+    Nested,
+    /// The processor walks our tables only, which are made of both.
+    Shadow,
+}
+
+/// Takes from the processor's CPUID what guests on shadow paging cannot have: INVPCID, which would
+/// act on translations that are not theirs. PCIDs themselves no guest of this crate has.
+pub fn hide_from_guests(processor: &mut Cpuid) {
+    if let Some(features) = processor.get_mut(7, 0) {
+        features.ebx &= !(1 << 10);
+    }
+}
+
+/// The bits of CR4 that a guest with these CPUID answers may set: those that every guest has, and
+/// those whose feature it is shown.
+pub fn allowed_cr4(guest: &Cpuid) -> u64 {
+    const PLAIN: Cr4Flags = Cr4Flags::VIRTUAL_8086_MODE_EXTENSIONS
+        .union(Cr4Flags::PROTECTED_MODE_VIRTUAL_INTERRUPTS)
+        .union(Cr4Flags::TIMESTAMP_DISABLE)
+        .union(Cr4Flags::DEBUGGING_EXTENSIONS)
+        .union(Cr4Flags::PAGE_SIZE_EXTENSION)
+        .union(Cr4Flags::PHYSICAL_ADDRESS_EXTENSION)
+        .union(Cr4Flags::MACHINE_CHECK_EXCEPTION)
+        .union(Cr4Flags::PAGE_GLOBAL)
+        .union(Cr4Flags::PERFORMANCE_MONITOR_COUNTER)
+        .union(Cr4Flags::OSFXSR)
+        .union(Cr4Flags::OSXMMEXCPT_ENABLE);
+    let [_, ebx, ecx, _] = guest.query(7, 0);
+    let xsave = guest.query(1, 0)[2] & 1 << 26;
+    let shown = [
+        (ebx & 1, Cr4Flags::FSGSBASE),
+        (ebx & 1 << 7, Cr4Flags::SUPERVISOR_MODE_EXECUTION_PROTECTION),
+        (ebx & 1 << 20, Cr4Flags::SUPERVISOR_MODE_ACCESS_PREVENTION),
+        (ecx & 1 << 2, Cr4Flags::USER_MODE_INSTRUCTION_PREVENTION),
+        (ecx & 1 << 3, Cr4Flags::PROTECTION_KEY_USER),
+        (ecx & 1 << 16, Cr4Flags::L5_PAGING),
+        (xsave, Cr4Flags::OSXSAVE),
+    ];
+    let shown = shown.into_iter().filter(|(feature, _)| *feature != 0);
+    shown.fold(PLAIN.bits(), |sum, (_, flag)| sum | flag.bits())
+}
+
+/// How many shadow tables a guest with this memory is given: as many as map it twice over in
+/// 4 KiB pages, and those of some hundred small processes.
+pub fn table_limit(memory: &GuestRam) -> usize {
+    let bytes = memory
+        .ranges()
+        .fold(0u64, |sum, (_, len, _)| sum.saturating_add(len));
+    let twice = usize::try_from(bytes >> 20).unwrap_or(usize::MAX);
+    twice.saturating_add(2048)
+}
+
+/// What a vCPU on shadow paging asks of the tables, whatever they are made of.
+pub trait ShadowTables: Sync {
+    /// Makes the tables that `state` selects the vCPU's; the value for the hardware's CR3. The
+    /// vCPU's own translations are dropped before it runs again.
+    ///
+    /// # Errors
+    ///
+    /// There is no memory for them.
+    fn load(&self, vcpu: usize, state: &PagingState) -> Result<u64, ShadowError>;
+
+    /// Handles a page fault of the vCPU on its tables.
+    ///
+    /// # Errors
+    ///
+    /// There is no memory for tables, or none is loaded.
+    fn fault(
+        &self,
+        vcpu: usize,
+        state: &PagingState,
+        address: Gva,
+        access: Access,
+    ) -> Result<Outcome, ShadowError>;
+
+    /// INVLPG. The vCPU's own translations of the page are the caller's to drop.
+    fn invalidate_page(&self, vcpu: usize, address: Gva);
+
+    /// The machine wrote `len` bytes at `gpa` for the vCPU.
+    fn written(&self, vcpu: usize, gpa: Gpa, len: u64);
+
+    /// Lets the guest itself write to the table at `gpa`; `false` if nothing keeps it from that.
+    fn release(&self, vcpu: usize, gpa: Gpa) -> bool;
+
+    /// The gate that the vCPU goes through into the guest and back.
+    fn gate(&self, vcpu: usize) -> &Gate;
+}
+
+/// Where a vCPU is, for those who must make it drop its translations.
+#[derive(Debug, Default)]
+pub struct Gate {
+    /// Odd while the vCPU is in the guest.
+    passes: AtomicU32,
+    /// Its cached translations are to be dropped before it enters.
+    stale: AtomicBool,
+}
+
+impl Gate {
+    /// Says that the vCPU is about to enter the guest; `true` if it must drop its translations first.
+    #[inline]
+    pub fn enter(&self) -> bool {
+        // Either this store is seen by whoever sets `stale` afterwards, who then waits for the
+        // vCPU to leave, or `stale` is seen here.
+        self.passes.fetch_add(1, Ordering::SeqCst);
+        self.stale.load(Ordering::SeqCst) && self.stale.swap(false, Ordering::SeqCst)
+    }
+
+    /// Says that the vCPU has left the guest.
+    #[inline]
+    pub fn leave(&self) {
+        self.passes.fetch_add(1, Ordering::Release);
+    }
+
+    /// Has the vCPU drop its translations before it enters again.
+    #[inline]
+    pub fn drop_translations(&self) {
+        self.stale.store(true, Ordering::SeqCst);
+    }
+}
+
+/// The shadow tables of one machine.
+pub struct ShadowPaging<F: FrameAlloc + FrameMem, M, B> {
+    shared: spin::Mutex<Shared<F>>,
+    gates: Vec<Gate>,
+    memory: M,
+    backing: B,
+    host: Arc<dyn Host>,
+    counters: Counters,
+}
+
+struct Shared<F: FrameAlloc + FrameMem> {
+    mmu: ShadowMmu<F>,
+    roots: Vec<ShadowRoot>,
+}
+
+/// What shadow paging did, in numbers.
+#[derive(Debug, Default)]
+struct Counters {
+    loads: AtomicU64,
+    filled: AtomicU64,
+    injected: AtomicU64,
+    devices: AtomicU64,
+    table_writes: AtomicU64,
+    invalidations: AtomicU64,
+    released: AtomicU64,
+    flushes: AtomicU64,
+}
+
+fn count(counter: &AtomicU64) {
+    counter.fetch_add(1, Ordering::Relaxed);
+}
+
+impl<F: FrameAlloc + FrameMem, M: GuestMemory, B: Backing> ShadowPaging<F, M, B> {
+    /// Tables for `vcpus` vCPUs whose guest has `memory`, which `backing` says where it lies. At
+    /// most `limit` tables from `frames` are in use at a time.
+    ///
+    /// The guest reaches what `backing` finds and nothing else.
+    pub fn new(
+        frames: F,
+        limit: usize,
+        memory: M,
+        backing: B,
+        host: Arc<dyn Host>,
+        vcpus: usize,
+    ) -> Self {
+        Self {
+            shared: spin::Mutex::new(Shared {
+                mmu: ShadowMmu::new(frames, limit),
+                roots: (0..vcpus).map(|_| ShadowRoot::default()).collect(),
+            }),
+            gates: (0..vcpus).map(|_| Gate::default()).collect(),
+            memory,
+            backing,
+            host,
+            counters: Counters::default(),
+        }
+    }
+
+    fn gates(&self, vcpu: usize) -> Gates<'_> {
+        Gates {
+            gates: &self.gates,
+            host: &*self.host,
+            counters: &self.counters,
+            own: vcpu,
+        }
+    }
+
+    /// Runs `attempt` and, if there were no frames, once more when all tables have been given up.
+    fn with_frames<T>(
+        &self,
+        shared: &mut Shared<F>,
+        vcpu: usize,
+        mut attempt: impl FnMut(&mut Shared<F>) -> Result<T, ShadowError>,
+    ) -> Result<T, ShadowError> {
+        match attempt(shared) {
+            Err(ShadowError::OutOfFrames) => {
+                shared.mmu.clear().discharge(&mut self.gates(vcpu));
+                attempt(shared)
+            }
+            result => result,
+        }
+    }
+}
+
+impl<F, M, B> ShadowTables for ShadowPaging<F, M, B>
+where
+    F: FrameAlloc + FrameMem + Send,
+    M: GuestMemory + Sync,
+    B: Backing + Sync,
+{
+    fn load(&self, vcpu: usize, state: &PagingState) -> Result<u64, ShadowError> {
+        count(&self.counters.loads);
+        let mut shared = self.shared.lock();
+        self.gates[vcpu].drop_translations();
+        self.with_frames(&mut shared, vcpu, |shared| {
+            let root = &mut shared.roots[vcpu];
+            let loaded = shared.mmu.load(root, &self.memory, state)?;
+            Ok(loaded.discharge(&mut self.gates(vcpu)))
+        })
+    }
+
+    fn fault(
+        &self,
+        vcpu: usize,
+        state: &PagingState,
+        address: Gva,
+        access: Access,
+    ) -> Result<Outcome, ShadowError> {
+        let outcome = {
+            let mut shared = self.shared.lock();
+            self.with_frames(&mut shared, vcpu, |shared| {
+                let (root, memory) = (&shared.roots[vcpu], &self.memory);
+                let fault =
+                    shared
+                        .mmu
+                        .fault(root, memory, &self.backing, state, address, access)?;
+                Ok(fault.discharge(&mut self.gates(vcpu)))
+            })
+        };
+        let outcome = match outcome {
+            // A bus that nobody drives reads as ones, and an entry of ones has reserved bits set.
+            Err(ShadowError::NoTable(_)) => {
+                let mut code = PageFaultCode::PRESENT | PageFaultCode::RESERVED;
+                code.set(PageFaultCode::WRITE, access.kind == AccessKind::Write);
+                code.set(PageFaultCode::USER, access.privilege == Privilege::User);
+                Outcome::Inject(PageFault { address, code })
+            }
+            outcome => outcome?,
+        };
+        let counters = &self.counters;
+        count(match outcome {
+            Outcome::Resolved => &counters.filled,
+            Outcome::TableWrite(_) => &counters.table_writes,
+            Outcome::NotMemory(_) | Outcome::ReadOnly(_) => &counters.devices,
+            _ => &counters.injected,
+        });
+        Ok(outcome)
+    }
+
+    fn invalidate_page(&self, vcpu: usize, address: Gva) {
+        count(&self.counters.invalidations);
+        let mut shared = self.shared.lock();
+        let Shared { mmu, roots } = &mut *shared;
+        mmu.invalidate_page(&roots[vcpu], &self.memory, address)
+            .discharge(&mut self.gates(vcpu));
+    }
+
+    fn written(&self, vcpu: usize, gpa: Gpa, len: u64) {
+        let mut shared = self.shared.lock();
+        let written = shared.mmu.written(gpa, len);
+        written.discharge(&mut self.gates(vcpu));
+    }
+
+    fn release(&self, vcpu: usize, gpa: Gpa) -> bool {
+        count(&self.counters.released);
+        let mut shared = self.shared.lock();
+        let released = shared.mmu.release(gpa);
+        released.discharge(&mut self.gates(vcpu))
+    }
+
+    fn gate(&self, vcpu: usize) -> &Gate {
+        &self.gates[vcpu]
+    }
+}
+
+/// Makes all vCPUs drop their translations.
+struct Gates<'a> {
+    gates: &'a [Gate],
+    host: &'a dyn Host,
+    counters: &'a Counters,
+    own: usize,
+}
+
+#[allow(
+    unsafe_code,
+    reason = "the promise that stale translations are not used"
+)]
+// SAFETY: every vCPU passes its gate at each entry and exit. One that is in the guest is waited for
+// until it has left; each drops its translations, all of its address space's, before it enters again.
+// Calls on the tables are made under one lock, so that no other has begun.
+unsafe impl Invalidate for Gates<'_> {
+    type Error = Infallible;
+
+    fn invalidate(&mut self, _: &Invalidation) -> Result<(), Infallible> {
+        count(&self.counters.flushes);
+        for gate in self.gates {
+            gate.drop_translations();
+        }
+        for (vcpu, gate) in self.gates.iter().enumerate() {
+            if vcpu == self.own {
+                continue;
+            }
+            let pass = gate.passes.load(Ordering::SeqCst);
+            if pass & 1 == 0 {
+                continue;
+            }
+            // It is in the guest or about to be, with interrupts held back: the kick's makes it
+            // leave at once, and it takes no lock before it has passed its gate.
+            self.host.kick(vcpu);
+            while gate.passes.load(Ordering::Acquire) == pass {
+                core::hint::spin_loop();
+            }
+        }
+        Ok(())
+    }
+}
+
+impl<F: FrameAlloc + FrameMem, M, B> fmt::Display for ShadowPaging<F, M, B> {
+    /// What shadow paging did, as a table.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let c = &self.counters;
+        writeln!(f, "{:<18}{:>12}", "shadow paging", "count")?;
+        for (name, counter) in [
+            ("CR3 loads", &c.loads),
+            ("INVLPG", &c.invalidations),
+            ("faults filled", &c.filled),
+            ("faults injected", &c.injected),
+            ("faults on devices", &c.devices),
+            ("table writes", &c.table_writes),
+            ("tables released", &c.released),
+            ("flushes", &c.flushes),
+        ] {
+            writeln!(f, "{name:<18}{:>12}", of(counter))?;
+        }
+        let shared = self.shared.lock();
+        let (tables, mapped) = (shared.mmu.tables(), shared.mmu.mapped());
+        write!(
+            f,
+            "{:<18}{tables:>12}\n{:<18}{mapped:>12}",
+            "tables now", "pages mapped now"
+        )
+    }
+}
