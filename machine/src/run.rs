@@ -519,10 +519,10 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
         self.check_power();
     }
 
-    /// No hypercalls are offered: RAX says so, as KVM's and Xen's interfaces do for an unknown one
-    /// (-ENOSYS). User mode gets #UD.
+    /// No hypercalls are offered: RAX says so, as KVM's interface does for an unknown one. User mode
+    /// gets #UD.
     fn hypercall(&mut self) {
-        const NOT_IMPLEMENTED: i64 = -38;
+        const NOT_IMPLEMENTED: i64 = -1000;
         if self.vcpu.cpl() == 0 {
             self.vcpu.gprs_mut().rax = NOT_IMPLEMENTED as u64;
             self.vcpu.advance();

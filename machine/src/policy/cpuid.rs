@@ -9,6 +9,19 @@ use testudo_arch::cpuid::{Cpuid, CpuidEntry};
 /// The signature in leaf 0x4000_0000.
 pub const SIGNATURE: [u8; 12] = *b"TestudoTstud";
 
+/// KVM's paravirtual interface, which follows ours, as far as it is offered. Guests that know it
+/// use x2APIC mode, which they would not without interrupt remapping under a hypervisor unknown to
+/// them, and each access to a register of the local APIC is an MSR exit at the most.
+mod kvm {
+    /// Its leaves: the second place where guests look for an interface.
+    pub(super) const BASE: u32 = 0x4000_0100;
+    pub(super) const FEATURES: u32 = BASE + 1;
+    pub(super) const SIGNATURE: [u8; 12] = *b"KVMKVMKVM\0\0\0";
+    /// KVM_FEATURE_NOP_IO_DELAY: no device here needs time between two accesses to its ports. All other
+    /// features need MSRs or hypercalls of KVM's, of which there are none.
+    pub(super) const NOP_IO_DELAY: u32 = 1 << 1;
+}
+
 /// Choices that the processor does not decide.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CpuidConfig {
@@ -110,21 +123,31 @@ pub fn for_guest(processor: &Cpuid, config: CpuidConfig) -> Cpuid {
     for level in [0, 1] {
         guest.set(topology(level, config.vcpus));
     }
-    let [ebx, ecx, edx] =
-        [0, 4, 8].map(|i| u32::from_le_bytes([0, 1, 2, 3].map(|j| SIGNATURE[i + j])));
-    let leaf = 0x4000_0000;
+    guest.set(interface(0x4000_0000, 0x4000_0000, SIGNATURE));
+    guest.set(interface(kvm::BASE, kvm::FEATURES, kvm::SIGNATURE));
     guest.set(CpuidEntry {
-        leaf,
-        eax: leaf,
-        ebx,
-        ecx,
-        edx,
+        leaf: kvm::FEATURES,
+        eax: kvm::NOP_IO_DELAY,
         ..CpuidEntry::default()
     });
     if let Some(basic) = guest.get_mut(0, 0) {
         basic.eax = basic.eax.clamp(0xD, 0x1F);
     }
     guest
+}
+
+/// The first leaf of a hypervisor's interface: the last one, and the signature.
+fn interface(leaf: u32, last: u32, signature: [u8; 12]) -> CpuidEntry {
+    let [ebx, ecx, edx] =
+        [0, 4, 8].map(|i| u32::from_le_bytes([0, 1, 2, 3].map(|j| signature[i + j])));
+    CpuidEntry {
+        leaf,
+        eax: last,
+        ebx,
+        ecx,
+        edx,
+        ..CpuidEntry::default()
+    }
 }
 
 /// Whether a guest sees this leaf, and what is left of it.
@@ -217,6 +240,8 @@ const LEAVES_PER_RANGE: u32 = 32;
 #[derive(Clone, Debug)]
 pub struct CpuidTable {
     entries: Vec<CpuidEntry>,
+    /// Those of KVM's interface, for which nobody asks often.
+    kvm: [[u32; 4]; 2],
     /// For each leaf of the three ranges, where its first entry is and one past its last.
     index: [(u8, u8); 3 * LEAVES_PER_RANGE as usize],
     /// The size of the XSAVE area with each component alone: its end.
@@ -247,8 +272,18 @@ impl CpuidTable {
         }
         Self {
             entries,
+            kvm: [kvm::BASE, kvm::FEATURES].map(|leaf| cpuid.query(leaf, 0)),
             index,
             component_end,
+        }
+    }
+
+    #[cold]
+    fn beyond_the_index(&self, leaf: u32) -> [u32; 4] {
+        match leaf {
+            kvm::BASE => self.kvm[0],
+            kvm::FEATURES => self.kvm[1],
+            _ => [0; 4],
         }
     }
 
@@ -256,7 +291,7 @@ impl CpuidTable {
     #[inline]
     pub fn query(&self, leaf: u32, subleaf: u32, state: &CpuidState) -> [u32; 4] {
         let Some((first, end)) = slot(leaf).map(|slot| self.index[slot]) else {
-            return [0; 4];
+            return self.beyond_the_index(leaf);
         };
         for index in first..end {
             let Some(entry) = self.entries.get(usize::from(index)) else {
@@ -395,9 +430,20 @@ mod tests {
         assert_eq!((eax, ebx.to_le_bytes()), (0x4000_0000, *b"Test"));
     }
 
+    #[test]
+    fn kvms_interface_has_what_is_there_and_nothing_else() {
+        let table = CpuidTable::new(&for_guest(&rich(), CONFIG));
+        let query = |leaf| table.query(leaf, 0, &CpuidState::default());
+        let [eax, ebx, ecx, edx] = query(0x4000_0100);
+        assert_eq!((eax, ebx.to_le_bytes()), (0x4000_0101, *b"KVMK"));
+        assert_eq!((ecx.to_le_bytes(), edx), (*b"VMKV", u32::from(b'M')));
+        assert_eq!(query(0x4000_0101), [0b10, 0, 0, 0]);
+        assert_eq!(query(0x4000_0102), [0; 4]);
+    }
+
     proptest! {
         #[test]
-        fn the_index_agrees_with_the_list(leaf in prop_oneof![0u32..64, 0x4000_0000u32..0x4000_0004, 0x8000_0000u32..0x8000_0040, any::<u32>()], sub in 0u32..70) {
+        fn the_index_agrees_with_the_list(leaf in prop_oneof![0u32..64, 0x4000_0000u32..0x4000_0004, 0x4000_00FEu32..0x4000_0104, 0x8000_0000u32..0x8000_0040, any::<u32>()], sub in 0u32..70) {
             let list = for_guest(&rich(), CONFIG);
             let table = CpuidTable::new(&list);
             if !matches!(leaf, 1 | 7 | 0xB | 0xD) {
