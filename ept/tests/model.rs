@@ -355,6 +355,21 @@ proptest! {
     }
 
     #[test]
+    fn nested_tables_of_five_levels_with_encryption_are_a_map(
+        ops in prop::collection::vec(op(), 1..24),
+    ) {
+        run(Npt::new(52).with_five_levels().with_c_bit(51, true), &ops, 4096);
+    }
+
+    #[test]
+    fn intel_io_tables_of_five_levels_with_marks_are_a_map(
+        ops in prop::collection::vec(op(), 1..24),
+    ) {
+        let format = Vtd::new(5, 52).with_largest_page(PageSize::Size1G);
+        run(format.with_snoop_control().with_accessed_dirty(), &ops, 4096);
+    }
+
+    #[test]
     fn extended_tables_are_a_map(ops in prop::collection::vec(op(), 1..24)) {
         run(Ept::new(46).with_accessed_dirty().with_mode_based_execute().with_suppressed_ve(), &ops, 4096);
     }

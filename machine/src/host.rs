@@ -20,6 +20,9 @@ pub trait Host: Send + Sync {
 
     /// Has the calling vCPU kicked at `deadline` (nanoseconds), replacing any earlier order;
     /// `None` takes the order back.
+    ///
+    /// The kick comes when [`now`](Self::now) has reached the deadline, never before: the order is
+    /// not given again as long as the deadline stays the same.
     fn set_timer(&self, deadline: Option<u64>);
 
     /// Blocks the calling vCPU until it is kicked, if no kick came since it last ran.

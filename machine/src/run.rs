@@ -12,6 +12,7 @@ use crate::boot::BootState;
 use crate::device::PowerEvent;
 use crate::emulate::{self, EmulateError, Outcome};
 use crate::guest_cpu::GuestCpu;
+use crate::host::Host;
 use crate::irq::{Lapic, request};
 use crate::machine::Machine;
 use crate::policy::cpuid::CpuidState;
@@ -45,8 +46,12 @@ pub struct VcpuLoop<'m, V, M> {
     nmi: bool,
     /// The guest's IA32_TSC_ADJUST.
     tsc_adjust: u64,
+    /// When something is due next, in the host's nanoseconds.
+    deadline: Option<u64>,
     /// What the host's timer was last set to.
     timer: Option<u64>,
+    /// What the vCPU's own timer was last set to, and what the host's TSC is then.
+    turn: (Option<u64>, Option<u64>),
     stats: Option<ExitStats>,
 }
 
@@ -77,7 +82,9 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
             attention: true,
             nmi: false,
             tsc_adjust: 0,
+            deadline: None,
             timer: None,
+            turn: (None, None),
             stats: None,
         }
     }
@@ -170,9 +177,10 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
         if self.activity != Activity::WaitsForStartup {
             self.deliver();
         }
+        self.set_timer();
     }
 
-    /// Lets due timers fire, and has the host wake this vCPU for the next.
+    /// Lets due timers fire, and finds out when the next is due.
     fn poll_timers(&mut self) {
         let next = |lapic: &Lapic, machine: &Machine<M>, first: bool| {
             let (devices, end) = if first {
@@ -201,8 +209,23 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
                 self.timer = None;
             }
         }
+        self.deadline = deadline;
+    }
+
+    /// Has the guest's turn, or the wait for something to do, end when the next timer is due.
+    fn set_timer(&mut self) {
+        let (deadline, host) = (self.deadline, &self.machine.host);
+        if self.activity == Activity::Running {
+            if deadline != self.turn.0 {
+                let at = deadline.map(|at| host.tsc().saturating_add(ticks_until(at, &**host)));
+                self.turn = (deadline, at);
+            }
+            if self.vcpu.set_deadline(self.turn.1) {
+                return;
+            }
+        }
         if deadline != self.timer {
-            self.machine.host.set_timer(deadline);
+            host.set_timer(deadline);
             self.timer = deadline;
         }
     }
@@ -542,4 +565,11 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
         };
         self.fail(reason);
     }
+}
+
+/// How many ticks of the host's TSC there are until `at`, rounded up.
+fn ticks_until(at: u64, host: &dyn Host) -> u64 {
+    let left = u128::from(at.saturating_sub(host.now()));
+    let ticks = (left * u128::from(host.tsc_hz())).div_ceil(1_000_000_000);
+    u64::try_from(ticks).unwrap_or(u64::MAX)
 }

@@ -254,6 +254,13 @@ pub trait Vcpu {
         Some(gpa)
     }
 
+    /// Has [`run`](Self::run) end with [`VmExit::Interrupted`] soon after the host's time-stamp counter
+    /// has reached `tsc`; `None` takes that back. False from a vCPU that needs the host's timer for
+    /// it.
+    fn set_deadline(&mut self, _tsc: Option<u64>) -> bool {
+        false
+    }
+
     /// Says that the machine has written guest memory for an instruction of the guest's: it may
     /// have been a table that the backend follows.
     fn memory_written(&mut self, _gpa: Gpa, _len: usize) {}

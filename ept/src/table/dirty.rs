@@ -222,13 +222,8 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
         let mut offset = self.range(start, len)?;
         let end = offset + len;
         let levels = self.format.levels();
-        while offset < end {
-            let found = self.find(offset);
-            if !self.format.is_present(found.entry) {
-                // Sparse memory costs nothing where it is absent.
-                offset = (offset | ((1 << shift_of(found.level)) - 1)) + 1;
-                continue;
-            }
+        while let Some(mapped) = self.next_mapped(offset, end) {
+            offset = mapped;
             let portion = (end - offset).min(PORTION - offset % PORTION);
             let _editor = self.lock.exclusive();
             self.harvest_table(self.root, levels, offset, portion, harvest, flush);

@@ -38,7 +38,8 @@ impl<F: Format, M: FrameAlloc + FrameMem> Iterator for Leaves<'_, F, M> {
         while self.offset < self.end {
             let found = self.table.find(self.offset);
             if !format.is_present(found.entry) {
-                self.offset = (self.offset | ((1 << shift_of(found.level)) - 1)) + 1;
+                let hole = (self.offset | ((1 << shift_of(found.level)) - 1)) + 1;
+                self.offset = self.table.next_mapped(hole, self.end).unwrap_or(self.end);
                 continue;
             }
             let leaf = format.leaf(found.entry, found.level);

@@ -160,6 +160,32 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
         }
     }
 
+    /// The first offset from `offset` on, before `end`, at which something is mapped. Holes cost a look
+    /// at each absent entry, whatever its size.
+    pub(crate) fn next_mapped(&self, offset: u64, end: u64) -> Option<u64> {
+        self.next_mapped_below(self.root, self.format.levels(), offset, end)
+    }
+
+    fn next_mapped_below(&self, table: Hpa, level: u8, mut offset: u64, end: u64) -> Option<u64> {
+        let inside = (1u64 << shift_of(level)) - 1;
+        while offset < end {
+            let entry = self.frames.load(place(table, level, offset));
+            let next = (offset | inside).wrapping_add(1);
+            if self.format.is_present(entry) {
+                if self.format.is_leaf(entry, level) {
+                    return Some(offset);
+                }
+                let (child, below) = self.format.child(entry, level);
+                let found = self.next_mapped_below(child, below, offset, next.min(end));
+                if found.is_some() {
+                    return found;
+                }
+            }
+            offset = next;
+        }
+        None
+    }
+
     /// The part of a leaf that one entry of `level` maps: all of it, except for pages that fill
     /// several entries.
     #[inline]

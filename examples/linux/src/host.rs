@@ -18,6 +18,10 @@ const MAX_CPUS: usize = 64;
 /// that races with its interrupt ends.
 static KICKED: [AtomicBool; MAX_CPUS] = [const { AtomicBool::new(false) }; MAX_CPUS];
 
+fn wake() {
+    KICKED[rt::cpu::current_id()].store(true, Ordering::Release);
+}
+
 /// This machine, as one guest has it.
 pub(crate) struct BareMetal {
     /// The processor of the guest's first vCPU.
@@ -27,11 +31,12 @@ pub(crate) struct BareMetal {
 impl BareMetal {
     /// Takes the interrupts that it needs.
     pub(crate) fn new(first: usize) -> Self {
-        let wake = |_: &mut rt::irq::TrapFrame| {
-            KICKED[rt::cpu::current_id()].store(true, Ordering::Release);
-        };
-        rt::irq::set_handler(KICK, wake);
-        rt::irq::set_handler(TIMER, wake);
+        rt::irq::set_handler(KICK, |_| wake());
+        rt::irq::set_handler(TIMER, |_| {
+            if rt::timer::is_due() {
+                wake();
+            }
+        });
         Self { first }
     }
 
@@ -79,7 +84,7 @@ impl Host for BareMetal {
 
     fn set_timer(&self, deadline: Option<u64>) {
         match deadline {
-            Some(deadline) => rt::timer::arm(rt::time::ns_to_tsc(deadline)),
+            Some(deadline) => rt::timer::arm(rt::time::tsc_at(deadline)),
             None => rt::timer::disarm(),
         }
     }

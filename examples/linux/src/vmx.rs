@@ -116,7 +116,7 @@ impl VmxBackend {
         let table = map(format, ram)?;
         let mut msr_bitmap = Box::new(MsrBitmap::all_exit());
         open_direct_msrs(&mut msr_bitmap);
-        let apic = match controls.has_virtual_apic() {
+        let apic = match controls.virtual_apic {
             true => Some(Apic::new(&caps, ram)?),
             false => None,
         };

@@ -59,6 +59,14 @@ pub fn ns_to_tsc(ns: u64) -> u64 {
     u64::try_from(ticks).unwrap_or(u64::MAX)
 }
 
+/// The first value of the TSC at which [`now_ns`] reads `ns` or more.
+#[inline]
+pub fn tsc_at(ns: u64) -> u64 {
+    let factor = NS_PER_TICK.load(Ordering::Relaxed).max(1);
+    let tsc = (u128::from(ns) << 32).div_ceil(u128::from(factor));
+    u64::try_from(tsc).unwrap_or(u64::MAX)
+}
+
 pub(crate) fn tsc_to_apic(ticks: u64) -> u64 {
     scale(ticks, APIC_PER_TICK.load(Ordering::Relaxed))
 }

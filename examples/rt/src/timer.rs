@@ -1,9 +1,9 @@
 //! The local APIC's timer: one interrupt at a time of the TSC.
 
-use core::sync::atomic::{AtomicBool, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::apic::{self, Register};
-use crate::cpu::features;
+use crate::cpu::{self, features};
 use crate::{msr, time};
 
 const TSC_DEADLINE: u32 = 0x6e0;
@@ -14,6 +14,18 @@ const DIVIDE_BY_1: u32 = 0b1011;
 
 /// All processors use the same mode.
 static DEADLINE: AtomicBool = AtomicBool::new(false);
+
+/// The deadline of one processor's timer; [`NEVER`] when it has none.
+#[repr(align(64))]
+struct Armed(AtomicU64);
+
+const NEVER: u64 = u64::MAX;
+
+static ARMED: [Armed; cpu::MAX] = [const { Armed(AtomicU64::new(NEVER)) }; cpu::MAX];
+
+fn armed() -> &'static AtomicU64 {
+    &ARMED[cpu::current_id()].0
+}
 
 /// Has the running processor's timer raise `vector`, in TSC-deadline mode where the processor has it.
 pub fn start(vector: u8) {
@@ -42,10 +54,16 @@ pub fn uses_deadline() -> bool {
 
 /// Raises the interrupt when the TSC reaches `deadline`, at once if it has; replaces an earlier one.
 ///
-/// In one-shot mode a far deadline is cut to what the counter holds, so the interrupt may come early:
-/// the handler compares the TSC and arms again.
+/// In one-shot mode the counter's rate was measured and its range is short, so the interrupt may come
+/// early: its handler asks [`is_due`].
 #[inline]
 pub fn arm(deadline: u64) {
+    armed().store(deadline, Ordering::Relaxed);
+    set(deadline);
+}
+
+#[inline]
+fn set(deadline: u64) {
     if uses_deadline() {
         // Zero would disarm.
         // SAFETY: `start` found the mode, and the register only raises the timer's vector.
@@ -59,11 +77,30 @@ pub fn arm(deadline: u64) {
     }
 }
 
+/// For the handler of the timer's interrupt: whether the deadline that was armed has come.
+///
+/// It says so once. Before the deadline the timer is armed again for what is left, so that
+/// whoever waits for it can rely on one interrupt that counts, and that it is not early.
+#[inline]
+pub fn is_due() -> bool {
+    let deadline = armed().load(Ordering::Relaxed);
+    if deadline == NEVER {
+        return false;
+    }
+    if time::tsc() < deadline {
+        set(deadline);
+        return false;
+    }
+    armed().store(NEVER, Ordering::Relaxed);
+    true
+}
+
 /// Takes back what [`arm`] set.
 #[inline]
 pub fn disarm() {
+    armed().store(NEVER, Ordering::Relaxed);
     if uses_deadline() {
-        // SAFETY: as in `arm`; zero disarms.
+        // SAFETY: as in `set`; zero disarms.
         unsafe { msr::write(TSC_DEADLINE, 0) };
     } else {
         apic::write(Register::InitialCount, 0);

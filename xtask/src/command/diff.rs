@@ -1,4 +1,4 @@
-//! `cargo xtask diff`: the validators against processors.
+//! `cargo xtask diff`: the validators and walkers against processors.
 
 use std::fs;
 use std::time::Duration;
@@ -19,26 +19,34 @@ pub(crate) struct Diff {
 #[derive(clap::Subcommand)]
 enum What {
     /// VM entry: random states near the border of validity, asked of the validator and entered
-    Entry(Entry),
+    Entry(Comparison),
+    /// Paging: random tables and accesses of a guest, asked of the walkers and executed
+    Paging(Comparison),
 }
 
 #[derive(clap::Args)]
-struct Entry {
+struct Comparison {
     /// The processor's virtualization
     #[arg(long, value_enum, default_value = "svm")]
     backend: Cpu,
     /// The emulator that has the processor [default: qemu for svm, bochs for vmx]
     #[arg(long, value_enum)]
     emulator: Option<Kind>,
-    /// The number of states
+    /// Another processor model of Bochs
+    #[arg(long, value_name = "MODEL")]
+    model: Option<String>,
+    /// The number of states, or of cases
     #[arg(long, value_name = "N", default_value_t = 100_000)]
     count: u64,
     /// Where the random numbers begin
     #[arg(long, value_name = "S", default_value_t = 1)]
     seed: u64,
-    /// Try this one state only
+    /// Try this one only
     #[arg(long, value_name = "INDEX")]
     only: Option<u64>,
+    /// Print each before it is tried
+    #[arg(long)]
+    trace: bool,
     /// Print one flat JSON object
     #[arg(long)]
     json: bool,
@@ -52,22 +60,35 @@ struct Entry {
 
 impl Diff {
     pub(crate) fn run(&self) -> Result<u8> {
-        let What::Entry(entry) = &self.what;
-        entry.run()
+        match &self.what {
+            What::Entry(comparison) => comparison.run(match comparison.backend {
+                Cpu::Svm => "diff-svm",
+                Cpu::Vmx => "diff-vmx",
+            }),
+            What::Paging(comparison) => comparison.run("diff-paging"),
+        }
     }
 }
 
-impl Entry {
-    fn run(&self) -> Result<u8> {
+impl Comparison {
+    fn run(&self, package: &str) -> Result<u8> {
         run::set_verbose(self.verbose);
-        let (package, usual) = match self.backend {
-            Cpu::Svm => ("diff-svm", Kind::Qemu),
-            Cpu::Vmx => ("diff-vmx", Kind::Bochs),
+        let kind = self.emulator.unwrap_or(match self.backend {
+            Cpu::Svm => Kind::Qemu,
+            Cpu::Vmx => Kind::Bochs,
+        });
+        let extra = match (&self.model, kind) {
+            (None, _) => Vec::new(),
+            (Some(model), Kind::Bochs) => vec![format!("cpu: model={model}")],
+            (Some(_), Kind::Qemu) => bail!("only Bochs has other models"),
         };
         let program = bare::build(package)?;
         let mut command_line = format!("count={} seed={}", self.count, self.seed);
         if let Some(index) = self.only {
             command_line += &format!(" only={index}");
+        }
+        if self.trace {
+            command_line += " trace";
         }
         let payload = Payload {
             command_line,
@@ -79,7 +100,8 @@ impl Entry {
             cpu: self.backend,
             capture: console.clone(),
             timeout: Some(Duration::from_secs(self.timeout)),
-            ..Machine::new(self.emulator.unwrap_or(usual))
+            extra,
+            ..Machine::new(kind)
         };
         let status = machine.run(&program, &payload)?;
         if let Some(console) = console {

@@ -22,8 +22,8 @@ pub(super) const NEEDED: SecondaryControls = SecondaryControls::VIRTUALIZE_APIC_
     .union(SecondaryControls::APIC_REGISTER_VIRTUALIZATION)
     .union(SecondaryControls::VIRTUAL_INTERRUPT_DELIVERY);
 
-/// Those of them that are always on.
-pub(super) const ALWAYS: SecondaryControls = SecondaryControls::APIC_REGISTER_VIRTUALIZATION
+/// Those of them that do not depend on the mode of the APIC.
+const ALWAYS: SecondaryControls = SecondaryControls::APIC_REGISTER_VIRTUALIZATION
     .union(SecondaryControls::VIRTUAL_INTERRUPT_DELIVERY);
 
 /// Where a guest finds the registers of its local APIC in memory, as far as the processor knows.
@@ -100,8 +100,13 @@ const EOI_EXITS: [testudo_vmx::Field<u64>; 4] = [
 ];
 
 impl VirtualApic {
-    /// Prepares a VMCS whose secondary controls include [`ALWAYS`].
-    pub(super) fn new(vmcs: &mut impl VmcsWrite, tables: ApicTables) -> Result<Self, AccessError> {
+    /// Virtualizes the APIC of the guest that has these secondary controls besides.
+    pub(super) fn new(
+        vmcs: &mut impl VmcsWrite,
+        tables: ApicTables,
+        secondary: SecondaryControls,
+    ) -> Result<Self, AccessError> {
+        vmcs.set(fields::SECONDARY_CONTROLS, (secondary | ALWAYS).bits())?;
         vmcs.set(fields::APIC_ACCESS_ADDRESS, tables.access_page.0)?;
         vmcs.set(fields::GUEST_INTERRUPT_STATUS, 0)?;
         for field in EOI_EXITS {
@@ -162,7 +167,10 @@ impl VirtualApic {
                 own.x2apic_msr_bitmap,
             ),
         };
-        vmcs.set(fields::SECONDARY_CONTROLS, (secondary | control).bits())?;
+        vmcs.set(
+            fields::SECONDARY_CONTROLS,
+            (secondary | ALWAYS | control).bits(),
+        )?;
         // Translations are cached by the tables' root as well, so none of the other's is used.
         vmcs.set(fields::EPT_POINTER, ept_pointer)?;
         vmcs.set(fields::MSR_BITMAPS, msr_bitmap.0)

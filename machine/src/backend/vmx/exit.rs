@@ -31,6 +31,10 @@ impl<P: Processor, M: GuestMemory> VmxVcpu<'_, P, M> {
                 self.processor.take_pending();
                 return Ok(Some(VmExit::Interrupted));
             }
+            BasicReason::PreemptionTimer => {
+                self.until_timer = 1;
+                return Ok(Some(VmExit::Interrupted));
+            }
             BasicReason::ExceptionOrNmi => return self.exception(reason),
             _ => {}
         }

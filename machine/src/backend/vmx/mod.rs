@@ -23,6 +23,11 @@
 //! | IN, OUT | 5 | 1 | and the qualification |
 //! | interrupt of the host | 1 | 0 | reason |
 //! | interrupt delivered | 3 | 1 | reason, RFLAGS, interruptibility; the event |
+//! | write to the APIC, virtualized | 2 | 0 | reason, qualification |
+//! | deadline | 1 | 0 | reason |
+//!
+//! Every sixteenth entry, and each after the machine looked for interrupts, sets the preemption timer:
+//! one VMWRITE more. Between, the timer lags behind the clock by what the exits take.
 //!
 //! CPUID does without RFLAGS at a price: a debugger in the guest that begins to single-step right at
 //! a CPUID sees its first trap one instruction late. Once a single step was seen, RFLAGS is read.
@@ -39,6 +44,7 @@ mod refusal;
 mod setup;
 #[cfg(test)]
 mod tests;
+mod timer;
 mod vcpu;
 
 use core::cell::Cell;
@@ -59,6 +65,8 @@ use apic::VirtualApic;
 pub use apic::{APIC_PAGE, ApicTables, open_x2apic_msrs};
 use cache::{Cache, Cached};
 use mode::{Imposed, LMA, Mode, PE, read_pdptes};
+use timer::PreemptionTimer;
+
 pub use processor::{Processor, ThisProcessor};
 pub use refusal::{Refusal, RefusalCause};
 pub use setup::{Controls, Unsuitable, VmxTables, open_direct_msrs};
@@ -79,6 +87,10 @@ pub struct VmxVcpu<'a, P, M> {
     apic_page: &'a ApicPage,
     /// The rest of the local APIC, where the processor virtualizes it.
     apic: Option<VirtualApic>,
+    /// The end of the guest's turn, where the processor counts it.
+    timer: Option<PreemptionTimer>,
+    /// How many entries there are until the timer is set anew.
+    until_timer: u32,
     imposed: Imposed,
     xcr0_valid: u64,
     /// Why the guest came out last.
@@ -183,13 +195,21 @@ impl<'a, P: Processor, M: GuestMemory> VmxVcpu<'a, P, M> {
     fn on(mut processor: P, parts: &Parts<'a>, memory: &'a M) -> Result<Self, VcpuError> {
         let (apic_page, at) = parts.apic_page;
         setup::write(&mut processor, parts.controls, parts.tables, at, parts.vpid)?;
-        let apic_tables = parts
-            .tables
-            .apic
-            .filter(|_| parts.controls.has_virtual_apic());
+        let apic_tables = parts.tables.apic.filter(|_| parts.controls.virtual_apic);
         let apic = match apic_tables {
-            Some(tables) => Some(VirtualApic::new(&mut processor, tables)?),
+            Some(tables) => {
+                let secondary = parts.controls.secondary;
+                Some(VirtualApic::new(&mut processor, tables, secondary)?)
+            }
             None => None,
+        };
+        let timer = match parts.controls.preemption_timer {
+            true => Some(PreemptionTimer::new(
+                &mut processor,
+                parts.caps,
+                parts.controls,
+            )?),
+            false => None,
         };
         let imposed = Imposed::new(parts.caps);
         processor.set(fields::CR0_GUEST_HOST_MASK, imposed.cr0_mask())?;
@@ -204,6 +224,8 @@ impl<'a, P: Processor, M: GuestMemory> VmxVcpu<'a, P, M> {
             tables: parts.tables,
             apic_page,
             apic,
+            timer,
+            until_timer: 1,
             imposed,
             xcr0_valid: parts.xcr0_valid,
             reason: ExitReason(0),
@@ -286,12 +308,29 @@ impl<'a, P: Processor, M: GuestMemory> VmxVcpu<'a, P, M> {
     /// Writes what handlers have changed, so that the guest can be entered.
     #[inline]
     fn prepare(&mut self) -> Result<(), VcpuError> {
+        self.until_timer = self.until_timer.wrapping_sub(1);
+        if self.until_timer == 0 {
+            self.set_timer()?;
+        }
         if self.registers.gprs.rsp != self.rsp_agreed {
             self.rsp_agreed = self.registers.gprs.rsp;
             self.processor.set(fields::GUEST_RSP, self.rsp_agreed)?;
         }
         if self.cache.write_rip(&mut self.processor)? {
             self.prepare_rest()?;
+        }
+        Ok(())
+    }
+
+    /// Sets the timer by the clock: it lags behind by what exits have cost.
+    #[cold]
+    #[inline(never)]
+    fn set_timer(&mut self) -> Result<(), VcpuError> {
+        self.until_timer = u32::MAX;
+        if let Some(timer) = self.timer {
+            self.until_timer = timer.lag();
+            let now = self.processor.tsc();
+            timer.set(&mut self.processor, now)?;
         }
         Ok(())
     }

@@ -51,6 +51,9 @@ pub trait Processor: VmcsWrite {
     /// What [`CurrentVmcs::guest_pkru`] asks.
     unsafe fn pkru(&self) -> u32;
 
+    /// The time-stamp counter.
+    fn tsc(&self) -> u64;
+
     /// The guest's DR6.
     fn dr6(&self) -> u64;
 
@@ -128,6 +131,12 @@ impl Processor for ThisProcessor<'_> {
     unsafe fn pkru(&self) -> u32 {
         // SAFETY: the caller's promise.
         unsafe { self.vmcs.guest_pkru() }
+    }
+
+    #[inline]
+    fn tsc(&self) -> u64 {
+        // SAFETY: every 64-bit processor has the instruction, and CPL 0 may use it.
+        unsafe { core::arch::x86_64::_rdtsc() }
     }
 
     fn dr6(&self) -> u64 {

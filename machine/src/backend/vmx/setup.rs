@@ -10,6 +10,7 @@ use testudo_vmx::hw::instructions::InvvpidKind;
 use testudo_vmx::{AccessError, VmcsWrite, VmxCaps, fields};
 
 use super::apic::{self, ApicTables};
+use super::timer;
 
 /// The MSRs that a guest reads and writes directly: those that the VMCS holds, and those that stay
 /// in the processor because the host uses none of them.
@@ -45,7 +46,7 @@ pub struct VmxTables {
     /// The MSR bitmap, made by [`open_direct_msrs`].
     pub msr_bitmap: Hpa,
     /// What APIC virtualization takes besides; it is used where these are and
-    /// [`Controls::has_virtual_apic`].
+    /// [`Controls::virtual_apic`].
     pub apic: Option<ApicTables>,
 }
 
@@ -83,12 +84,17 @@ pub struct Controls {
     pub pin: PinControls,
     /// Primary processor-based.
     pub primary: PrimaryControls,
-    /// Secondary processor-based.
+    /// Secondary processor-based, but for those of APIC virtualization.
     pub secondary: SecondaryControls,
     /// VM-exit.
     pub exit: ExitControls,
     /// VM-entry, for a guest outside IA-32e mode.
     pub entry: EntryControls,
+    /// The processor virtualizes the whole of the local APIC, so that it is worth having
+    /// [`VmxTables::apic`].
+    pub virtual_apic: bool,
+    /// The processor ends the guest's turn at the next deadline.
+    pub preemption_timer: bool,
 }
 
 /// The windows, which are opened only when an event waits.
@@ -126,8 +132,7 @@ impl Controls {
             | SecondaryControls::ENABLE_RDTSCP
             | SecondaryControls::ENABLE_INVPCID
             | SecondaryControls::WBINVD_EXITING
-            | SecondaryControls::ENABLE_ENCLS_EXITING
-            | apic::NEEDED;
+            | SecondaryControls::ENABLE_ENCLS_EXITING;
         let exit = ExitControls::HOST_ADDRESS_SPACE_SIZE
             | ExitControls::SAVE_DEBUG_CONTROLS
             | ExitControls::LOAD_EFER
@@ -152,24 +157,26 @@ impl Controls {
         if !caps.ept_vpid.contains(both) {
             secondary -= SecondaryControls::ENABLE_VPID;
         }
-        let virtual_apic = secondary.contains(apic::NEEDED);
-        secondary -= apic::NEEDED;
-        if virtual_apic {
-            secondary |= apic::ALWAYS;
-        }
         Ok(Self {
             pin: caps.pin.grant(pin, PinControls::empty())?.controls,
             primary: primary - WINDOWS,
             secondary,
             exit: caps.exit.grant(exit, ExitControls::empty())?.controls,
             entry: caps.entry.grant(entry, EntryControls::empty())?.controls,
+            virtual_apic: caps.secondary.allows(apic::NEEDED),
+            preemption_timer: caps.pin.allows(timer::PIN) && caps.exit.allows(timer::EXIT),
         })
     }
 
-    /// Whether the processor virtualizes the whole of the local APIC, so that it is worth having
-    /// [`VmxTables::apic`].
-    pub fn has_virtual_apic(&self) -> bool {
-        self.secondary.contains(apic::ALWAYS)
+    /// The same without what processors do for one level only: a hypervisor's guest must come out for
+    /// what the machine has for the hypervisor.
+    #[must_use]
+    pub fn for_hypervisors(self) -> Self {
+        Self {
+            virtual_apic: false,
+            preemption_timer: false,
+            ..self
+        }
     }
 
     /// How the translations of a guest with this VPID are dropped; `None` without VPIDs.
@@ -198,11 +205,7 @@ pub(super) fn write(
 ) -> Result<(), AccessError> {
     vmcs.set(fields::PIN_CONTROLS, controls.pin.bits())?;
     vmcs.set(fields::PRIMARY_CONTROLS, controls.primary.bits())?;
-    let mut secondary = controls.secondary;
-    if tables.apic.is_none() {
-        secondary -= apic::ALWAYS;
-    }
-    vmcs.set(fields::SECONDARY_CONTROLS, secondary.bits())?;
+    vmcs.set(fields::SECONDARY_CONTROLS, controls.secondary.bits())?;
     vmcs.set(fields::EXIT_CONTROLS, controls.exit.bits())?;
     vmcs.set(fields::ENTRY_CONTROLS, controls.entry.bits())?;
     // With the first two a guest could keep its processor busy for ever; the third is the host's.

@@ -19,6 +19,7 @@ use testudo_vmx::fake::FakeVmcs;
 use testudo_vmx::{Encoding, InstructionError, VmFail, VmcsRead, VmcsWrite};
 
 mod apic;
+mod timer;
 
 use super::mode::LME;
 use super::*;
@@ -44,6 +45,7 @@ struct FakeProcessor {
     flushes: u32,
     dr6: u64,
     xcr0: u64,
+    tsc: u64,
 }
 
 impl FakeProcessor {
@@ -67,6 +69,7 @@ impl FakeProcessor {
             flushes: 0,
             dr6: 0,
             xcr0: 1,
+            tsc: 0,
         }
     }
 }
@@ -127,6 +130,10 @@ impl Processor for FakeProcessor {
 
     unsafe fn pkru(&self) -> u32 {
         0x55
+    }
+
+    fn tsc(&self) -> u64 {
+        self.tsc
     }
 
     fn dr6(&self) -> u64 {

@@ -128,6 +128,15 @@ impl<P: Processor, M: GuestMemory> Vcpu for VmxVcpu<'_, P, M> {
         self.set_primary(PrimaryControls::NMI_WINDOW_EXITING, wanted);
     }
 
+    fn set_deadline(&mut self, tsc: Option<u64>) -> bool {
+        let Some(timer) = &mut self.timer else {
+            return false;
+        };
+        timer.deadline = tsc.unwrap_or(u64::MAX);
+        self.until_timer = 1;
+        true
+    }
+
     #[inline]
     fn task_priority(&self) -> u8 {
         self.apic_page.task_priority()

@@ -135,6 +135,27 @@ fn host(tally: &mut Tally) -> Result<()> {
             tally.fail(&format!("cargo test did not run to its end: {what}"));
         }
     }
+    interleavings(tally)
+}
+
+/// The concurrent paths of the page tables, in every interleaving. The crates are built another way
+/// for it, so in a folder of their own.
+fn interleavings(tally: &mut Tally) -> Result<()> {
+    run::progress("every interleaving of the page tables' concurrent paths");
+    let mut tests = cargo(&["test", "--package", "testudo-ept", "--test", "loom"]);
+    tests
+        .env("RUSTFLAGS", "--cfg loom")
+        .env("CARGO_TARGET_DIR", workplace::target().join("loom"));
+    let mut closed = false;
+    let ended = lines(tests, |line| {
+        if let Some((passed, failed)) = closing_line(line) {
+            closed = true;
+            tally.add("cargo test: loom", passed, failed);
+        }
+    })?;
+    if !ended || !closed {
+        tally.fail("the interleavings were not tried to the end");
+    }
     Ok(())
 }
 

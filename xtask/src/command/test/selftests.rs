@@ -62,17 +62,49 @@ const PROGRAMS: [(&str, &[&str]); 2] = [
     ("tiny-vmx", &["--emulator", "bochs", "--cpu", "vmx"]),
 ];
 
-/// Validators against processors, by the arguments of `diff entry`; the last ones only with `--full`.
-const DIFFERENCES: [(&str, &[&str], bool); 3] = [
+/// What the crates decide against processors, by the arguments of `diff`; the last of each only with `--full`.
+const DIFFERENCES: [(&str, &[&str], bool); 7] = [
     (
         "VMRUN against QEMU",
-        &["--backend", "svm", "--emulator", "qemu"],
+        &["entry", "--count", "20000", "--emulator", "qemu"],
         false,
     ),
-    ("VM entry against Bochs", &["--backend", "vmx"], false),
+    (
+        "VM entry against Bochs",
+        &["entry", "--count", "20000", "--backend", "vmx"],
+        false,
+    ),
     (
         "VMRUN against Bochs",
-        &["--backend", "svm", "--emulator", "bochs"],
+        &["entry", "--count", "20000", "--emulator", "bochs"],
+        true,
+    ),
+    (
+        "guest and nested paging against QEMU",
+        &["paging", "--count", "20000", "--emulator", "qemu"],
+        false,
+    ),
+    (
+        "guest paging and EPT against Bochs",
+        &["paging", "--count", "5000", "--backend", "vmx"],
+        false,
+    ),
+    (
+        "guest and nested paging against Bochs",
+        &["paging", "--count", "50000", "--emulator", "bochs"],
+        true,
+    ),
+    (
+        "guest paging and EPT against a newer processor of Bochs",
+        &[
+            "paging",
+            "--count",
+            "50000",
+            "--backend",
+            "vmx",
+            "--model",
+            "tigerlake",
+        ],
         true,
     ),
 ];
@@ -80,8 +112,7 @@ const DIFFERENCES: [(&str, &[&str], bool); 3] = [
 fn differences(tally: &mut Tally, full: bool) -> Result<()> {
     for (name, arguments, _) in DIFFERENCES.iter().filter(|(_, _, slow)| full || !slow) {
         let mut command = Command::new(std::env::current_exe()?);
-        command.args(["diff", "entry", "--count", "20000", "--json"]);
-        command.args(*arguments);
+        command.arg("diff").args(*arguments).arg("--json");
         tally.check(name, run::check(&mut command));
     }
     Ok(())

@@ -23,7 +23,7 @@ fn apic_tables() -> ApicTables {
 fn vcpu_with(lapic: &Lapic) -> Fake {
     let caps: &'static VmxCaps = Box::leak(Box::new(fixtures::skylake_sp()));
     let controls = Box::leak(Box::new(Controls::choose(caps).unwrap()));
-    assert!(controls.has_virtual_apic());
+    assert!(controls.virtual_apic);
     let tables = Box::leak(Box::new(VmxTables {
         ept_pointer: 0x1000 | 3 << 3 | 6,
         msr_bitmap: Hpa(0x2000),
@@ -105,7 +105,7 @@ fn the_processor_has_it_all_or_the_task_priority_alone() {
             continue;
         };
         let all = caps.secondary.allows(super::super::apic::NEEDED);
-        assert_eq!(controls.has_virtual_apic(), all, "{name}");
+        assert_eq!(controls.virtual_apic, all, "{name}");
         // Without the tables, the control is of no use.
         let vcpu = vcpu_on(&caps);
         assert!(!vcpu.delivers_interrupts());
