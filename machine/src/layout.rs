@@ -109,6 +109,12 @@ pub enum MemoryType {
     Usable = 1,
     /// Not to be used.
     Reserved = 2,
+    /// ACPI tables, free once they have been read.
+    Acpi = 3,
+    /// Firmware's, to be kept across sleep.
+    Nvs = 4,
+    /// Memory with errors.
+    Bad = 5,
 }
 
 /// One range of the memory map.

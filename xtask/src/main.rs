@@ -29,6 +29,8 @@ enum Cli {
     Diff(command::diff::Diff),
     /// Run an unmodified hypervisor as the guest, and Linux as its guest
     Nested(command::nested::Nested),
+    /// Run a machine's own system as the guest of a hypervisor that started before it
+    Bluepill(command::bluepill::Bluepill),
     /// Measure what the hypervisor costs, in instructions
     Measure(command::measure::Measure),
 }
@@ -41,6 +43,7 @@ fn main() -> ExitCode {
         Cli::Test(test) => test.run(),
         Cli::Diff(diff) => diff.run(),
         Cli::Nested(nested) => nested.run(),
+        Cli::Bluepill(bluepill) => bluepill.run(),
         Cli::Measure(measure) => measure.run(),
     };
     match result {

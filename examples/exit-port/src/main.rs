@@ -1,5 +1,7 @@
 //! A Linux program that ends its machine with a status: `exit-port STATUS` writes the byte to the
-//! debug-exit port 0xf4, once its terminal has sent what was written to it before.
+//! debug-exit port 0xf4, once its terminal has sent what was written to it before. The line
+//! `testudo-exit: STATUS` goes to the debug console at port 0xe9 first: an emulator's own status has no
+//! room for all of it.
 //!
 //! Debian's kernel for virtual machines has no `/dev/port`, so a shell cannot do this. The program needs
 //! no libc and thus runs in any initial RAM disk.
@@ -11,6 +13,7 @@ use core::arch::{asm, naked_asm};
 use core::panic::PanicInfo;
 
 const DEBUG_EXIT: u16 = 0xf4;
+const DEBUG_CONSOLE: u16 = 0xe9;
 
 const STANDARD_OUTPUT: usize = 1;
 
@@ -38,16 +41,29 @@ extern "C" fn start(stack: *const usize) -> ! {
         }
     };
     let Some(status) = status else { exit(2) };
-    if system_call(SYS_IOPERM, [usize::from(DEBUG_EXIT), 1, 1]) != 0 {
-        exit(1);
+    for port in [DEBUG_EXIT, DEBUG_CONSOLE] {
+        if system_call(SYS_IOPERM, [usize::from(port), 1, 1]) != 0 {
+            exit(1);
+        }
     }
     // The machine ends with the next instruction, and what the kernel still holds for the serial port with
     // it. An output that is no terminal refuses this, and has nothing to wait for.
     system_call(SYS_IOCTL, [STANDARD_OUTPUT, TCSBRK, 1]);
-    // SAFETY: the kernel has granted the port, whose device ends the machine.
-    unsafe { asm!("out dx, al", in("dx") DEBUG_EXIT, in("al") status, options(nomem, nostack)) };
+    let digits = [status / 100, status / 10 % 10, status % 10].map(|digit| b'0' + digit);
+    for text in [b"testudo-exit: ".as_slice(), &digits, b"\n"] {
+        for &byte in text {
+            out(DEBUG_CONSOLE, byte);
+        }
+    }
+    out(DEBUG_EXIT, status);
     // There is no such device.
     exit(1)
+}
+
+/// Writes to one of the ports that the kernel has granted.
+fn out(port: u16, byte: u8) {
+    // SAFETY: one is a console, and the other ends the machine; neither touches memory.
+    unsafe { asm!("out dx, al", in("dx") port, in("al") byte, options(nomem, nostack)) };
 }
 
 /// The decimal number of a terminated string, if it is one that fits a byte.

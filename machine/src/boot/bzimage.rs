@@ -45,6 +45,8 @@ mod offset {
 
 /// The size of `struct boot_params`.
 const BOOT_PARAMS_SIZE: usize = 4096;
+/// How many ranges its memory map holds.
+const E820_MAX: usize = 128;
 /// Where the setup header may end at most: the next field of `struct boot_params`.
 const HEADER_LIMIT: usize = 0x290;
 /// Protocol 2.12 (Linux 3.8) is the first with `xloadflags`, which announce the 64-bit entry.
@@ -220,7 +222,13 @@ pub(super) fn load<M: GuestMemory + ?Sized>(
     if let Some(rsdp) = image.rsdp {
         put(offset::ACPI_RSDP_ADDR, &rsdp.0.to_le_bytes());
     }
-    let map = space.layout().memory_map();
+    let map = space.map();
+    if map.len() > E820_MAX {
+        return Err(LoadError::MapTooLong {
+            ranges: map.len(),
+            max: E820_MAX,
+        });
+    }
     put(offset::E820_ENTRIES, &[map.len() as u8]);
     for (index, range) in map.iter().enumerate() {
         let entry = offset::E820_TABLE + index * 20;

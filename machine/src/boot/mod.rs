@@ -15,11 +15,13 @@ mod multiboot2;
 mod pvh;
 mod space;
 
+use core::ops::Range;
+
 use testudo_arch::regs::SystemRegisters;
 use testudo_arch::segment::SegmentAttributes;
 use testudo_arch::{Gpa, Gprs, GuestMemory, MemoryFault, Segment};
 
-use crate::layout::{LOW_RAM_LIMIT, Layout};
+use crate::layout::{LOW_RAM_LIMIT, Layout, MemoryRange, MemoryType};
 use elf::Elf;
 pub use elf::{ElfError, MAX_SEGMENTS};
 use space::Space;
@@ -168,6 +170,14 @@ pub enum LoadError {
     /// More modules than can be described.
     #[error("{0} modules are too many: at most {MAX_MODULES} can be passed")]
     TooManyModules(usize),
+    /// The memory map has more ranges than the protocol can pass.
+    #[error("the memory map has {ranges} ranges, the kernel takes {max}")]
+    MapTooLong {
+        /// How many ranges.
+        ranges: usize,
+        /// How many are accepted.
+        max: usize,
+    },
     /// The memory itself refused: the machine's memory is not what the layout says.
     #[error("guest memory does not match the layout: {0}")]
     Memory(#[from] MemoryFault),
@@ -247,6 +257,38 @@ pub fn load_as<M: GuestMemory + ?Sized>(
     layout: &Layout,
     image: &BootImage<'_>,
 ) -> Result<BootState, LoadError> {
+    firmware::write(memory)?;
+    let ram = layout.ram().map(|(_, len)| len).sum();
+    place(protocol, memory, (&layout.memory_map(), ram), &[], image)
+}
+
+/// Places the image in the memory of a machine that has its own firmware, whose memory map the
+/// kernel is told as it is: for a hypervisor that passes a real machine on.
+///
+/// Nothing is written but to usable memory of the map, and there not to the ranges `taken`, in
+/// which the image itself may be.
+///
+/// # Errors
+///
+/// As [`load`].
+pub fn load_beside_firmware<M: GuestMemory + ?Sized>(
+    memory: &M,
+    map: &[MemoryRange],
+    taken: &[Range<u64>],
+    image: &BootImage<'_>,
+) -> Result<BootState, LoadError> {
+    let usable = map.iter().filter(|range| range.kind == MemoryType::Usable);
+    let ram = usable.map(|range| range.len).sum();
+    place(detect(image.kernel)?, memory, (map, ram), taken, image)
+}
+
+fn place<M: GuestMemory + ?Sized>(
+    protocol: Protocol,
+    memory: &M,
+    map: (&[MemoryRange], u64),
+    taken: &[Range<u64>],
+    image: &BootImage<'_>,
+) -> Result<BootState, LoadError> {
     if image.modules.len() > MAX_MODULES {
         return Err(LoadError::TooManyModules(image.modules.len()));
     }
@@ -254,8 +296,7 @@ pub fn load_as<M: GuestMemory + ?Sized>(
     for module in image.modules {
         check_string("a module's string", module.arguments, MAX_COMMAND_LINE)?;
     }
-    let mut space = Space::new(memory, layout);
-    firmware::write(memory)?;
+    let mut space = Space::new(memory, map, taken);
     match protocol {
         Protocol::Linux64 => bzimage::load(&mut space, image),
         Protocol::Multiboot2 => multiboot2::load(&mut space, image),

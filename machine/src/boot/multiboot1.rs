@@ -6,7 +6,7 @@ use testudo_arch::{Gpa, Gprs, GuestMemory};
 use super::elf::{Elf, ElfError};
 use super::space::Space;
 use super::{BootImage, BootState, Fields, LoadError, flat_protected_mode, place_modules};
-use crate::layout::{EBDA, HIGH_MEMORY, LOW_RAM_LIMIT};
+use crate::layout::{EBDA, HIGH_MEMORY};
 
 const HEADER_MAGIC: u32 = 0x1BAD_B002;
 const LOADER_MAGIC: u64 = 0x2BAD_B002;
@@ -186,7 +186,7 @@ fn write_info<M: GuestMemory + ?Sized>(
     let command_line = string(space, &[KERNEL_NAME, image.command_line].concat())?;
     let loader_name = string(space, LOADER_NAME)?;
 
-    let map = space.layout().memory_map();
+    let map = space.map();
     let map_len = (map.len() * MAP_ENTRY_SIZE) as u64;
     let map_gpa = space.place_conventional("the memory map", map_len, 4)?;
     for (index, range) in map.iter().enumerate() {
@@ -222,6 +222,6 @@ fn write_info<M: GuestMemory + ?Sized>(
 
 /// Conventional memory, and memory from 1 MiB to the first hole, in KiB.
 pub(super) fn basic_memory<M: GuestMemory + ?Sized>(space: &Space<'_, M>) -> (u64, u64) {
-    let end = space.layout().low_ram_end().0.min(LOW_RAM_LIMIT);
+    let end = space.low_ram_end().max(HIGH_MEMORY.0);
     (EBDA.0 >> 10, (end - HIGH_MEMORY.0) >> 10)
 }

@@ -294,7 +294,7 @@ fn write_info<M: GuestMemory + ?Sized>(
 
     // Entries of 24 bytes, version 0.
     let mut map = Vec::from([24, 0, 0, 0, 0, 0, 0, 0]);
-    for range in space.layout().memory_map() {
+    for range in space.map() {
         map.extend_from_slice(&range.start.0.to_le_bytes());
         map.extend_from_slice(&range.len.to_le_bytes());
         map.extend_from_slice(&(range.kind as u64).to_le_bytes());

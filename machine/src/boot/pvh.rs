@@ -72,7 +72,7 @@ pub(super) fn load<M: GuestMemory + ?Sized>(
         space.memory().write(at, &entry)?;
     }
 
-    let map = space.layout().memory_map();
+    let map = space.map();
     let map_len = (map.len() * MEMORY_ENTRY_SIZE) as u64;
     let map_gpa = space.place_conventional("the memory map", map_len, 8)?;
     for (index, range) in map.iter().enumerate() {

@@ -6,7 +6,7 @@ use alloc::vec::Vec;
 use testudo_arch::{Gpa, GuestMemory};
 
 use super::LoadError;
-use crate::layout::{EBDA, Layout, MemoryRange, MemoryType};
+use crate::layout::{EBDA, LOW_RAM_LIMIT, MemoryRange, MemoryType};
 
 /// The first page is the real-mode interrupt table and the BIOS data area.
 const FIRST_FREE: u64 = 0x1000;
@@ -14,16 +14,24 @@ const FIRST_FREE: u64 = 0x1000;
 /// Usable memory, and what of it is taken.
 pub(super) struct Space<'m, M: ?Sized> {
     memory: &'m M,
-    layout: &'m Layout,
+    map: &'m [MemoryRange],
+    /// All memory of the machine.
+    ram: u64,
     taken: Vec<Range<u64>>,
 }
 
 impl<'m, M: GuestMemory + ?Sized> Space<'m, M> {
-    pub(super) fn new(memory: &'m M, layout: &'m Layout) -> Self {
+    /// The usable memory of `map` without what is `taken` already, in a machine with `ram` bytes.
+    pub(super) fn new(
+        memory: &'m M,
+        (map, ram): (&'m [MemoryRange], u64),
+        taken: &[Range<u64>],
+    ) -> Self {
         Self {
             memory,
-            layout,
-            taken: Vec::new(),
+            map,
+            ram,
+            taken: taken.to_vec(),
         }
     }
 
@@ -31,15 +39,23 @@ impl<'m, M: GuestMemory + ?Sized> Space<'m, M> {
         self.memory
     }
 
-    pub(super) fn layout(&self) -> &'m Layout {
-        self.layout
+    /// The memory map as the kernel is told.
+    pub(super) fn map(&self) -> &'m [MemoryRange] {
+        self.map
     }
 
-    fn usable(&self) -> impl DoubleEndedIterator<Item = Range<u64>> + use<M> {
-        let map = self.layout.memory_map();
-        map.into_iter()
-            .filter(|range: &MemoryRange| range.kind == MemoryType::Usable)
+    fn usable(&self) -> impl DoubleEndedIterator<Item = Range<u64>> + use<'m, M> {
+        self.map
+            .iter()
+            .filter(|range| range.kind == MemoryType::Usable)
             .map(|range| range.start.0.max(FIRST_FREE)..range.end())
+            .filter(|range| !range.is_empty())
+    }
+
+    /// The end of usable memory below the windows of devices.
+    pub(super) fn low_ram_end(&self) -> u64 {
+        let ends = self.usable().map(|range| range.end.min(LOW_RAM_LIMIT));
+        ends.max().unwrap_or(0)
     }
 
     /// Some taken range that `range` overlaps.
@@ -119,7 +135,7 @@ impl<'m, M: GuestMemory + ?Sized> Space<'m, M> {
             len,
             start: Gpa(within.start),
             end: Gpa(within.end),
-            ram: self.layout.ram().map(|(_, len)| len).sum(),
+            ram: self.ram,
         }
     }
 

@@ -878,3 +878,54 @@ proptest! {
         let _ = machine.load(&with_modules(&kernel));
     }
 }
+
+#[test]
+fn a_machine_with_firmware_keeps_it() {
+    let machine = machine(64);
+    let kernel = bzimage();
+    let map = [
+        (0x1000, 0x9_E000, MemoryType::Usable),
+        (0x10_0000, 0x50_0000, MemoryType::Usable),
+        (0x60_0000, 0x20_0000, MemoryType::Reserved),
+        (0x80_0000, 0x300_0000, MemoryType::Usable),
+        (0x380_0000, 0x1_0000, MemoryType::Acpi),
+    ]
+    .map(|(start, len, kind)| MemoryRange {
+        start: Gpa(start),
+        len,
+        kind,
+    });
+    // Where the kernel would like to be.
+    let taken = [0x100_0000..0x108_0000, 0x108_0000..0x110_0000];
+    let state = load_beside_firmware(&machine.memory, &map, &taken, &image(&kernel)).unwrap();
+    assert_eq!(state.system.rip, 0x120_0200);
+    let params = state.gprs.rsi;
+    assert_eq!(machine.u64(params + 0x70), 0xE_0000);
+    assert_eq!(machine.bytes(Gpa(params + 0x1E8), 1), [map.len() as u8]);
+    for (index, range) in map.iter().enumerate() {
+        let at = params + 0x2D0 + index as u64 * 20;
+        let told = (machine.u64(at), machine.u64(at + 8), machine.u32(at + 16));
+        assert_eq!(told, (range.start.0, range.len, range.kind as u32));
+        if range.kind != MemoryType::Usable {
+            let bytes = machine.bytes(range.start, range.len);
+            assert!(bytes.iter().all(|byte| *byte == 0xA5), "{range:x?}");
+        }
+    }
+    // The interrupt table, the BIOS's data and code, and what holds the image.
+    for (start, len) in [(0, 0x1000), (0x9_F000, 0x6_1000), (0x100_0000, 0x10_0000)] {
+        assert!(
+            machine
+                .bytes(Gpa(start), len)
+                .iter()
+                .all(|byte| *byte == 0xA5)
+        );
+    }
+    let many: Vec<_> = map.iter().cycle().take(129).copied().collect();
+    assert_eq!(
+        load_beside_firmware(&machine.memory, &many, &[], &image(&kernel)),
+        Err(LoadError::MapTooLong {
+            ranges: 129,
+            max: 128
+        })
+    );
+}

@@ -96,11 +96,12 @@ pub fn interrupts_enabled() -> bool {
     flags & 1 << 9 != 0
 }
 
-/// Sets GIF for one instruction, so that everything pending is taken, and clears it.
+/// Sets GIF for one instruction, so that everything pending is taken that IF does not hold back, and
+/// clears it.
 ///
 /// # Safety
 ///
-/// SVM is enabled, GIF is clear, IF is set, and the host's IDT is in place.
+/// SVM is enabled, GIF is clear, and the host's IDT is in place.
 #[inline]
 pub(super) unsafe fn open_gif_window() {
     // SAFETY: the caller's promise; interrupt handlers keep all registers.

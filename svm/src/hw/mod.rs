@@ -199,6 +199,38 @@ impl HeldInterrupts<'_> {
         unsafe { instructions::open_gif_window() };
     }
 
+    /// Takes a pending NMI, and whatever else IF does not hold back, through the host's IDT; maskable
+    /// interrupts stay pending, for a guest that takes them itself.
+    #[inline]
+    pub fn take_nmi(&mut self) {
+        let enabled = instructions::interrupts_enabled();
+        // SAFETY: SVM is enabled, and the host's IDT is in place, as in `take_pending`; IF is as it
+        // was afterwards.
+        unsafe {
+            instructions::cli();
+            instructions::open_gif_window();
+            if enabled {
+                instructions::sti();
+            }
+        }
+    }
+
+    /// Sets IF, by which physical interrupts are held back while a guest with
+    /// [`V_INTR_MASKING`](crate::vmcb::VintrFlags::V_INTR_MASKING) runs (APM vol. 2, 15.21.1). It is
+    /// set at first, as a host needs it whose guests exit for interrupts; a host that leaves them
+    /// to its guest decides by it when that guest takes them.
+    #[inline]
+    pub fn set_interrupt_flag(&mut self, enabled: bool) {
+        // SAFETY: CPL 0, since SVM is enabled here; GIF is clear, so that nothing comes in.
+        unsafe {
+            if enabled {
+                instructions::sti();
+            } else {
+                instructions::cli();
+            }
+        }
+    }
+
     /// Runs host code with GIF set and IF clear, as it was written for: it may let interrupts in.
     /// Then holds them back again.
     #[inline]

@@ -165,7 +165,8 @@ impl HeldInterrupts<'_> {
     /// - It intercepts or confines everything by which a guest reaches processor state outside the
     ///   VMCB: INTR, NMI and SHUTDOWN among the events; VMRUN, VMLOAD and VMSAVE (unless
     ///   virtualized), STGI, CLGI, INVLPGA, SKINIT, XSETBV, INVD, RSM, MSRs and ports; and it has
-    ///   V_INTR_MASKING.
+    ///   V_INTR_MASKING. A host that has given one of these to its guest for good, and uses it no
+    ///   more, need not.
     /// - The permission maps, nested page tables and AVIC tables that it points to are in place
     ///   and reach only memory that the host's own references do not cover.
     /// - Its ASID is used by no other guest on this processor, or the translations are flushed.

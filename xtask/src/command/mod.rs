@@ -1,6 +1,7 @@
 //! The commands, one file each.
 
 pub(crate) mod bare_metal;
+pub(crate) mod bluepill;
 pub(crate) mod boot;
 pub(crate) mod devices;
 pub(crate) mod diff;

@@ -73,9 +73,26 @@ pub(crate) struct Nested {
 }
 
 /// A system that can be started: its memory in MiB and its RAM disk.
-struct System {
-    memory: u64,
-    disk: Vec<u8>,
+pub(super) struct System {
+    pub(super) memory: u64,
+    pub(super) disk: Vec<u8>,
+}
+
+/// A Linux whose KVM runs a Linux, which gives a shell or runs commands; its status becomes the outer one's.
+pub(super) fn kvm_system(kernel: &Kernel, vcpus: u32, run: Option<&str>) -> Result<System> {
+    let nested = Nested {
+        guest: Guest::Kvm,
+        backend: Backend::Svm,
+        depth: 2,
+        vcpus,
+        shadow: false,
+        run: run.map(str::to_owned),
+        stats: false,
+        timeout: None,
+        exact: false,
+        verbose: false,
+    };
+    nested.around(&nested.innermost(kernel)?, kernel, 1)
 }
 
 impl Nested {

@@ -61,6 +61,8 @@ pub(crate) struct Machine {
     /// Takes the console's output; otherwise it goes to ours.
     pub(crate) capture: Option<PathBuf>,
     pub(crate) timeout: Option<Duration>,
+    /// The program's guest has the machine itself, so that an end without a status is its switching off.
+    pub(crate) guest_ends: bool,
     /// The files of the guest's disks, by number; what the guest changes is written to them.
     pub(crate) disks: Vec<Option<DiskFile>>,
     /// Further arguments for the emulator.
@@ -91,6 +93,7 @@ impl Machine {
             input: false,
             capture: None,
             timeout: None,
+            guest_ends: false,
             disks: Vec::new(),
             extra: Vec::new(),
         }

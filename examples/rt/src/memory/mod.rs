@@ -1,5 +1,8 @@
 //! Physical memory: the frame allocator over the firmware's map, the identity map, and the heap.
 
+use alloc::vec::Vec;
+use core::ops::Range;
+
 mod heap;
 pub mod paging;
 mod ranges;
@@ -15,6 +18,8 @@ pub const FRAME: u64 = 4096;
 const LOW: u64 = 0x10_0000;
 
 static FREE: Lock<FreeRanges> = Lock::new(FreeRanges::new());
+/// All that was free when the program started.
+static STOCK: Lock<FreeRanges> = Lock::new(FreeRanges::new());
 
 unsafe extern "C" {
     static rt_image_start: u8;
@@ -64,9 +69,45 @@ fn stock(raw: &Raw, from: u64, to: u64) {
         );
     }
     let mut free = FREE.lock();
+    let mut all = STOCK.lock();
     for (start, end) in fresh.iter() {
         free.give(start, end);
+        all.give(start, end);
     }
+}
+
+/// The most pieces that [`confine`] leaves the program.
+const PIECES: usize = 32;
+
+/// Keeps `bytes` in one piece for later requests and gives up all other free memory, for whoever is to
+/// have the machine besides this program.
+///
+/// Returns what is the program's from now on, in order: its image, what it has taken until now, and that
+/// piece. `None`, and nothing has changed but for the piece, if there is none so large or the program's
+/// memory is scattered all over the machine.
+pub fn confine(bytes: u64) -> Option<Vec<Range<u64>>> {
+    let mut own = Vec::with_capacity(PIECES);
+    let bytes = bytes.checked_next_multiple_of(FRAME)?;
+    let piece = reserve(bytes, FRAME)?;
+    let mut free = FREE.lock();
+    let mut taken = FreeRanges::new();
+    for (start, end) in STOCK.lock().iter() {
+        taken.give(start, end);
+    }
+    for (start, end) in free.iter() {
+        taken.remove(start, end);
+    }
+    taken.give(
+        &raw const rt_image_start as u64,
+        &raw const rt_image_end as u64,
+    );
+    if taken.iter().count() > PIECES {
+        return None;
+    }
+    own.extend(taken.iter().map(|(start, end)| start..end));
+    *free = FreeRanges::new();
+    free.give(piece, piece + bytes);
+    Some(own)
 }
 
 /// Takes the rights that nobody needs from the mapped memory, and the page below the first stack.

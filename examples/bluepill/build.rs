@@ -1,0 +1,5 @@
+//! Links the program for bare metal.
+
+fn main() {
+    testudo_rt_link::bare_metal();
+}

@@ -1,0 +1,5 @@
+//! Links the program without libc.
+
+fn main() {
+    testudo_rt_link::freestanding();
+}

@@ -1,0 +1,152 @@
+//! `cargo xtask bluepill`: a hypervisor that starts first, and a machine's own system on top of it.
+
+use std::fs;
+use std::io::IsTerminal;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use super::boot::Backend;
+use super::nested;
+use crate::bare::{self, Payload};
+use crate::debian;
+use crate::emulator::{Loader, Machine};
+use crate::initrd::Initrd;
+use crate::run;
+
+/// The hypervisor's package.
+pub(super) const PILL: &str = "bluepill";
+/// The program with which a guest asks for it.
+const INFORMANT: &str = "pill-info";
+
+/// Run a machine's own system as the guest of a hypervisor that started before it.
+///
+/// The hypervisor keeps a few MiB and passes on everything else: devices, interrupts, firmware tables, all
+/// processors, and the virtualization extension. Debian's kernel boots on what is left. Without --run it
+/// gives a shell. The exit status is the system's: what it writes to the debug-exit port 0xf4, or 0 when it
+/// powers off.
+#[derive(clap::Args)]
+pub(crate) struct Bluepill {
+    /// Which virtualization extension
+    #[arg(long, value_enum, default_value = "svm")]
+    backend: Backend,
+    /// The machine's processors
+    #[arg(long, visible_alias = "vcpus", value_name = "N", default_value_t = 1)]
+    processors: u32,
+    /// The machine's memory in MiB
+    #[arg(long, value_name = "MIB")]
+    memory: Option<u64>,
+    /// Who loads the hypervisor
+    #[arg(long, value_enum, default_value = "direct")]
+    loader: Loader,
+    /// The system's command line [default: console=ttyS0, and quiet with --run]
+    #[arg(long, value_name = "STR", allow_hyphen_values = true)]
+    cmdline: Option<String>,
+    /// Shell commands to run; their status is the exit status
+    #[arg(long, value_name = "SHELL COMMANDS")]
+    run: Option<String>,
+    /// Have the system run KVM with a Linux in it, which --run is for then
+    #[arg(long, conflicts_with = "no_nesting")]
+    kvm: bool,
+    /// Keep the virtualization extension from the system
+    #[arg(long)]
+    no_nesting: bool,
+    /// After --run, print how often the hypervisor came in
+    #[arg(long, requires = "run", conflicts_with = "kvm")]
+    stats: bool,
+    /// End the emulator after this time, with status 124
+    #[arg(long, value_name = "SECS")]
+    timeout: Option<f64>,
+    /// Count instructions as time, so that a run can be repeated exactly
+    #[arg(long)]
+    exact: bool,
+    /// Show what is executed
+    #[arg(short, long)]
+    verbose: bool,
+}
+
+/// Memory in MiB of a machine that runs Linux.
+const MEMORY: u64 = 512;
+/// What the hypervisor keeps, and what holds the files until they are where they belong.
+const BESIDE: u64 = 64;
+
+impl Bluepill {
+    pub(crate) fn run(&self) -> Result<u8> {
+        run::set_verbose(self.verbose);
+        if self.backend != Backend::Svm {
+            bail!("the hypervisor that starts first is there for svm only");
+        }
+        if self.processors == 0 {
+            bail!("a machine has at least one processor");
+        }
+        let timeout = self
+            .timeout
+            .map(|seconds| Duration::try_from_secs_f64(seconds).context("--timeout takes seconds"))
+            .transpose()?;
+        let kernel = debian::kernel()?;
+        let (memory, disk) = if self.kvm {
+            let system = nested::kvm_system(&kernel, self.processors, self.run.as_deref())?;
+            (system.memory, system.disk)
+        } else {
+            (MEMORY, self.disk(&kernel)?)
+        };
+        let payload = payload(&self.words(), fs::read(&kernel.image)?, disk);
+        let machine = Machine {
+            cpu: self.backend.cpu()?,
+            loader: self.loader,
+            processors: self.processors,
+            memory: self
+                .memory
+                .unwrap_or(memory + BESIDE + (payload.size() >> 20)),
+            exact: self.exact,
+            input: self.run.is_none(),
+            timeout,
+            guest_ends: true,
+            ..Machine::new(self.backend.emulator())
+        };
+        if self.run.is_none() && std::io::stdin().is_terminal() {
+            run::progress("booting to a shell; Ctrl-A X ends the emulator");
+        }
+        machine.run(&bare::build(PILL)?, &payload)
+    }
+
+    /// The hypervisor's command line, and after it the system's.
+    fn words(&self) -> String {
+        let nesting = if self.no_nesting { "no-nesting " } else { "" };
+        let quiet = if self.run.is_some() { " quiet" } else { "" };
+        let guest = match &self.cmdline {
+            Some(line) => line.clone(),
+            None => format!("console=ttyS0{quiet}"),
+        };
+        format!("{nesting}-- {guest}")
+    }
+
+    fn disk(&self, kernel: &debian::Kernel) -> Result<Vec<u8>> {
+        let run = self.run.as_ref().map(|commands| {
+            if self.stats {
+                format!("(\n{commands}\n)\nstatus=$?\n{INFORMANT}\nexit $status\n")
+            } else {
+                commands.clone()
+            }
+        });
+        let informant = fs::read(bare::build(INFORMANT)?)?;
+        Initrd {
+            run,
+            carry: vec!["kvm_amd".to_owned(), "kvm_intel".to_owned()],
+            files: vec![(format!("bin/{INFORMANT}"), 0o755, informant)],
+            ..Initrd::default()
+        }
+        .build(kernel)
+    }
+}
+
+/// What the hypervisor is given.
+pub(super) fn payload(words: &str, kernel: Vec<u8>, disk: Vec<u8>) -> Payload {
+    Payload {
+        command_line: words.to_owned(),
+        modules: vec![
+            ("kernel vmlinuz".to_owned(), kernel),
+            ("initrd default".to_owned(), disk),
+        ],
+    }
+}
