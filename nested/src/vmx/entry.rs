@@ -3,21 +3,22 @@
 use testudo_arch::{EferFlags, Gpa, GuestMemory, Hpa, Msr};
 use testudo_vmx::check::{EntryContext, Outcome as Refusal, check_entry_from, check_memory};
 use testudo_vmx::controls::{
-    ActivityState, Interruptibility, PinControls, PrimaryControls, SecondaryControls,
+    ActivityState, EntryControls, Interruptibility, PinControls, PrimaryControls, SecondaryControls,
 };
 use testudo_vmx::event::InterruptionInformation;
-use testudo_vmx::exit::BasicReason;
+use testudo_vmx::exit::{BasicReason, GuestStateFailure};
 use testudo_vmx::structures::MsrEntry;
 use testudo_vmx::{AccessError, InstructionError, VmFail, VmcsRead, VmcsWrite, fields};
 
+use super::exit::{ABORT_HOST_PDPTES, ABORT_LOADING_MSRS};
 use super::instruction::Stop;
 use super::join::{Fixed, Joined, L0Controls, L1Controls};
+use super::pdptes::{self, Pdptes};
 use super::vmcs12::LaunchState;
 use super::{Context, Msrs, NestedVmx, Outcome, SecondStage, VmcsPair, guest_fields};
 
 const PAE: u64 = 1 << 5;
 const PG: u64 = 1 << 31;
-const LONG: u64 = EferFlags::LONG_MODE_ACTIVE.bits() | EferFlags::LONG_MODE_ENABLE.bits();
 
 /// Bit 31 of an exit reason: the entry failed.
 const ENTRY_FAILURE: u64 = 1 << 31;
@@ -83,8 +84,16 @@ impl NestedVmx {
         } else {
             None
         };
+        let Some(pdptes) = self.pdptes(&l1, cx.memory)? else {
+            // They suited when they were checked, and L1 has changed them since.
+            let why = GuestStateFailure::Pdptes;
+            return self
+                .fail_entry(BasicReason::InvalidGuestState, why.qualification(), cx)
+                .map(Ok)
+                .map_err(Stop::Access);
+        };
         self.note_vpid(&l1)?;
-        self.load_l2(&l1, composed, cx)?;
+        self.load_l2(&l1, composed, &pdptes, cx)?;
         if let Some(entry) = self.load_entry_msrs(cx)? {
             let reason = BasicReason::MsrLoading;
             return self
@@ -137,6 +146,7 @@ impl NestedVmx {
         &mut self,
         l1: &L1Controls,
         composed: Option<u64>,
+        pdptes: &Pdptes,
         cx: &mut Context<'_, P, M, S, R>,
     ) -> Result<(), AccessError> {
         let l0 = L0Controls::read(&cx.vmcs.l1())?;
@@ -155,7 +165,6 @@ impl NestedVmx {
         };
         let image = &*self.vmcs12.image;
         let joined = Joined::new(&l0, image, l1, &fixed)?;
-        let pdptes = self.pdptes(l1, &joined, cx.memory)?;
 
         let mut vmcs02 = cx.vmcs.l2();
         joined.write(self.joined.as_ref(), &mut vmcs02)?;
@@ -164,11 +173,10 @@ impl NestedVmx {
             vmcs02.set(fields::VMCS_LINK_POINTER, u64::MAX)?;
         }
         guest_fields::push(image, &mut vmcs02, &guest_fields::FREQUENT)?;
-        if let Some(pdptes) = pdptes {
-            vmcs02.set(fields::GUEST_PDPTE0, pdptes[0])?;
-            vmcs02.set(fields::GUEST_PDPTE1, pdptes[1])?;
-            vmcs02.set(fields::GUEST_PDPTE2, pdptes[2])?;
-            vmcs02.set(fields::GUEST_PDPTE3, pdptes[3])?;
+        if let Pdptes::Loaded(pdptes) = pdptes
+            && joined.secondary.contains(SecondaryControls::ENABLE_EPT)
+        {
+            pdptes::write(pdptes, &mut vmcs02)?;
         }
         if l1.pin.contains(PinControls::ACTIVATE_PREEMPTION_TIMER) {
             let value = image.get(fields::PREEMPTION_TIMER_VALUE)?;
@@ -194,40 +202,29 @@ impl NestedVmx {
     }
 
     /// The PDPTEs of an L2 in PAE paging: with EPT they are fields, without it the entry reads them
-    /// from L1's memory; the processor, which always uses EPT here, wants fields in both cases.
-    fn pdptes(
+    /// from L1's memory; the processor, which uses EPT here, wants fields in both cases. `None`: the
+    /// entry fails.
+    pub(super) fn pdptes(
         &self,
         l1: &L1Controls,
-        joined: &Joined,
         memory: &impl GuestMemory,
-    ) -> Result<Option<[u64; 4]>, AccessError> {
-        let paging = joined.cr0 & PG != 0 && joined.cr4 & PAE != 0 && joined.efer & LONG == 0;
-        if !paging || !joined.secondary.contains(SecondaryControls::ENABLE_EPT) {
-            return Ok(None);
-        }
+    ) -> Result<Option<Pdptes>, AccessError> {
         let image = &*self.vmcs12.image;
+        let long = l1.entry.contains(EntryControls::IA32E_MODE_GUEST);
+        let paging = image.get(fields::GUEST_CR0)? & PG != 0;
+        if long || !paging || image.get(fields::GUEST_CR4)? & PAE == 0 {
+            return Ok(Some(Pdptes::Unused));
+        }
         if l1.secondary.contains(SecondaryControls::ENABLE_EPT) {
-            return Ok(Some([
+            return Ok(Some(Pdptes::Loaded([
                 image.get(fields::GUEST_PDPTE0)?,
                 image.get(fields::GUEST_PDPTE1)?,
                 image.get(fields::GUEST_PDPTE2)?,
                 image.get(fields::GUEST_PDPTE3)?,
-            ]));
+            ])));
         }
-        let table = Gpa(image.get(fields::GUEST_CR3)? & 0xFFFF_FFE0);
-        let mut entries = [0; 4];
-        for (index, entry) in (0..).zip(&mut entries) {
-            let found = memory.load_u64(table.wrapping_add(8 * index)).unwrap_or(0);
-            // Checked before, read again now: whatever it is, an entry with reserved bits is absent.
-            *entry = if self.is_valid_pdpte(found) { found } else { 0 };
-        }
-        Ok(Some(entries))
-    }
-
-    /// Bits 2:1, 8:5 and those beyond the physical-address width are reserved (SDM vol. 3A, 4.4.1).
-    fn is_valid_pdpte(&self, entry: u64) -> bool {
-        entry & 1 == 0
-            || (entry & 0x1E6 == 0 && !self.caps.processor.exceeds_physical(entry & !0xFFF))
+        let cr3 = image.get(fields::GUEST_CR3)?;
+        Ok(pdptes::read(memory, cr3, &self.caps.processor).map(Pdptes::Loaded))
     }
 
     /// Loads the MSR-load area for entries. The number of the entry that failed, counted from 1.
@@ -273,13 +270,17 @@ impl NestedVmx {
         // What `vmcs02` holds by now is nobody's state.
         self.in_vmcs02 = None;
         self.is_guest = false;
-        self.load_host(false, cx)?;
-        self.give_to_shadow(cx)?;
-        Ok(if self.load_exit_msrs(cx)? {
-            Outcome::FailedEntry
+        let indicator = if !self.load_host(false, cx)? {
+            ABORT_HOST_PDPTES
         } else {
-            Outcome::Abort
-        })
+            self.give_to_shadow(cx)?;
+            if self.load_exit_msrs(cx)? {
+                return Ok(Outcome::FailedEntry);
+            }
+            ABORT_LOADING_MSRS
+        };
+        self.note_abort(indicator, cx.memory);
+        Ok(Outcome::Abort)
     }
 }
 

@@ -39,7 +39,8 @@ const PG: u64 = 1 << 31;
 
 /// VMX-abort indicators (28.7).
 const ABORT_SAVING_MSRS: u32 = 1;
-const ABORT_LOADING_MSRS: u32 = 4;
+pub(super) const ABORT_HOST_PDPTES: u32 = 2;
+pub(super) const ABORT_LOADING_MSRS: u32 = 4;
 
 impl NestedVmx {
     /// Decides an exit of L2, just after the processor left it.
@@ -248,7 +249,9 @@ impl NestedVmx {
             .get(fields::EXIT_INTERRUPTION_INFORMATION)?;
         let reason = ExitReason::read(&*self.vmcs12.image)?;
         let nmi = reason.basic() == BasicReason::ExceptionOrNmi && information & 0x700 == 0x200;
-        self.load_host(nmi, cx)?;
+        if !self.load_host(nmi, cx)? {
+            return self.abort(ABORT_HOST_PDPTES, cx.memory);
+        }
         self.give_to_shadow(cx)?;
         if !self.load_exit_msrs(cx)? {
             return self.abort(ABORT_LOADING_MSRS, cx.memory);
@@ -257,10 +260,15 @@ impl NestedVmx {
     }
 
     fn abort(&mut self, indicator: u32, memory: &impl GuestMemory) -> Result<Handled, AccessError> {
+        self.note_abort(indicator, memory);
+        Ok(Handled::Abort)
+    }
+
+    /// Says in L1's region why its processor ends.
+    pub(super) fn note_abort(&self, indicator: u32, memory: &impl GuestMemory) {
         if let Some(current) = self.current {
             let _dropped = vmcs12::write_abort(memory, current, indicator).is_err();
         }
-        Ok(Handled::Abort)
     }
 
     /// L2's state into L1's VMCS (28.3).

@@ -13,22 +13,23 @@ pub(super) struct Slot {
     width: FieldWidth,
 }
 
+/// The slot of a field; at compile time, so that one that is not in the table cannot be named.
+pub(super) const fn slot(field: Encoding) -> Slot {
+    let Some(offset) = offset_of(field) else {
+        panic!("not in the table of fields");
+    };
+    Slot {
+        field,
+        offset,
+        width: field.width(),
+    }
+}
+
 pub(super) const fn slots<const N: usize>(list: [Encoding; N]) -> [Slot; N] {
-    let mut slots = [Slot {
-        field: list[0],
-        offset: 0,
-        width: FieldWidth::Bits16,
-    }; N];
-    let mut i = 0;
+    let mut slots = [slot(list[0]); N];
+    let mut i = 1;
     while i < N {
-        let Some(offset) = offset_of(list[i]) else {
-            panic!("not in the table of fields");
-        };
-        slots[i] = Slot {
-            field: list[i],
-            offset,
-            width: list[i].width(),
-        };
+        slots[i] = slot(list[i]);
         i += 1;
     }
     slots
@@ -36,7 +37,7 @@ pub(super) const fn slots<const N: usize>(list: [Encoding; N]) -> [Slot; N] {
 
 impl Slot {
     #[inline]
-    fn load(&self, image: &VmcsImage) -> u64 {
+    pub(super) fn load(&self, image: &VmcsImage) -> u64 {
         let at = &image.as_bytes()[self.offset..];
         let mut value = [0; 8];
         match self.width {
@@ -48,7 +49,7 @@ impl Slot {
     }
 
     #[inline]
-    fn store(&self, image: &mut VmcsImage, value: u64) {
+    pub(super) fn store(&self, image: &mut VmcsImage, value: u64) {
         let (at, value) = (
             &mut image.as_mut_bytes()[self.offset..],
             value.to_le_bytes(),

@@ -2,12 +2,12 @@
 
 use testudo_arch::regs::SegmentRegister;
 use testudo_arch::segment::SegmentAttributes;
-use testudo_arch::{Cr4Flags, EferFlags, Gpa, GuestMemory, Segment};
+use testudo_arch::{Cr4Flags, EferFlags, GuestMemory, Segment};
 use testudo_vmx::controls::{ActivityState, EntryControls, ExitControls, Interruptibility};
 use testudo_vmx::state::write_segment;
 use testudo_vmx::{AccessError, VmcsRead, VmcsWrite, fields};
 
-use super::{Context, NestedVmx, VmcsPair};
+use super::{Context, NestedVmx, VmcsPair, pdptes, visible};
 
 const LMA: u64 = EferFlags::LONG_MODE_ACTIVE.bits();
 const LME: u64 = EferFlags::LONG_MODE_ENABLE.bits();
@@ -19,19 +19,23 @@ const PG: u64 = 1 << 31;
 const CR0_KEPT: u64 = !(PG | 1 << 18 | 1 << 16 | 1 << 5 | 0xF);
 
 impl NestedVmx {
-    /// L1's host state into `vmcs01` (28.5).
+    /// L1's host state into `vmcs01` (28.5). `false`: its page-directory pointers do not suit, and
+    /// L1's processor ends in a VMX abort (28.5.4).
     pub(super) fn load_host<P: VmcsPair, M: GuestMemory, S, R>(
         &mut self,
         nmi: bool,
         cx: &mut Context<'_, P, M, S, R>,
-    ) -> Result<(), AccessError> {
+    ) -> Result<bool, AccessError> {
         let image = &*self.vmcs12.image;
         let exit = ExitControls::from_bits_retain(image.get(fields::EXIT_CONTROLS)?);
         let long = exit.contains(ExitControls::HOST_ADDRESS_SPACE_SIZE);
         let mut vmcs01 = cx.vmcs.l1();
 
         let old_cr0 = vmcs01.get(fields::GUEST_CR0)?;
-        let cr0 = (image.get(fields::HOST_CR0)? & !CR0_KEPT) | (old_cr0 & CR0_KEPT);
+        let host_cr0 = image.get(fields::HOST_CR0)? & !CR0_KEPT;
+        // Some of the kept bits L1 has in its read shadow only.
+        let mask = vmcs01.get(fields::CR0_GUEST_HOST_MASK)?;
+        let seen = visible(old_cr0, mask, vmcs01.get(fields::CR0_READ_SHADOW)?);
         let mut cr4 = image.get(fields::HOST_CR4)?;
         if long {
             cr4 |= PAE;
@@ -39,8 +43,9 @@ impl NestedVmx {
             cr4 &= !PCIDE;
         }
         // L1 sees these values; the processor also gets what it and L0 insist on.
-        vmcs01.set(fields::GUEST_CR0, self.cr0.apply(cr0))?;
-        vmcs01.set(fields::CR0_READ_SHADOW, cr0)?;
+        let cr0 = self.cr0.apply(host_cr0 | (old_cr0 & CR0_KEPT));
+        vmcs01.set(fields::GUEST_CR0, cr0)?;
+        vmcs01.set(fields::CR0_READ_SHADOW, host_cr0 | (seen & CR0_KEPT))?;
         vmcs01.set(fields::GUEST_CR4, self.cr4.apply(cr4))?;
         vmcs01.set(fields::CR4_READ_SHADOW, cr4)?;
         let cr3 = image.get(fields::HOST_CR3)?;
@@ -93,26 +98,15 @@ impl NestedVmx {
         vmcs01.set(fields::GUEST_ACTIVITY_STATE, ActivityState::Active.number())?;
         vmcs01.set(fields::GUEST_PENDING_DEBUG, 0)?;
         vmcs01.set(fields::ENTRY_INTERRUPTION_INFORMATION, 0)?;
+        cx.gprs.rsp = rsp;
         // The processor walks L1's PAE tables from the fields.
         if !long && cr4 & PAE != 0 {
-            let table = Gpa(cr3 & 0xFFFF_FFE0);
-            let fields = [
-                fields::GUEST_PDPTE0,
-                fields::GUEST_PDPTE1,
-                fields::GUEST_PDPTE2,
-                fields::GUEST_PDPTE3,
-            ];
-            for (index, field) in (0..).zip(fields) {
-                let entry = cx
-                    .memory
-                    .load_u64(table.wrapping_add(8 * index))
-                    .unwrap_or(0);
-                vmcs01.set(field, entry)?;
-            }
+            let Some(entries) = pdptes::read(cx.memory, cr3, &self.caps.processor) else {
+                return Ok(false);
+            };
+            pdptes::write(&entries, &mut vmcs01)?;
         }
-        drop(vmcs01);
-        cx.gprs.rsp = rsp;
-        Ok(())
+        Ok(true)
     }
 }
 

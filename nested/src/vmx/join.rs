@@ -146,6 +146,7 @@ const SECONDARY_L0: SecondaryControls = SecondaryControls::ENABLE_EPT
     .union(SecondaryControls::WBINVD_EXITING)
     .union(SecondaryControls::RDRAND_EXITING)
     .union(SecondaryControls::RDSEED_EXITING)
+    .union(SecondaryControls::ENABLE_ENCLS_EXITING)
     .union(SecondaryControls::CONCEAL_VMX_FROM_PT)
     .union(SecondaryControls::VMM_BUS_LOCK_DETECTION)
     .union(SecondaryControls::INSTRUCTION_TIMEOUT);

@@ -32,6 +32,7 @@ mod join;
 mod kvm_layout;
 mod msr_areas;
 mod operand;
+mod pdptes;
 mod route;
 mod saved;
 mod shadow;

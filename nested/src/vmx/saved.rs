@@ -72,6 +72,9 @@ pub enum RestoreError {
     /// There is no EPT for L2.
     #[error("no composition of L1's EPT")]
     SecondStage,
+    /// The page-directory pointers that L2 runs with, in L1's memory, have reserved bits.
+    #[error("the nested guest's page-directory pointers have reserved bits")]
+    Pdptes,
     /// L2 runs in the vCPU that is to be restored.
     #[error("the vCPU is running a nested guest")]
     Busy,
@@ -161,9 +164,9 @@ impl SavedVmx {
             let block = &mut bytes[kvm::HEADER..kvm::HEADER + kvm::BLOCK];
             block[..4].copy_from_slice(&kvm_layout::REVISION.to_le_bytes());
             block[8] = u8::from(current.launch_state == LaunchState::Launched);
-            for &(field, at) in kvm_layout::OFFSETS {
-                let value = current.image.read_raw(field).unwrap_or(0).to_le_bytes();
-                let (at, width) = (usize::from(at), field.width().bytes());
+            for &(slot, at) in kvm_layout::OFFSETS {
+                let value = slot.load(&current.image).to_le_bytes();
+                let (at, width) = (usize::from(at), slot.field.width().bytes());
                 block[at..at + width].copy_from_slice(&value[..width]);
             }
         }
@@ -221,15 +224,14 @@ impl SavedVmx {
 
 fn from_kvm_block(block: &[u8]) -> Box<VmcsImage> {
     let mut image = Box::new(VmcsImage::new());
-    for &(field, at) in kvm_layout::OFFSETS {
+    for &(slot, at) in kvm_layout::OFFSETS {
         let at = usize::from(at);
-        let value = match field.width() {
+        let value = match slot.field.width() {
             FieldWidth::Bits16 => u64::from(u16::from_le_bytes([block[at], block[at + 1]])),
             FieldWidth::Bits32 => kvm::u32_at(block, at).into(),
             FieldWidth::Bits64 | FieldWidth::Natural => kvm::u64_at(block, at),
         };
-        // Every field of KVM's is in the table of fields, as a test shows.
-        let _in_table = image.write_raw(field, value).is_ok();
+        slot.store(&mut image, value);
     }
     image
 }
@@ -339,8 +341,9 @@ impl NestedVmx {
         } else {
             None
         };
+        let pdptes = self.pdptes(&l1, cx.memory)?.ok_or(RestoreError::Pdptes)?;
         self.note_vpid(&l1)?;
-        self.load_l2(&l1, composed, cx)?;
+        self.load_l2(&l1, composed, &pdptes, cx)?;
         self.is_guest = true;
         Ok(())
     }

@@ -683,3 +683,136 @@ fn a_control_that_is_switched_on_late_brings_its_field() {
     );
     assert_eq!(l2(&vm, fields::TSC_MULTIPLIER), 1 << 48);
 }
+
+/// An L1 in PAE paging, whose L2 is in it too, without EPT; and where both have their page-directory
+/// pointers.
+fn with_pae_paging() -> (Vm, Gpa) {
+    let mut vm = Vm::ready();
+    let table = Gpa(0x3_0020);
+    vm.vmcs.l1.preset(fields::GUEST_EFER, 0);
+    vm.vmcs.l1.preset(fields::GUEST_CS_ACCESS_RIGHTS, 0xC09B);
+    let caps = vm.nested.caps().clone();
+    samples::protected_mode(&mut *vm.nested.vmcs12.image, &caps).unwrap();
+    let exit = vm.get12(fields::EXIT_CONTROLS);
+    let long = u64::from(ExitControls::HOST_ADDRESS_SPACE_SIZE.bits());
+    vm.set12(fields::EXIT_CONTROLS, exit & !long);
+    let pae = 1 << 5;
+    for register in [fields::HOST_CR4, fields::GUEST_CR4] {
+        let value = vm.get12(register) | pae;
+        vm.set12(register, value & !(1 << 17));
+    }
+    for root in [fields::HOST_CR3, fields::GUEST_CR3] {
+        vm.set12(root, table.0);
+    }
+    for efer in [fields::HOST_EFER, fields::GUEST_EFER] {
+        vm.set12(efer, 0);
+    }
+    vm.set12(fields::HOST_SS_SELECTOR, 0x10);
+    for high in [
+        fields::HOST_RIP,
+        fields::HOST_RSP,
+        fields::HOST_FS_BASE,
+        fields::HOST_GS_BASE,
+        fields::HOST_TR_BASE,
+    ] {
+        vm.set12(high, 0x1000);
+    }
+    for index in 0..4 {
+        let entry = 0x4_0001 + (index << 12);
+        vm.memory
+            .store_u64(table.wrapping_add(8 * index), entry)
+            .unwrap();
+    }
+    (vm, table)
+}
+
+#[test]
+fn page_directory_pointers_are_loaded_by_entries_and_exits() {
+    let (mut vm, table) = with_pae_paging();
+    assert_eq!(
+        vm.run(Instruction::Vmlaunch),
+        End::Other(Outcome::Entered { halted: false })
+    );
+    assert_eq!(l2(&vm, fields::GUEST_PDPTE0), 0x4_0001);
+    assert_eq!(l2(&vm, fields::GUEST_PDPTE3), 0x4_3001);
+    vm.memory.store_u64(table, 0x5_0001).unwrap();
+    assert!(matches!(vm.exit(BasicReason::Cpuid, 0), Handled::L1(_)));
+    assert_eq!(l1(&vm, fields::GUEST_PDPTE0), 0x5_0001);
+    assert_eq!(l1(&vm, fields::GUEST_PDPTE3), 0x4_3001);
+}
+
+/// 28.5.4: "If any of the PDPTEs ... has any reserved bits set, a VMX abort occurs."
+#[test]
+fn bad_page_directory_pointers_of_l1_abort() {
+    for (bad, present) in [(0x4_0003, true), (1 << 51 | 1, true), (0x4_0102, false)] {
+        let (mut vm, table) = with_pae_paging();
+        assert_eq!(
+            vm.run(Instruction::Vmlaunch),
+            End::Other(Outcome::Entered { halted: false })
+        );
+        vm.memory.store_u64(table, bad).unwrap();
+        let handled = vm.exit(BasicReason::Cpuid, 0);
+        let abort = vm.memory.load_u32(REGION.wrapping_add(4));
+        if present {
+            assert_eq!((handled, abort), (Handled::Abort, Ok(2)), "{bad:#x}");
+        } else {
+            assert!(matches!(handled, Handled::L1(_)), "{bad:#x}");
+            assert_eq!(l1(&vm, fields::GUEST_PDPTE0), bad);
+        }
+    }
+    // Where no memory is, ones are read: for an exit and for an entry that fails late.
+    let (mut vm, _) = with_pae_paging();
+    vm.set12(fields::HOST_CR3, 0xFFF0_0000);
+    assert_eq!(
+        vm.run(Instruction::Vmlaunch),
+        End::Other(Outcome::Entered { halted: false })
+    );
+    assert_eq!(vm.exit(BasicReason::Cpuid, 0), Handled::Abort);
+    let (mut vm, _) = with_pae_paging();
+    vm.set12(fields::HOST_CR3, 0xFFF0_0000);
+    vm.set12(fields::GUEST_RFLAGS, 0);
+    assert_eq!(vm.run(Instruction::Vmlaunch), End::Other(Outcome::Abort));
+    assert_eq!(vm.memory.load_u32(REGION.wrapping_add(4)), Ok(2));
+}
+
+#[test]
+fn bad_page_directory_pointers_of_l2_fail_the_entry() {
+    let (mut vm, table) = with_pae_paging();
+    vm.set12(fields::HOST_CR3, 0x3_1000);
+    vm.memory.store_u64(table, 0x4_0003).unwrap();
+    assert_eq!(
+        vm.run(Instruction::Vmlaunch),
+        End::Other(Outcome::FailedEntry)
+    );
+    assert_eq!(vm.get12(fields::EXIT_REASON), 1 << 31 | 33);
+    assert_eq!(vm.get12(fields::EXIT_QUALIFICATION), 2);
+    // They suit while they are checked, and not when they are loaded.
+    let (mut vm, table) = with_pae_paging();
+    vm.set12(fields::HOST_CR3, 0x3_1000);
+    let mut reads = 0;
+    *vm.memory.adversary.borrow_mut() = Some(Box::new(move |bytes: &mut [u8]| {
+        reads += 1;
+        if reads == 5 {
+            bytes[table.0 as usize] = 3;
+        }
+    }));
+    assert_eq!(
+        vm.run(Instruction::Vmlaunch),
+        End::Other(Outcome::FailedEntry)
+    );
+    assert_eq!(vm.get12(fields::EXIT_QUALIFICATION), 2);
+}
+
+#[test]
+fn what_l0_has_exit_stays_an_exit_though_l1_is_not_offered_it() {
+    let mut vm = Vm::ready();
+    let encls = u64::from(SecondaryControls::ENABLE_ENCLS_EXITING.bits());
+    let secondary = l1(&vm, fields::SECONDARY_CONTROLS) | encls;
+    vm.vmcs.l1.preset(fields::SECONDARY_CONTROLS, secondary);
+    assert_eq!(
+        vm.run(Instruction::Vmlaunch),
+        End::Other(Outcome::Entered { halted: false })
+    );
+    assert_ne!(l2(&vm, fields::SECONDARY_CONTROLS) & encls, 0);
+    assert_eq!(vm.get12(fields::SECONDARY_CONTROLS) & encls, 0);
+}
