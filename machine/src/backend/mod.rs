@@ -1,6 +1,8 @@
 //! The processor modes behind [`Vcpu`](crate::Vcpu).
 
 #[cfg(any(feature = "svm", feature = "vmx"))]
+mod flusher;
+#[cfg(any(feature = "svm", feature = "vmx"))]
 mod mode;
 #[cfg(any(feature = "svm", feature = "vmx"))]
 pub(crate) mod paging;

@@ -3,7 +3,7 @@
 use testudo_arch::{EferFlags, Gpa, GuestMemory, Hpa, Msr};
 use testudo_vmx::check::{EntryContext, Outcome as Refusal, check_entry_from, check_memory};
 use testudo_vmx::controls::{
-    ActivityState, EntryControls, Interruptibility, PinControls, PrimaryControls, SecondaryControls,
+    ActivityState, EntryControls, ExitControls, Interruptibility, PinControls, PrimaryControls, SecondaryControls,
 };
 use testudo_vmx::event::InterruptionInformation;
 use testudo_vmx::exit::{BasicReason, GuestStateFailure};
@@ -162,6 +162,7 @@ impl NestedVmx {
             cr4: self.cr4,
             composed,
             msr_bitmap: self.msr_bitmap_at.0,
+            saves_timer: self.caps.exit.allows(ExitControls::SAVE_PREEMPTION_TIMER),
         };
         let image = &*self.vmcs12.image;
         let joined = Joined::new(&l0, image, l1, &fixed)?;
@@ -195,6 +196,7 @@ impl NestedVmx {
         }
         drop(vmcs02);
         self.window = false;
+        self.nmi_window = false;
         self.joined = Some(joined);
         self.in_vmcs02 = self.current;
         self.rare_dirty = false;

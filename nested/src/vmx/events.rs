@@ -9,7 +9,7 @@ use testudo_vmx::event::InterruptionInformation;
 use testudo_vmx::exit::BasicReason;
 use testudo_vmx::{AccessError, VmcsRead, VmcsWrite, fields};
 
-use super::join::L1Controls;
+use super::join::{L0Controls, L1Controls, read_clock};
 use super::{NestedVmx, VmcsPair};
 
 pub use crate::svm::PhysicalEvent;
@@ -42,35 +42,58 @@ impl NestedVmx {
         event: PhysicalEvent,
         vmcs: &mut P,
     ) -> Result<Acceptance, AccessError> {
-        if self.is_guest {
-            let l1 = L1Controls::read(&self.vmcs12.image)?;
-            let exit = |reason, acknowledge| {
-                Ok(Acceptance::Exit {
-                    reason,
-                    acknowledge,
-                })
-            };
-            match event {
-                PhysicalEvent::Interrupt
-                    if l1.pin.contains(PinControls::EXTERNAL_INTERRUPT_EXITING) =>
-                {
-                    let acknowledge = l1.exit.contains(ExitControls::ACKNOWLEDGE_INTERRUPT);
-                    return exit(BasicReason::ExternalInterrupt, acknowledge);
-                }
-                PhysicalEvent::Nmi if l1.pin.contains(PinControls::NMI_EXITING) => {
-                    return exit(BasicReason::ExceptionOrNmi, false);
-                }
-                // INIT always exits in non-root operation (26.2).
-                PhysicalEvent::Init => return exit(BasicReason::Init, false),
-                _ => {}
-            }
-            deliverable(event, &vmcs.l2())
-        } else if event == PhysicalEvent::Init && self.vmxon.is_some() {
-            // INIT is blocked in VMX root operation (24.8).
-            Ok(Acceptance::Blocked)
-        } else {
-            deliverable(event, &vmcs.l1())
+        match self.interception(event)? {
+            Some(decided) => Ok(decided),
+            None if self.is_guest => deliverable(event, &vmcs.l2()),
+            None => deliverable(event, &vmcs.l1()),
         }
+    }
+
+    /// As [`Self::acceptance`], as far as VMX operation decides; `None` if it is as without: whoever
+    /// runs takes the event as soon as its own state lets it.
+    ///
+    /// # Errors
+    ///
+    /// Never: L0's copy of L1's VMCS has every field.
+    pub fn interception(&self, event: PhysicalEvent) -> Result<Option<Acceptance>, AccessError> {
+        if !self.is_guest {
+            // INIT is blocked in VMX root operation (24.8).
+            let blocked = event == PhysicalEvent::Init && self.vmxon.is_some();
+            return Ok(blocked.then_some(Acceptance::Blocked));
+        }
+        let l1 = L1Controls::read(&self.vmcs12.image)?;
+        let (reason, acknowledge) = match event {
+            PhysicalEvent::Interrupt if l1.pin.contains(PinControls::EXTERNAL_INTERRUPT_EXITING) => {
+                let acknowledge = l1.exit.contains(ExitControls::ACKNOWLEDGE_INTERRUPT);
+                (BasicReason::ExternalInterrupt, acknowledge)
+            }
+            PhysicalEvent::Nmi if l1.pin.contains(PinControls::NMI_EXITING) => {
+                (BasicReason::ExceptionOrNmi, false)
+            }
+            // INIT always exits in non-root operation (26.2).
+            PhysicalEvent::Init => (BasicReason::Init, false),
+            _ => return Ok(None),
+        };
+        Ok(Some(Acceptance::Exit {
+            reason,
+            acknowledge,
+        }))
+    }
+
+    /// Makes L2's clock follow L1's once more, after L0 moved that.
+    ///
+    /// # Errors
+    ///
+    /// L0's own access to a VMCS failed.
+    pub fn refresh_clock<P: VmcsPair>(&mut self, vmcs: &mut P) -> Result<(), AccessError> {
+        let l0 = L0Controls::read(&vmcs.l1())?;
+        let Some(joined) = &mut self.joined else {
+            return Ok(());
+        };
+        let l1 = L1Controls::read(&self.vmcs12.image)?;
+        let clock = read_clock(&*self.vmcs12.image, l1.primary, l1.secondary)?;
+        joined.tsc_offset = l0.tsc.nested(clock).offset;
+        vmcs.l2().set(fields::TSC_OFFSET, joined.tsc_offset)
     }
 
     /// Asks for an exit as soon as L2 can take an interrupt, or stops asking. While L1 itself runs,
@@ -88,7 +111,32 @@ impl NestedVmx {
             return Ok(());
         }
         self.window = wanted;
-        let window = PrimaryControls::INTERRUPT_WINDOW_EXITING;
+        self.write_window(PrimaryControls::INTERRUPT_WINDOW_EXITING, wanted, vmcs)
+    }
+
+    /// As [`Self::set_window`], for an NMI.
+    ///
+    /// # Errors
+    ///
+    /// L0's own access to a VMCS failed.
+    pub fn set_nmi_window<P: VmcsPair>(
+        &mut self,
+        wanted: bool,
+        vmcs: &mut P,
+    ) -> Result<(), AccessError> {
+        if !self.is_guest || wanted == self.nmi_window {
+            return Ok(());
+        }
+        self.nmi_window = wanted;
+        self.write_window(PrimaryControls::NMI_WINDOW_EXITING, wanted, vmcs)
+    }
+
+    fn write_window<P: VmcsPair>(
+        &mut self,
+        window: PrimaryControls,
+        wanted: bool,
+        vmcs: &mut P,
+    ) -> Result<(), AccessError> {
         let theirs = L1Controls::read(&self.vmcs12.image)?
             .primary
             .contains(window);

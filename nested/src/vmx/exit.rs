@@ -9,9 +9,10 @@ use testudo_vmx::exit::{BasicReason, ExitReason};
 use testudo_vmx::{AccessError, VmcsRead, VmcsWrite, fields};
 
 use super::join::L1Controls;
-use super::route::{ExitDetails, Route, route};
+use super::route::{ExitDetails, L0Windows, Route, route};
 use super::{
-    Context, EptFault, EptHandled, Msrs, NestedVmx, SecondStage, VmcsPair, guest_fields, vmcs12,
+    Context, ControlRegisters, EptFault, EptHandled, Msrs, NestedVmx, SecondStage, VmcsPair,
+    guest_fields, vmcs12,
 };
 
 pub use crate::svm::PredictorBarrier;
@@ -86,7 +87,11 @@ impl NestedVmx {
             error_code,
             gprs: cx.gprs,
         };
-        match route(&details, &self.vmcs12.image, self.window, cx.memory)? {
+        let windows = L0Windows {
+            interrupt: self.window,
+            nmi: self.nmi_window,
+        };
+        match route(&details, &self.vmcs12.image, windows, cx.memory)? {
             Route::L1 => self.reflect(cx),
             Route::SecondStage => self.ept_fault(reason.basic(), qualification, cx),
             Route::L0 => {
@@ -238,6 +243,7 @@ impl NestedVmx {
         self.save_guest(&l1, cx)?;
         self.is_guest = false;
         self.window = false;
+        self.nmi_window = false;
         // Without VPID, an exit too leaves no linear translation behind.
         self.flush.l1 |= self.vpid12 == 0;
         if !self.store_exit_msrs(cx)? {
@@ -278,40 +284,17 @@ impl NestedVmx {
         cx: &mut Context<'_, P, M, S, R>,
     ) -> Result<(), AccessError> {
         let vmcs02 = cx.vmcs.l2();
+        let ControlRegisters { cr0, cr4, efer } = self.l2_control_registers(&vmcs02)?;
+        let loads_efer = self
+            .joined
+            .is_some_and(|j| j.entry.contains(EntryControls::LOAD_EFER));
         let image = &mut *self.vmcs12.image;
         guest_fields::pull(&vmcs02, image, &guest_fields::FREQUENT)?;
         guest_fields::pull(&vmcs02, image, &guest_fields::RARE)?;
 
-        let (mask01, _) = self.joined.map_or((0, 0), |j| (j.cr0_mask, j.cr4_mask));
-        let mask12 = image.get(fields::CR0_GUEST_HOST_MASK)?;
-        let cr0 = l2_register(
-            vmcs02.get(fields::GUEST_CR0)?,
-            vmcs02.get(fields::CR0_READ_SHADOW)?,
-            image.get(fields::GUEST_CR0)?,
-            mask01,
-            mask12,
-        );
-        let (_, mask01) = self.joined.map_or((0, 0), |j| (j.cr0_mask, j.cr4_mask));
-        let mask12 = image.get(fields::CR4_GUEST_HOST_MASK)?;
-        let cr4 = l2_register(
-            vmcs02.get(fields::GUEST_CR4)?,
-            vmcs02.get(fields::CR4_READ_SHADOW)?,
-            image.get(fields::GUEST_CR4)?,
-            mask01,
-            mask12,
-        );
         image.set(fields::GUEST_CR0, cr0)?;
         image.set(fields::GUEST_CR4, cr4)?;
         image.set(fields::GUEST_ACTIVITY_STATE, ActivityState::Active.number())?;
-
-        let loads_efer = self
-            .joined
-            .is_some_and(|j| j.entry.contains(EntryControls::LOAD_EFER));
-        let efer = if loads_efer {
-            vmcs02.get(fields::GUEST_EFER)?
-        } else {
-            0
-        };
         // "IA-32e mode guest" follows LMA (IA32_VMX_MISC bit 5, as L1 was told).
         if loads_efer {
             let mut entry = l1.entry;
@@ -345,12 +328,6 @@ impl NestedVmx {
             injected & !(1 << 31),
         )
     }
-}
-
-/// A control register of L2 as L1 shall see it. Bits that L1 owns L2 cannot change; bits that only L0
-/// owns are in the read shadow; the rest is in the register.
-const fn l2_register(register: u64, shadow: u64, old: u64, mask02: u64, mask12: u64) -> u64 {
-    (register & !mask02) | (shadow & mask02 & !mask12) | (old & mask12)
 }
 
 /// Has the event injected again whose delivery the exit interrupted.

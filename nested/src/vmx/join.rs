@@ -166,6 +166,8 @@ pub struct Joined {
     pub tsc_offset: u64,
     pub tsc_multiplier: u64,
     pub ept_pointer: u64,
+    /// The EPT is a composition of L1's with L0's.
+    pub is_composed: bool,
     pub msr_bitmap: u64,
     pub cr0_mask: u64,
     pub cr4_mask: u64,
@@ -186,6 +188,9 @@ pub(super) struct Fixed {
     /// The EPT pointer of the composition, if L1 uses EPT.
     pub(super) composed: Option<u64>,
     pub(super) msr_bitmap: u64,
+    /// The processor can save L2's preemption timer at each exit, so that it goes on after one that
+    /// L0 handles, whether or not L1 wants to see what is left.
+    pub(super) saves_timer: bool,
 }
 
 const PE_PG: u64 = 1 | 1 << 31;
@@ -201,7 +206,7 @@ impl Joined {
         l1: &L1Controls,
         fixed: &Fixed,
     ) -> Result<Self, AccessError> {
-        let pin = l0.pin
+        let pin = (l0.pin - PinControls::PROCESS_POSTED_INTERRUPTS)
             | PinControls::EXTERNAL_INTERRUPT_EXITING
             | PinControls::NMI_EXITING
             | (l1.pin & PIN);
@@ -229,8 +234,7 @@ impl Joined {
         let mut exit = l0.exit;
         exit.set(
             ExitControls::SAVE_PREEMPTION_TIMER,
-            l1.pin.contains(PinControls::ACTIVATE_PREEMPTION_TIMER)
-                && l1.exit.contains(ExitControls::SAVE_PREEMPTION_TIMER),
+            fixed.saves_timer && l1.pin.contains(PinControls::ACTIVATE_PREEMPTION_TIMER),
         );
         let long = EntryControls::IA32E_MODE_GUEST;
         let entry = (l0.entry - long) | (l1.entry & long);
@@ -286,6 +290,7 @@ impl Joined {
             tsc_offset,
             tsc_multiplier,
             ept_pointer: fixed.composed.unwrap_or(l0.ept_pointer),
+            is_composed: fixed.composed.is_some(),
             msr_bitmap: if primary.contains(bitmaps) {
                 fixed.msr_bitmap
             } else {
@@ -372,7 +377,7 @@ impl Joined {
 
 /// How a guest's time-stamp counter follows its host's: multiplied, if both controls say so, and
 /// offset (25.6.5).
-fn read_clock(
+pub(super) fn read_clock(
     vmcs: &impl VmcsRead,
     primary: PrimaryControls,
     secondary: SecondaryControls,

@@ -21,6 +21,7 @@
 
 mod caps;
 mod composed;
+mod control_registers;
 mod entry;
 mod events;
 mod exit;
@@ -51,12 +52,13 @@ use crate::open_words::OpenWords;
 
 pub use caps::{Offer, offer, read_msr};
 pub use composed::{ComposedParts, ComposedStage};
+pub use control_registers::ControlRegisters;
 pub use events::{Acceptance, PhysicalEvent};
 pub use exit::{Handled, PredictorBarrier};
 pub use instruction::{Instruction, Outcome};
 pub use join::{Joined, L0Controls};
 pub use operand::Fault;
-pub use route::{ExitDetails, Route, route};
+pub use route::{ExitDetails, L0Windows, Route, route};
 pub use saved::{RestoreError, SavedVmcs, SavedVmx};
 pub use shadow::shadow_bitmaps;
 pub use vmcs12::{LaunchState, REVISION};
@@ -195,6 +197,8 @@ pub struct NestedVmx {
     flush: Flush,
     /// L0 asked for the interrupt window of L2.
     window: bool,
+    /// L0 asked for the NMI window of L2.
+    nmi_window: bool,
 }
 
 /// Translations that L1 flushed, for L0 to flush before the next entry of L2.
@@ -239,13 +243,38 @@ impl NestedVmx {
             vpid12: 0,
             flush: Flush::default(),
             window: false,
+            nmi_window: false,
         }
+    }
+
+    /// RESET or INIT of L1's processor: outside VMX operation, with no current VMCS. What L0 has not
+    /// written back of the one that was current is lost, as in a processor's cache.
+    pub fn reset(&mut self) {
+        self.vmxon = None;
+        self.current = None;
+        self.is_guest = false;
+        self.in_vmcs02 = None;
+        self.rare_dirty = true;
+        self.window = false;
+        self.nmi_window = false;
+        self.flush = Flush {
+            vpid: true,
+            ept: true,
+            l1: true,
+        };
     }
 
     /// Whether L2 runs rather than L1.
     #[inline]
     pub fn is_guest(&self) -> bool {
         self.is_guest
+    }
+
+    /// Whether L2 runs on an EPT of L1's, composed with L0's.
+    #[inline]
+    pub fn is_nested_paging(&self) -> bool {
+        let joined = self.joined.as_ref();
+        self.is_guest && joined.is_some_and(|joined| joined.is_composed)
     }
 
     /// Where L1's VMXON region is, if L1 is in VMX operation. While it is, CR4.VMXE cannot be

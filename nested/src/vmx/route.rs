@@ -36,8 +36,16 @@ pub struct ExitDetails<'a> {
     pub gprs: &'a Gprs,
 }
 
-/// Whose this exit of L2 is. `vmcs12` is L0's copy of L1's VMCS, and `l0_window` says that L0 itself
-/// asked for the interrupt window.
+/// The windows of L2 that L0 itself asked for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct L0Windows {
+    /// The interrupt window.
+    pub interrupt: bool,
+    /// The NMI window.
+    pub nmi: bool,
+}
+
+/// Whose this exit of L2 is. `vmcs12` is L0's copy of L1's VMCS.
 ///
 /// # Errors
 ///
@@ -45,7 +53,7 @@ pub struct ExitDetails<'a> {
 pub fn route<M: GuestMemory>(
     exit: &ExitDetails<'_>,
     vmcs12: &VmcsImage,
-    l0_window: bool,
+    l0_windows: L0Windows,
     memory: &M,
 ) -> Result<Route, AccessError> {
     use BasicReason as R;
@@ -83,8 +91,8 @@ pub fn route<M: GuestMemory>(
         | R::Vmfunc => true,
         // The checks let the state pass and the processor did not: L1's state is at fault.
         R::InvalidGuestState | R::MsrLoading => true,
-        R::InterruptWindow => !l0_window && primary(P::INTERRUPT_WINDOW_EXITING),
-        R::NmiWindow => primary(P::NMI_WINDOW_EXITING),
+        R::InterruptWindow => !l0_windows.interrupt && primary(P::INTERRUPT_WINDOW_EXITING),
+        R::NmiWindow => !l0_windows.nmi && primary(P::NMI_WINDOW_EXITING),
         R::Hlt => primary(P::HLT_EXITING),
         R::Invlpg => primary(P::INVLPG_EXITING),
         R::Rdpmc => primary(P::RDPMC_EXITING),

@@ -28,6 +28,7 @@
 
 pub mod instructions;
 
+mod guest_msrs;
 mod host;
 mod resident;
 mod switch;
@@ -45,6 +46,7 @@ use crate::exit::ExitReason;
 use crate::vmcs::{VmcsRead, VmcsWrite};
 use instructions as raw;
 
+pub use guest_msrs::GuestMsrs;
 pub use host::HostState;
 pub use resident::{ResidentRegisters, ResidentUnsupported, XsaveArea};
 pub use switch::{GuestRegisters, SseRegisters};
@@ -333,10 +335,7 @@ impl Vmx {
         if self.current != vmcs.frame.address {
             self.switch_to(vmcs)?;
         }
-        Ok(CurrentVmcs {
-            vmcs,
-            _processor: PhantomData,
-        })
+        Ok(CurrentVmcs { vmcs, vmx: self })
     }
 
     #[inline(never)]
@@ -446,7 +445,30 @@ impl Drop for HeldInterrupts {
 #[derive(Debug)]
 pub struct CurrentVmcs<'a> {
     vmcs: &'a mut Vmcs,
-    _processor: PhantomData<&'a mut Vmx>,
+    vmx: &'a mut Vmx,
+}
+
+impl<'a> CurrentVmcs<'a> {
+    /// Makes another VMCS current; the two change places.
+    ///
+    /// # Errors
+    ///
+    /// The processor does not take the other one. Then no VMCS is current, so that no access reaches
+    /// the wrong one: all fail, and so do entries.
+    #[inline]
+    pub fn exchange(&mut self, other: &mut &'a mut Vmcs) -> Result<(), VmFail> {
+        core::mem::swap(&mut self.vmcs, other);
+        // SAFETY: VMX root operation; a `Vmcs` was cleared once, and is active here or nowhere.
+        if let Err(fail) = unsafe { raw::vmptrld(self.vmcs.frame.address) } {
+            self.vmx.current = NO_VMCS;
+            // SAFETY: as above. What was current is not current any more once it is clear.
+            unsafe { raw::vmclear(other.frame.address)? };
+            other.launched = false;
+            return Err(fail);
+        }
+        self.vmx.current = self.vmcs.frame.address;
+        Ok(())
+    }
 }
 
 impl CurrentVmcs<'_> {

@@ -3,12 +3,7 @@
 //! The decisions are the nested layer's ([`testudo_nested::svm`]). Here they meet the processor:
 //! which VMCB is entered with which ASID, and what becomes of the interrupts that the machine has.
 
-use alloc::sync::Arc;
-use core::convert::Infallible;
-use core::sync::atomic::{AtomicBool, Ordering};
-
 use testudo_arch::GuestMemory;
-use testudo_ept::{Invalidate, Invalidation};
 use testudo_nested::svm::{
     Acceptance, Context, Handled, Instruction, NestedSvm, Outcome, PhysicalEvent, SecondStage,
 };
@@ -20,6 +15,7 @@ use testudo_svm::vmcb::VintrFlags;
 use testudo_svm::{Exit, Vmcb};
 
 use super::SvmVcpu;
+pub use crate::backend::flusher::Flusher;
 use crate::vcpu::{AwaitedInterrupt, VmExit};
 
 /// What a vCPU needs to be a hypervisor's.
@@ -42,26 +38,6 @@ impl<S> Nested<S> {
     /// Whether whoever runs takes this event now.
     pub(super) fn delivers(&self, event: PhysicalEvent, vmcb01: &Vmcb) -> bool {
         self.state.acceptance(event, vmcb01) == Acceptance::Deliver
-    }
-}
-
-/// Makes the processor forget translations of a vCPU's nested guests: all their address spaces
-/// are flushed before the next entry of any of them.
-#[derive(Clone, Debug, Default)]
-pub struct Flusher(Arc<AtomicBool>);
-
-#[allow(
-    unsafe_code,
-    reason = "the promise that stale translations are not used"
-)]
-// SAFETY: composed tables are one vCPU's, whose loop alone changes and enters them; it looks at the
-// flag before each entry and flushes every address space that they were used under.
-unsafe impl Invalidate for Flusher {
-    type Error = Infallible;
-
-    fn invalidate(&mut self, _: &Invalidation) -> Result<(), Infallible> {
-        self.0.store(true, Ordering::Relaxed);
-        Ok(())
     }
 }
 
@@ -109,7 +85,7 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
     #[inline(never)]
     pub(super) fn run_l2(&mut self) -> Option<VmExit> {
         let nested = self.nested.as_mut()?;
-        if nested.flusher.0.swap(false, Ordering::Relaxed) {
+        if nested.flusher.take() {
             nested.state.flush_translations();
         }
         let asid = nested.state.asid_slot();

@@ -1,8 +1,21 @@
 //! What a vCPU needs of the processor: its VMCS, the entry, and the few registers that no VMCS holds.
 
-use testudo_vmx::hw::instructions::{self, InvvpidKind};
-use testudo_vmx::hw::{CurrentVmcs, GuestRegisters, HeldInterrupts};
+use testudo_arch::Msr;
+use testudo_nested::vmx::Msrs;
+use testudo_vmx::hw::instructions::{self, InveptKind, InvvpidKind};
+use testudo_vmx::hw::{CurrentVmcs, GuestMsrs, GuestRegisters, HeldInterrupts, Vmcs};
 use testudo_vmx::{Encoding, VmFail, VmcsRead, VmcsWrite};
+
+/// Whose VMCS is meant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Level {
+    /// The guest's.
+    L1 = 0,
+    /// That of a guest of the guest's.
+    L2 = 1,
+    /// The one that the guest's VMREAD and VMWRITE reach by themselves.
+    Shadow = 2,
+}
 
 /// A processor with the vCPU's VMCS current. Tests have another than the real one.
 #[allow(
@@ -10,6 +23,23 @@ use testudo_vmx::{Encoding, VmFail, VmcsRead, VmcsWrite};
     reason = "what the hardware does is the caller's to answer for"
 )]
 pub trait Processor: VmcsWrite {
+    /// What loads and stores MSRs of the guest that stay in the processor.
+    type GuestMsrs: Msrs;
+
+    /// That.
+    fn guest_msrs(&self) -> Self::GuestMsrs;
+
+    /// Makes a VMCS current.
+    ///
+    /// # Errors
+    ///
+    /// There is none for the level, and the one that was current still is; or the processor does not
+    /// take it, and no VMCS is current, so that every access fails.
+    fn select(&mut self, level: Level) -> Result<(), VmFail>;
+
+    /// Whether the guest has a shadow VMCS.
+    fn has_shadow(&self) -> bool;
+
     /// Runs the guest until it exits.
     ///
     /// # Errors
@@ -30,12 +60,19 @@ pub trait Processor: VmcsWrite {
     /// Takes the host's machine check by which the guest exited.
     fn take_machine_check(&mut self);
 
-    /// Drops the guest's cached linear translations, as the guest's own instruction would have.
+    /// Drops the cached linear translations of a level, as its own instruction would have.
     ///
     /// # Errors
     ///
     /// INVVPID failed.
-    fn forget_translations(&mut self) -> Result<(), VmFail>;
+    fn forget_translations(&mut self, level: Level) -> Result<(), VmFail>;
+
+    /// Drops all that was derived from EPT tables.
+    ///
+    /// # Errors
+    ///
+    /// INVEPT failed.
+    fn forget_ept(&mut self) -> Result<(), VmFail>;
 
     /// Sets the guest's XCR0.
     ///
@@ -64,10 +101,14 @@ pub trait Processor: VmcsWrite {
 /// The processor that this code runs on.
 pub struct ThisProcessor<'a> {
     vmcs: CurrentVmcs<'a>,
+    level: Level,
+    /// The VMCSs that are not current, by level.
+    others: [Option<&'a mut Vmcs>; 3],
     held: HeldInterrupts,
-    /// What drops the translations with the guest's VPID; `None` if it has none, and each entry
-    /// and exit drops them.
-    flush: Option<InvvpidKind>,
+    msrs: GuestMsrs,
+    /// What drops the translations of L1 and of L2; `None` without VPIDs: then each entry and exit
+    /// drops them.
+    flush: Option<[InvvpidKind; 2]>,
 }
 
 impl<'a> ThisProcessor<'a> {
@@ -76,7 +117,28 @@ impl<'a> ThisProcessor<'a> {
         held: HeldInterrupts,
         flush: Option<InvvpidKind>,
     ) -> Self {
-        Self { vmcs, held, flush }
+        Self {
+            msrs: vmcs.guest_msrs(),
+            vmcs,
+            level: Level::L1,
+            others: [const { None }; 3],
+            held,
+            flush: flush.map(|kind| [kind, kind]),
+        }
+    }
+
+    /// Adds the VMCS of L2, with what drops its translations, and a shadow VMCS.
+    pub(super) fn add(
+        &mut self,
+        l2: &'a mut Vmcs,
+        flush_l2: Option<InvvpidKind>,
+        shadow: Option<&'a mut Vmcs>,
+    ) {
+        if let (Some([_, of_l2]), Some(kind)) = (&mut self.flush, flush_l2) {
+            *of_l2 = kind;
+        }
+        self.others[Level::L2 as usize] = Some(l2);
+        self.others[Level::Shadow as usize] = shadow;
     }
 }
 
@@ -96,6 +158,30 @@ impl VmcsWrite for ThisProcessor<'_> {
 
 #[allow(unsafe_code, reason = "the hardware itself")]
 impl Processor for ThisProcessor<'_> {
+    type GuestMsrs = ResidentMsrs;
+
+    fn guest_msrs(&self) -> ResidentMsrs {
+        ResidentMsrs(self.msrs)
+    }
+
+    #[inline]
+    fn select(&mut self, level: Level) -> Result<(), VmFail> {
+        if level == self.level {
+            return Ok(());
+        }
+        let Some(mut other) = self.others[level as usize].take() else {
+            return Err(VmFail::Invalid);
+        };
+        let taken = self.vmcs.exchange(&mut other);
+        self.others[self.level as usize] = Some(other);
+        self.level = level;
+        taken
+    }
+
+    fn has_shadow(&self) -> bool {
+        self.level == Level::Shadow || self.others[Level::Shadow as usize].is_some()
+    }
+
     #[inline]
     unsafe fn enter(&mut self, registers: &mut GuestRegisters) -> Result<(), VmFail> {
         // SAFETY: the caller's promise.
@@ -114,13 +200,20 @@ impl Processor for ThisProcessor<'_> {
         self.held.take_machine_check();
     }
 
-    fn forget_translations(&mut self) -> Result<(), VmFail> {
-        match self.flush {
-            // SAFETY: a current VMCS is in VMX root operation, and the kind was chosen from the
-            // processor's capabilities.
-            Some(kind) => unsafe { instructions::invvpid(kind) },
-            None => Ok(()),
-        }
+    fn forget_translations(&mut self, level: Level) -> Result<(), VmFail> {
+        let Some([l1, l2]) = self.flush else {
+            return Ok(());
+        };
+        let kind = if level == Level::L1 { l1 } else { l2 };
+        // SAFETY: a current VMCS is in VMX root operation, and the kind was chosen from the
+        // processor's capabilities.
+        unsafe { instructions::invvpid(kind) }
+    }
+
+    fn forget_ept(&mut self) -> Result<(), VmFail> {
+        // SAFETY: a current VMCS is in VMX root operation, and `Controls::choose` demands INVEPT of
+        // all contexts.
+        unsafe { instructions::invept(InveptKind::AllContexts) }
     }
 
     unsafe fn set_xcr0(&mut self, value: u64) {
@@ -145,5 +238,19 @@ impl Processor for ThisProcessor<'_> {
 
     fn set_dr6(&mut self, value: u64) {
         self.vmcs.set_guest_dr6(value);
+    }
+}
+
+/// The MSRs of the guest that stay in the processor, for its MSR areas. There are no others in them.
+#[derive(Clone, Copy, Debug)]
+pub struct ResidentMsrs(GuestMsrs);
+
+impl Msrs for ResidentMsrs {
+    fn read(&mut self, msr: Msr) -> Option<u64> {
+        self.0.read(msr)
+    }
+
+    fn write(&mut self, msr: Msr, value: u64) -> bool {
+        self.0.write(msr, value) == Some(true)
     }
 }

@@ -2,7 +2,7 @@
 //! 26.2): which control, by number of word and bit, asks for which exit.
 
 use super::*;
-use crate::vmx::route::{ExitDetails, Route, route};
+use crate::vmx::route::{ExitDetails, L0Windows, Route, route};
 use proptest::prelude::*;
 use testudo_vmx::event::InterruptionInformation;
 
@@ -57,7 +57,7 @@ fn details(reason: u16, gprs: &Gprs) -> ExitDetails<'_> {
 }
 
 fn routed(exit: &ExitDetails<'_>, vmcs12: &VmcsImage) -> Route {
-    route(exit, vmcs12, false, &Memory::new()).unwrap()
+    route(exit, vmcs12, L0Windows::default(), &Memory::new()).unwrap()
 }
 
 fn image(words: &[(u32, u32)]) -> VmcsImage {
@@ -266,7 +266,7 @@ proptest! {
         } else {
             unconditional
         };
-        prop_assert_eq!(route(&exit, &vmcs12, false, &memory).unwrap() == Route::L1, wanted);
+        prop_assert_eq!(route(&exit, &vmcs12, L0Windows::default(), &memory).unwrap() == Route::L1, wanted);
     }
 
     /// 25.6.9: four kilobytes, reads before writes, low before high.
@@ -287,17 +287,24 @@ proptest! {
             let exit = details(if write { 32 } else { 31 }, &gprs);
             let told = if write { bitmap.write_exits(Msr(msr)) } else { bitmap.read_exits(Msr(msr)) };
             let wanted = !bitmaps || told;
-            prop_assert_eq!(route(&exit, &vmcs12, false, &memory).unwrap() == Route::L1, wanted);
+            prop_assert_eq!(route(&exit, &vmcs12, L0Windows::default(), &memory).unwrap() == Route::L1, wanted);
         }
     }
 }
 
 #[test]
-fn the_interrupt_window_belongs_to_who_asked() {
+fn a_window_belongs_to_who_asked() {
     let gprs = Gprs::default();
-    let exit = details(7, &gprs);
-    let asked = image(&[(PRIMARY, 4)]);
     let memory = Memory::new();
-    assert_eq!(route(&exit, &asked, true, &memory).unwrap(), Route::L0);
-    assert_eq!(route(&exit, &asked, false, &memory).unwrap(), Route::L1);
+    for (reason, control, interrupt) in [(7, 4, true), (8, 1 << 22, false)] {
+        let exit = details(reason, &gprs);
+        let asked = image(&[(PRIMARY, control)]);
+        let windows = L0Windows {
+            interrupt,
+            nmi: !interrupt,
+        };
+        let routed = |windows| route(&exit, &asked, windows, &memory).unwrap();
+        assert_eq!(routed(windows), Route::L0);
+        assert_eq!(routed(L0Windows::default()), Route::L1);
+    }
 }
