@@ -276,6 +276,9 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
             self.vcpu.inject(Event::Interrupt(vector));
         }
         self.vcpu.set_interrupt_window(self.lapic.awaited());
+        if self.vcpu.take_interrupted() && self.activity == Activity::Halted {
+            self.activity = Activity::Running;
+        }
     }
 
     /// As [`deliver`](Self::deliver), for a processor that delivers the local APIC's interrupts itself:
@@ -307,6 +310,10 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
                 self.machine.host.set_timer(Some(0));
                 // It must be set again for what it was set to before.
                 self.timer = None;
+            }
+            VmExit::EnteredHalted => {
+                self.activity = Activity::Halted;
+                self.attention = true;
             }
             VmExit::Halt => {
                 self.vcpu.advance();

@@ -5,7 +5,7 @@ use core::fmt;
 use crate::vcpu::VmExit;
 
 /// The reasons that are counted apart.
-const NAMES: [&str; 23] = [
+const NAMES: [&str; 24] = [
     "interrupted",
     "interrupt window",
     "CPUID",
@@ -29,6 +29,7 @@ const NAMES: [&str; 23] = [
     "delivery due",
     "APIC write",
     "end of interrupt",
+    "entered halted",
 ];
 
 /// The place of an exit in the table.
@@ -57,6 +58,7 @@ const fn index(exit: &VmExit) -> usize {
         VmExit::DeliveryDue => 20,
         VmExit::ApicWrite { .. } => 21,
         VmExit::EndOfInterrupt(_) => 22,
+        VmExit::EnteredHalted => 23,
     }
 }
 

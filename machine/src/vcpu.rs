@@ -23,6 +23,8 @@ pub enum VmExit {
     /// guest's turn is to follow at once: the host's timer shall fire now, so that the next entry
     /// delivers the one and is ended by the other.
     DeliveryDue,
+    /// A guest of the guest's was entered in the state that HLT makes: it waits for an event.
+    EnteredHalted,
     /// CPUID.
     Cpuid,
     /// HLT. RIP is still at the instruction.
@@ -164,6 +166,10 @@ pub enum VcpuError {
     /// The guest's tables cannot be shadowed.
     #[error(transparent)]
     Shadow(#[from] testudo_ept::shadow::ShadowError),
+    /// VMPTRLD failed.
+    #[cfg(feature = "vmx")]
+    #[error("a VMCS cannot be made current: {0}")]
+    Vmptrld(testudo_vmx::VmFail),
     /// INVEPT or INVVPID failed.
     #[cfg(feature = "vmx")]
     #[error("cached translations cannot be dropped: {0}")]
@@ -246,6 +252,12 @@ pub trait Vcpu {
     /// Tells a processor that [delivers interrupts](Self::delivers_interrupts) what it must know of
     /// the local APIC besides the page.
     fn set_apic(&mut self, _state: &ApicState) {}
+
+    /// Whether an event has ended the turn of a guest of the guest's since the last call: if that
+    /// one had halted, the guest runs all the same.
+    fn take_interrupted(&mut self) -> bool {
+        false
+    }
 
     /// Where a guest-physical address of what runs lies in the machine: itself, unless a guest of
     /// the guest's runs on nested paging. `None` if it has no translation at present, so that the

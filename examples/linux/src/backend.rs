@@ -24,8 +24,6 @@ pub(crate) enum BackendError {
     Svm(#[from] SvmError),
     #[error(transparent)]
     Vmx(#[from] VmxError),
-    #[error("guests cannot be hypervisors here: this program offers that on AMD-V only")]
-    NoNesting,
     #[error("a guest on shadow paging cannot be a hypervisor itself")]
     NoNestingOnShadow,
     #[error("shadow paging: this program offers that on AMD-V only")]
@@ -107,19 +105,21 @@ impl Backend {
             return Err(BackendError::NoNestingOnShadow);
         }
         match self {
-            Self::Svm(svm) => {
-                svm.offer_nested(processor);
-                Ok(())
-            }
-            Self::Vmx(_) => Err(BackendError::NoNesting),
+            Self::Svm(svm) => svm.offer_nested(processor),
+            // CPUID says no more than that there is VMX: the rest is in MSRs.
+            Self::Vmx(_) => {}
         }
+        Ok(())
     }
 
     /// Offers guests the extension, as their CPUID table says it.
     pub(crate) fn enable_nested(&mut self, guest: &Cpuid) -> Result<(), BackendError> {
         match self {
             Self::Svm(svm) => Ok(svm.enable_nested(guest)?),
-            Self::Vmx(_) => Err(BackendError::NoNesting),
+            Self::Vmx(vmx) => {
+                vmx.enable_nested(guest);
+                Ok(())
+            }
         }
     }
 

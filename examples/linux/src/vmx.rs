@@ -11,12 +11,13 @@ use testudo_ept::format::ept::{Ept, EptFlags};
 use testudo_ept::{Format, PageTable, Rights};
 use testudo_machine::VcpuError;
 use testudo_machine::backend::vmx::{
-    APIC_PAGE, ApicTables, Controls, ThisProcessor, Unsuitable, VmxPlace, VmxTables, VmxVcpu,
-    open_direct_msrs, open_x2apic_msrs,
+    APIC_PAGE, ApicTables, Controls, Flusher, NestedParts, ThisProcessor, Unsuitable, VmxPlace,
+    VmxTables, VmxVcpu, open_direct_msrs, open_x2apic_msrs,
 };
 use testudo_machine::policy::cpuid::XCR0_ALLOWED;
+use testudo_nested::vmx::{ComposedParts, ComposedStage, Offer, offer};
 use testudo_vmx::bitmap::MsrBitmap;
-use testudo_vmx::caps::{EptVpidCaps, NoVmx};
+use testudo_vmx::caps::{EptVpidCaps, NoVmx, Processor};
 use testudo_vmx::hw::{
     EnableError, RegionFrame, ResidentRegisters, ResidentUnsupported, VmcsKind, Vmx,
 };
@@ -26,6 +27,11 @@ use crate::frames::Frames;
 
 /// The one guest's VPID.
 const VPID: u16 = 1;
+/// That of its own guests.
+const VPID_L2: u16 = 2;
+
+/// What composes the EPT of a guest's own guests with ours.
+pub(crate) type Stage = ComposedStage<'static, GuestRam, Frames, Frames, Flusher>;
 
 /// Why there is no VT-x to use.
 #[derive(Debug, thiserror::Error)]
@@ -53,10 +59,12 @@ pub(crate) enum VmxError {
 /// What all processors share.
 pub(crate) struct VmxBackend {
     caps: VmxCaps,
+    /// What a guest hypervisor is told that its processor offers.
+    nested_caps: Option<Box<VmxCaps>>,
     controls: Controls,
     tables: VmxTables,
-    _table: PageTable<Ept, Frames>,
-    _msr_bitmap: Box<MsrBitmap>,
+    table: PageTable<Ept, Frames>,
+    msr_bitmap: Box<MsrBitmap>,
     _apic: Option<Apic>,
 }
 
@@ -127,12 +135,56 @@ impl VmxBackend {
         };
         Ok(Self {
             caps,
+            nested_caps: None,
             controls,
             tables,
-            _table: table,
-            _msr_bitmap: msr_bitmap,
+            table,
+            msr_bitmap,
             _apic: apic,
         })
+    }
+
+    /// Offers guests VMX, on a processor such as their CPUID table says.
+    pub(crate) fn enable_nested(&mut self, guest: &Cpuid) {
+        let l1 = Processor::read_from(|leaf, sub| guest.query(leaf, sub));
+        let all = Offer {
+            ept: true,
+            vpid: true,
+        };
+        self.controls = self.controls.for_hypervisors();
+        self.nested_caps = Some(Box::new(offer(&self.caps, l1, all)));
+    }
+
+    /// What one vCPU needs to be a hypervisor's.
+    fn nested(
+        &'static self,
+        ram: &'static GuestRam,
+        caps: &VmxCaps,
+        cpuid: &Cpuid,
+    ) -> NestedParts<'static, Stage> {
+        let flusher = Flusher::default();
+        let bytes: u64 = ram.ranges().map(|(_, len, _)| len).sum();
+        let parts = ComposedParts {
+            memory: ram,
+            inner: &self.table,
+            frames: Frames,
+            format: format(&self.caps),
+            l1_format: format(caps),
+            page_limit: (bytes / testudo_arch::PAGE_SIZE) as usize,
+        };
+        let bitmap = Box::new(MsrBitmap::all_exit());
+        let at = address(&*bitmap);
+        NestedParts {
+            caps: caps.clone(),
+            vpid: VPID_L2,
+            controls: &self.controls,
+            tables: &self.tables,
+            l1_msr_bitmap: &self.msr_bitmap,
+            msr_bitmap: (bitmap, at),
+            stage: ComposedStage::new(parts, flusher.clone()),
+            flusher,
+            has_predictor_barrier: cpuid.query(7, 0)[3] & 1 << 26 != 0,
+        }
     }
 
     /// Turns VMX on for this processor and makes a vCPU on it, whose local APIC has this page.
@@ -141,7 +193,7 @@ impl VmxBackend {
         cpuid: &Cpuid,
         ram: &'static GuestRam,
         apic_page: &ApicPage,
-        work: impl FnOnce(VmxVcpu<'_, ThisProcessor<'_>, GuestRam>) -> R,
+        work: impl FnOnce(VmxVcpu<'_, ThisProcessor<'_>, GuestRam, Stage>) -> R,
     ) -> Result<R, VmxError> {
         // SAFETY: CPL 0.
         let own = unsafe { Vmx::capabilities()? };
@@ -158,6 +210,13 @@ impl VmxBackend {
         let mut vmx = unsafe { Vmx::enable(&self.caps, region()?)? };
         let vmcs = vmx.create_vmcs(region()?, VmcsKind::Ordinary);
         let mut vmcs = vmcs.map_err(VmxError::Vmcs)?;
+        let mut vmcs02 = match self.nested_caps {
+            Some(_) => Some(
+                vmx.create_vmcs(region()?, VmcsKind::Ordinary)
+                    .map_err(VmxError::Vmcs)?,
+            ),
+            None => None,
+        };
         let resident = ResidentRegisters::reset(cpuid)?;
         let held = vmx.hold_interrupts();
         let current = vmx.load(&mut vmcs).map_err(VmxError::Vmcs)?;
@@ -177,7 +236,13 @@ impl VmxBackend {
         // SAFETY: `new` made the tables, which reach `ram` only, and this value keeps them; the
         // runtime has a TSS with a stack for every vector, and memory is mapped where it is; there
         // is one guest, so the VPID is its own, and each vCPU has its processor to itself.
-        let vcpu = unsafe { VmxVcpu::new(place, ram)? };
+        let mut vcpu = unsafe { VmxVcpu::new(place, ram)? };
+        if let (Some(caps), Some(vmcs02)) = (&self.nested_caps, &mut vmcs02) {
+            let parts = self.nested(ram, caps, cpuid);
+            // SAFETY: the bitmap is where it is; the compositions are with `table`, which reaches
+            // `ram` only; and no other guest has the VPID.
+            vcpu = unsafe { vcpu.with_nested(parts, vmcs02)? };
+        }
         Ok(work(vcpu))
     }
 }

@@ -3,7 +3,8 @@
 use testudo_arch::{EferFlags, Gpa, GuestMemory, Hpa, Msr};
 use testudo_vmx::check::{EntryContext, Outcome as Refusal, check_entry_from, check_memory};
 use testudo_vmx::controls::{
-    ActivityState, EntryControls, ExitControls, Interruptibility, PinControls, PrimaryControls, SecondaryControls,
+    ActivityState, EntryControls, ExitControls, Interruptibility, PinControls, PrimaryControls,
+    SecondaryControls,
 };
 use testudo_vmx::event::InterruptionInformation;
 use testudo_vmx::exit::{BasicReason, GuestStateFailure};

@@ -63,7 +63,9 @@ impl NestedVmx {
         }
         let l1 = L1Controls::read(&self.vmcs12.image)?;
         let (reason, acknowledge) = match event {
-            PhysicalEvent::Interrupt if l1.pin.contains(PinControls::EXTERNAL_INTERRUPT_EXITING) => {
+            PhysicalEvent::Interrupt
+                if l1.pin.contains(PinControls::EXTERNAL_INTERRUPT_EXITING) =>
+            {
                 let acknowledge = l1.exit.contains(ExitControls::ACKNOWLEDGE_INTERRUPT);
                 (BasicReason::ExternalInterrupt, acknowledge)
             }

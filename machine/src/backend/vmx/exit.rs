@@ -3,7 +3,8 @@
 use testudo_arch::event::Combined;
 use testudo_arch::regs::SegmentRegister;
 use testudo_arch::segment::SegmentAttributes;
-use testudo_arch::{Event, Exception, Gpr, Gprs, GuestMemory, Msr, RFlags};
+use testudo_arch::{Cr4Flags, Event, Exception, Gpr, Gprs, GuestMemory, Msr, RFlags};
+use testudo_nested::vmx::{Instruction, SecondStage};
 use testudo_vmx::controls::{Interruptibility, PendingDebug};
 use testudo_vmx::event::{EventType, InterruptionInformation, interrupted_delivery};
 use testudo_vmx::exit::{
@@ -14,14 +15,14 @@ use testudo_vmx::{fields, state};
 
 use super::apic::APIC_PAGE;
 use super::cache::{self, Cached};
-use super::mode::{LMA, Mode, pdptes_are_valid, read_pdptes};
+use super::mode::{LMA, pdptes_are_valid};
 use super::{Processor, Refusal, VmxVcpu};
 use crate::vcpu::{MemoryAccess, PortAccess, Vcpu, VcpuError, VmExit};
 
 /// DR7.GD, which a #DB clears (SDM vol. 3B, 18.2.4).
 const DR7_GENERAL_DETECT: u64 = 1 << 13;
 
-impl<P: Processor, M: GuestMemory> VmxVcpu<'_, P, M> {
+impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
     /// What the machine must decide about the exit; `None` if it is settled here.
     #[inline(never)]
     pub(super) fn settle(&mut self, reason: ExitReason) -> Result<Option<VmExit>, VcpuError> {
@@ -37,6 +38,11 @@ impl<P: Processor, M: GuestMemory> VmxVcpu<'_, P, M> {
             }
             BasicReason::ExceptionOrNmi => return self.exception(reason),
             _ => {}
+        }
+        if self.nested.is_some()
+            && let Some(instruction) = Instruction::from_exit(basic)
+        {
+            return self.vmx_instruction(instruction);
         }
         if reason.is_entry_failure()
             && let Some(refusal) = Refusal::of_exit(reason, &self.processor, self.caps)?
@@ -242,15 +248,25 @@ impl<P: Processor, M: GuestMemory> VmxVcpu<'_, P, M> {
         }))
     }
 
-    /// MOV to CR0 or CR4 that changes what belongs to the hypervisor. No other access to a control
-    /// register exits.
+    /// MOV to CR0 or CR4 that changes what belongs to the hypervisor. Of the guest's own no other
+    /// access to a control register exits; of its guests' those to CR8 do, and to CR3 where it asked
+    /// for exits but for some values.
     fn move_to_control_register(&mut self, access: CrAccess) -> Result<Option<VmExit>, VcpuError> {
-        let CrAccess::MovTo {
-            register: register @ (0 | 4),
-            source,
-        } = access
-        else {
-            return Ok(Some(VmExit::ControlRegister));
+        let (register, source) = match access {
+            CrAccess::MovTo {
+                register: register @ (0 | 3 | 4 | 8),
+                source,
+            } => (register, source),
+            CrAccess::MovFrom {
+                register: 8,
+                destination,
+            } => {
+                self.load_rsp();
+                self.registers.gprs[destination] = u64::from(self.task_priority());
+                self.advance();
+                return Ok(None);
+            }
+            _ => return Ok(Some(VmExit::ControlRegister)),
         };
         if source == Gpr::Rsp {
             self.load_rsp();
@@ -262,10 +278,22 @@ impl<P: Processor, M: GuestMemory> VmxVcpu<'_, P, M> {
         } else {
             operand & 0xFFFF_FFFF
         };
-        let old = Mode {
-            cr0: self.cr0(),
-            ..self.mode
-        };
+        match register {
+            3 => return self.move_to_cr3(value),
+            8 if value > 15 => {
+                self.inject(Event::GP0);
+                return Ok(None);
+            }
+            8 => {
+                self.set_task_priority(value as u8);
+                self.advance();
+                // What the old priority held back may be due.
+                return Ok(Some(VmExit::InterruptWindow));
+            }
+            _ => {}
+        }
+        let old = self.mode();
+        let value = self.moved_value(register, value, &old)?;
         let new = if register == 0 {
             // What counts for entering IA-32e mode is the bit as it is, in whatever mode.
             let rights = self.processor.get(fields::GUEST_CS_ACCESS_RIGHTS)?;
@@ -273,22 +301,50 @@ impl<P: Processor, M: GuestMemory> VmxVcpu<'_, P, M> {
         } else {
             old.with_cr4(value, self.imposed.cr4_guest)
         };
-        let Some(new) = new else {
+        let Some(new) = new.filter(|new| self.vmx_allows(new)) else {
             self.inject(Event::GP0);
             return Ok(None);
         };
         if new.loads_pdptes(&old) {
-            let pdptes = read_pdptes(self.memory, self.processor.get(fields::GUEST_CR3)?);
-            if !pdptes_are_valid(&pdptes, self.caps.processor.physical_address_bits) {
+            let cr3 = self.processor.get(fields::GUEST_CR3)?;
+            if !self.load_pdptes(cr3)? {
                 self.inject(Event::GP0);
                 return Ok(None);
             }
-            self.write_pdptes(&pdptes)?;
         }
         if new.efer & !old.efer & LMA != 0 {
             self.widen_task_register()?;
         }
         self.set_mode(new)?;
+        self.advance();
+        Ok(None)
+    }
+
+    /// The page-directory pointers that CR3 points to; `false` if they do not suit.
+    fn load_pdptes(&mut self, cr3: u64) -> Result<bool, VcpuError> {
+        let pdptes = self.page_directory_pointers(cr3);
+        let valid = pdptes_are_valid(&pdptes, self.caps.processor.physical_address_bits);
+        if valid {
+            self.write_pdptes(&pdptes)?;
+        }
+        Ok(valid)
+    }
+
+    /// MOV to CR3 of a value for which L1 wants no exit, though it does for others. Bit 63 of it, with
+    /// PCIDs, only asks that translations be kept.
+    fn move_to_cr3(&mut self, value: u64) -> Result<Option<VmExit>, VcpuError> {
+        let keep = 1 << 63;
+        let mode = self.mode();
+        let pcid = mode.cr4 & Cr4Flags::PCID.bits() != 0;
+        let cr3 = if pcid { value & !keep } else { value };
+        let wide = self.caps.processor.exceeds_physical(cr3);
+        let long = mode.efer & LMA != 0;
+        if long && wide || mode.pae_paging() && !self.load_pdptes(cr3)? {
+            self.inject(Event::GP0);
+            return Ok(None);
+        }
+        self.processor.set(fields::GUEST_CR3, cr3)?;
+        self.forget_translations()?;
         self.advance();
         Ok(None)
     }

@@ -39,6 +39,7 @@ mod apic;
 mod cache;
 mod exit;
 mod mode;
+mod nested;
 mod processor;
 mod refusal;
 mod setup;
@@ -52,7 +53,8 @@ use core::cell::Cell;
 use testudo_arch::apic::ApicPage;
 use testudo_arch::regs::SystemRegisters;
 use testudo_arch::segment::SegmentAttributes;
-use testudo_arch::{Event, GuestMemory, Hpa, RFlags};
+use testudo_arch::{Event, Gpa, GuestMemory, Hpa, RFlags};
+use testudo_nested::vmx::{NoSecondStage, SecondStage};
 use testudo_vmx::controls::{EntryControls, Interruptibility, PendingDebug, PrimaryControls};
 use testudo_vmx::event::Injection;
 use testudo_vmx::exit::{BasicReason, ExitReason};
@@ -65,9 +67,11 @@ use apic::VirtualApic;
 pub use apic::{APIC_PAGE, ApicTables, open_x2apic_msrs};
 use cache::{Cache, Cached};
 use mode::{Imposed, LMA, Mode, PE, read_pdptes};
+use nested::Nested;
 use timer::PreemptionTimer;
 
-pub use processor::{Processor, ThisProcessor};
+pub use nested::{Flusher, NestedParts};
+pub use processor::{Level, Processor, ResidentMsrs, ThisProcessor};
 pub use refusal::{Refusal, RefusalCause};
 pub use setup::{Controls, Unsuitable, VmxTables, open_direct_msrs};
 
@@ -75,8 +79,13 @@ pub use setup::{Controls, Unsuitable, VmxTables, open_direct_msrs};
 const STEP_FLAGS: u64 = RFlags::TRAP_FLAG.bits() | RFlags::RESUME_FLAG.bits();
 
 /// A vCPU on a processor in VMX root operation.
-pub struct VmxVcpu<'a, P, M> {
+///
+/// `S` is what composes the EPT of the guest's own guests.
+pub struct VmxVcpu<'a, P, M, S = NoSecondStage> {
     processor: P,
+    /// Who runs, and whose VMCS is current: the guest, or a guest of its own.
+    level: Level,
+    nested: Option<Nested<S>>,
     registers: GuestRegisters,
     cache: Cache,
     memory: &'a M,
@@ -99,7 +108,7 @@ pub struct VmxVcpu<'a, P, M> {
     injection: Option<Event>,
     /// RSP as `registers` and the VMCS last agreed on.
     rsp_agreed: u64,
-    /// CR4, EFER, and those bits of CR0 that belong to the hypervisor.
+    /// The guest's CR4, EFER, and those bits of CR0 that belong to the hypervisor.
     mode: Mode,
     xcr0: u64,
     tsc_offset: u64,
@@ -136,7 +145,7 @@ pub struct VmxPlace<'a> {
     pub xcr0_valid: u64,
 }
 
-impl<'a, M: GuestMemory> VmxVcpu<'a, ThisProcessor<'a>, M> {
+impl<'a, M: GuestMemory, S: SecondStage> VmxVcpu<'a, ThisProcessor<'a>, M, S> {
     /// A vCPU with reset state.
     ///
     /// # Errors
@@ -191,7 +200,7 @@ struct Parts<'a> {
     xcr0_valid: u64,
 }
 
-impl<'a, P: Processor, M: GuestMemory> VmxVcpu<'a, P, M> {
+impl<'a, P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'a, P, M, S> {
     fn on(mut processor: P, parts: &Parts<'a>, memory: &'a M) -> Result<Self, VcpuError> {
         let (apic_page, at) = parts.apic_page;
         setup::write(&mut processor, parts.controls, parts.tables, at, parts.vpid)?;
@@ -216,6 +225,8 @@ impl<'a, P: Processor, M: GuestMemory> VmxVcpu<'a, P, M> {
         processor.set(fields::CR4_GUEST_HOST_MASK, u64::MAX)?;
         let mut vcpu = Self {
             processor,
+            level: Level::L1,
+            nested: None,
             registers: GuestRegisters::default(),
             cache: Cache::default(),
             memory,
@@ -375,14 +386,21 @@ impl<'a, P: Processor, M: GuestMemory> VmxVcpu<'a, P, M> {
         Ok(self.reason)
     }
 
-    /// CR0 as the guest sees it.
-    fn cr0(&self) -> u64 {
+    /// CR0, CR4 and EFER by which whoever runs does so.
+    fn mode(&self) -> Mode {
+        if self.level != Level::L1 {
+            return self.or_zero(self.l2_mode());
+        }
         let mask = self.imposed.cr0_mask();
-        (self.field(fields::GUEST_CR0) & !mask) | (self.mode.cr0 & mask)
+        let cr0 = (self.field(fields::GUEST_CR0) & !mask) | (self.mode.cr0 & mask);
+        Mode { cr0, ..self.mode }
     }
 
     /// Takes up another mode: the registers that make it, and what follows from it.
     fn set_mode(&mut self, new: Mode) -> Result<(), VcpuError> {
+        if self.level != Level::L1 {
+            return self.set_l2_mode(new);
+        }
         let old = core::mem::replace(&mut self.mode, new);
         self.processor
             .set(fields::GUEST_CR0, self.imposed.real_cr0(new.cr0))?;
@@ -407,7 +425,7 @@ impl<'a, P: Processor, M: GuestMemory> VmxVcpu<'a, P, M> {
     }
 
     fn forget_translations(&mut self) -> Result<(), VcpuError> {
-        let forgotten = self.processor.forget_translations();
+        let forgotten = self.processor.forget_translations(self.level);
         forgotten.map_err(VcpuError::Invalidation)
     }
 
@@ -445,16 +463,30 @@ impl<'a, P: Processor, M: GuestMemory> VmxVcpu<'a, P, M> {
 
     fn read_system(&self) -> Result<SystemRegisters, AccessError> {
         let hardware = state::read_system_registers(&self.processor)?;
+        let Mode { cr0, cr4, efer } = self.mode();
         Ok(SystemRegisters {
-            cr0: self.cr0(),
+            cr0,
             cr2: self.registers.cr2,
-            cr4: self.mode.cr4,
+            cr4,
             cr8: u64::from(self.task_priority()),
-            efer: self.mode.efer,
+            efer,
             rip: self.rip(),
             rflags: self.cached(Cached::Rflags),
             dr6: self.processor.dr6(),
             ..hardware
+        })
+    }
+
+    /// The four page-directory pointers at CR3; where no memory is, ones.
+    fn page_directory_pointers(&mut self, cr3: u64) -> [u64; 4] {
+        if self.level == Level::L1 {
+            return read_pdptes(self.memory, cr3);
+        }
+        let table = self.translate_nested(Gpa(cr3 & 0xFFFF_FFE0));
+        core::array::from_fn(|i| {
+            let at = table.map(|table| table.wrapping_add(8 * i as u64));
+            at.and_then(|at| self.memory.load_u64(at).ok())
+                .unwrap_or(u64::MAX)
         })
     }
 
@@ -467,7 +499,11 @@ impl<'a, P: Processor, M: GuestMemory> VmxVcpu<'a, P, M> {
 
     fn is_long_code(&self) -> bool {
         let rights = self.field(fields::GUEST_CS_ACCESS_RIGHTS);
-        self.mode.efer & LMA != 0 && rights & SegmentAttributes::LONG.bits() != 0
+        let efer = match self.level {
+            Level::L1 => self.mode.efer,
+            _ => self.field(fields::GUEST_EFER),
+        };
+        efer & LMA != 0 && rights & SegmentAttributes::LONG.bits() != 0
     }
 
     /// An instruction pointer that has just left or entered the low 4 GiB.

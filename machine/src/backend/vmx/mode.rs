@@ -6,7 +6,7 @@
 //! that CLTS, LMSW and lazy switching of the FPU never exit. CR4 is the hypervisor's as a whole: it
 //! changes seldom, and its value, which CPUID mirrors, is then known without a VMREAD.
 
-use testudo_arch::EferFlags;
+use testudo_arch::{Cr4Flags, EferFlags};
 use testudo_vmx::VmxCaps;
 
 pub(super) use crate::backend::mode::*;
@@ -31,6 +31,11 @@ impl Imposed {
             cr4_ones: caps.cr4.ones | MCE,
             cr4_guest: GUEST_CR4 & caps.cr4.may,
         }
+    }
+
+    /// The guest may set CR4.VMXE.
+    pub(super) fn offer_vmx(&mut self) {
+        self.cr4_guest |= Cr4Flags::VIRTUAL_MACHINE_EXTENSIONS.bits();
     }
 
     /// The bits of CR0 that belong to the hypervisor.

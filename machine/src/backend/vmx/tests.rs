@@ -11,6 +11,7 @@ use proptest::prelude::*;
 use testudo_arch::cpuid::{Cpuid, CpuidEntry};
 use testudo_arch::memory::GuestRam;
 use testudo_arch::{Exception, Gpa, Gprs, Gva, Msr};
+use testudo_nested::vmx::Msrs;
 use testudo_vmx::caps::fixtures;
 use testudo_vmx::check::{Rule, check_entry, samples};
 use testudo_vmx::controls::SecondaryControls;
@@ -19,6 +20,7 @@ use testudo_vmx::fake::FakeVmcs;
 use testudo_vmx::{Encoding, InstructionError, VmFail, VmcsRead, VmcsWrite};
 
 mod apic;
+mod nested;
 mod timer;
 
 use super::mode::LME;
@@ -32,7 +34,10 @@ type Script = Box<dyn FnOnce(&mut FakeVmcs, &mut GuestRegisters)>;
 
 /// A processor that exits as the script says.
 struct FakeProcessor {
+    /// The VMCS that is current, whose it is, and the other one.
     vmcs: FakeVmcs,
+    level: Level,
+    other: FakeVmcs,
     caps: VmxCaps,
     exits: VecDeque<Script>,
     /// VMREADs and VMWRITEs between the last exit and each entry.
@@ -58,7 +63,9 @@ impl FakeProcessor {
             }
         }
         Self {
+            other: vmcs.clone(),
             vmcs,
+            level: Level::L1,
             caps: caps.clone(),
             exits: VecDeque::new(),
             costs: Vec::new(),
@@ -83,6 +90,19 @@ impl VmcsRead for FakeProcessor {
 impl VmcsWrite for FakeProcessor {
     fn write_raw(&mut self, field: Encoding, value: u64) -> Result<(), VmFail> {
         self.vmcs.write_raw(field, value)
+    }
+}
+
+/// A processor that keeps no MSRs of the guest's.
+struct NoMsrs;
+
+impl Msrs for NoMsrs {
+    fn read(&mut self, _: Msr) -> Option<u64> {
+        None
+    }
+
+    fn write(&mut self, _: Msr, _: u64) -> bool {
+        false
     }
 }
 
@@ -119,9 +139,32 @@ impl Processor for FakeProcessor {
         self.machine_checks += 1;
     }
 
-    fn forget_translations(&mut self) -> Result<(), VmFail> {
+    fn forget_translations(&mut self, _: Level) -> Result<(), VmFail> {
         self.flushes += 1;
         Ok(())
+    }
+
+    fn forget_ept(&mut self) -> Result<(), VmFail> {
+        self.flushes += 1;
+        Ok(())
+    }
+
+    type GuestMsrs = NoMsrs;
+
+    fn guest_msrs(&self) -> NoMsrs {
+        NoMsrs
+    }
+
+    fn select(&mut self, level: Level) -> Result<(), VmFail> {
+        if level != self.level {
+            core::mem::swap(&mut self.vmcs, &mut self.other);
+            self.level = level;
+        }
+        Ok(())
+    }
+
+    fn has_shadow(&self) -> bool {
+        false
     }
 
     unsafe fn set_xcr0(&mut self, value: u64) {
@@ -181,7 +224,7 @@ fn vcpu() -> Fake {
     vcpu_on(&fixtures::skylake_sp())
 }
 
-impl Fake {
+impl<S: SecondStage> VmxVcpu<'static, FakeProcessor, GuestRam, S> {
     fn will(&mut self, script: impl FnOnce(&mut FakeVmcs, &mut GuestRegisters) + 'static) {
         self.processor.exits.push_back(Box::new(script));
     }

@@ -4,24 +4,31 @@ use core::sync::atomic::{AtomicU32, Ordering};
 
 use testudo_arch::regs::{SegmentRegister, SystemRegisters};
 use testudo_arch::segment::SegmentAttributes;
-use testudo_arch::{Cr4Flags, Event, Gprs, GuestMemory, Msr, RFlags};
+use testudo_arch::{Cr4Flags, Event, Gpa, Gprs, GuestMemory, Msr, RFlags};
+use testudo_nested::vmx::{PhysicalEvent, SecondStage};
 use testudo_vmx::controls::{Interruptibility, PrimaryControls};
 use testudo_vmx::{fields, state};
 
 use super::cache::{self, Cached};
-use super::mode::{GUEST_EFER, Mode};
-use super::{CPUID, Processor, VmxVcpu};
+use super::mode::GUEST_EFER;
+use super::{CPUID, Level, Processor, VmxVcpu};
 use crate::backend::{is_valid_pat, is_valid_xcr0};
 use crate::irq::ApicState;
 use crate::vcpu::{AwaitedInterrupt, Vcpu, VcpuError, VmExit};
 
-impl<P: Processor, M: GuestMemory> Vcpu for VmxVcpu<'_, P, M> {
+impl<P: Processor, M: GuestMemory, S: SecondStage> Vcpu for VmxVcpu<'_, P, M, S> {
     #[inline]
     fn run(&mut self, requests: &AtomicU32) -> Result<VmExit, VcpuError> {
         loop {
             // Interrupts are held back: what comes after this test makes the guest exit at once.
             if requests.load(Ordering::Acquire) != 0 {
                 return Ok(VmExit::Interrupted);
+            }
+            if self.level != Level::L1 {
+                match self.run_l2()? {
+                    Some(exit) => return Ok(exit),
+                    None => continue,
+                }
             }
             let reason = self.enter()?;
             // CPUID needs no more than this, and never interrupts an event.
@@ -73,6 +80,7 @@ impl<P: Processor, M: GuestMemory> Vcpu for VmxVcpu<'_, P, M> {
     }
 
     fn reset(&mut self) {
+        self.leave_vmx_operation();
         self.set_system(&SystemRegisters::reset());
         *self.gprs_mut() = Gprs::default();
     }
@@ -102,18 +110,33 @@ impl<P: Processor, M: GuestMemory> Vcpu for VmxVcpu<'_, P, M> {
 
     #[inline]
     fn can_take_interrupt(&self) -> bool {
-        self.injection.is_none()
-            && self.cached(Cached::Rflags) & RFlags::INTERRUPT_FLAG.bits() != 0
-            && !self.interruptibility().intersects(cache::SHADOW)
+        let open = || {
+            self.injection.is_none()
+                && self.cached(Cached::Rflags) & RFlags::INTERRUPT_FLAG.bits() != 0
+                && !self.interruptibility().intersects(cache::SHADOW)
+        };
+        if self.level == Level::L1 {
+            open()
+        } else {
+            self.l2_takes(PhysicalEvent::Interrupt, open())
+        }
     }
 
     fn can_take_nmi(&self) -> bool {
         let blocked = cache::SHADOW | Interruptibility::BLOCKING_BY_NMI;
-        self.injection.is_none() && !self.interruptibility().intersects(blocked)
+        let open = self.injection.is_none() && !self.interruptibility().intersects(blocked);
+        if self.level == Level::L1 {
+            open
+        } else {
+            self.l2_takes(PhysicalEvent::Nmi, open)
+        }
     }
 
     #[inline]
     fn inject(&mut self, event: Event) {
+        if self.level != Level::L1 && self.l2_exits_by(event) {
+            return;
+        }
         self.injection = Some(event);
         self.cache.add_work();
     }
@@ -121,10 +144,20 @@ impl<P: Processor, M: GuestMemory> Vcpu for VmxVcpu<'_, P, M> {
     #[inline]
     fn set_interrupt_window(&mut self, wanted: Option<AwaitedInterrupt>) {
         self.window = wanted;
-        self.open_window();
+        if self.level == Level::L1 {
+            self.open_window();
+        } else if let Err(error) = self.open_l2_window() {
+            self.remember(error);
+        }
     }
 
     fn set_nmi_window(&mut self, wanted: bool) {
+        if self.level != Level::L1 {
+            if let Err(error) = self.open_l2_nmi_window(wanted) {
+                self.remember(error);
+            }
+            return;
+        }
         self.set_primary(PrimaryControls::NMI_WINDOW_EXITING, wanted);
     }
 
@@ -147,7 +180,18 @@ impl<P: Processor, M: GuestMemory> Vcpu for VmxVcpu<'_, P, M> {
         if cr8 != self.apic_page.task_priority() {
             self.apic_page.set_task_priority(cr8);
         }
-        self.open_window();
+        if self.level == Level::L1 {
+            self.open_window();
+        }
+    }
+
+    fn translate(&mut self, gpa: Gpa) -> Option<Gpa> {
+        self.translate_nested(gpa)
+    }
+
+    fn take_interrupted(&mut self) -> bool {
+        let nested = self.nested.as_mut();
+        nested.is_some_and(|nested| core::mem::take(&mut nested.interrupted))
     }
 
     #[inline]
@@ -165,20 +209,16 @@ impl<P: Processor, M: GuestMemory> Vcpu for VmxVcpu<'_, P, M> {
 
     fn read_msr(&mut self, msr: Msr) -> Option<u64> {
         Some(match msr {
-            Msr::EFER => self.mode.efer,
+            Msr::EFER => self.mode().efer,
             Msr::PAT => self.field(fields::GUEST_PAT),
-            _ => return None,
+            _ => return testudo_nested::vmx::read_msr(self.nested.as_ref()?.state.caps(), msr),
         })
     }
 
     fn write_msr(&mut self, msr: Msr, value: u64) -> Option<bool> {
         match msr {
             Msr::EFER => {
-                let mode = Mode {
-                    cr0: self.cr0(),
-                    ..self.mode
-                };
-                let new = mode.with_efer(value, GUEST_EFER);
+                let new = self.mode().with_efer(value, GUEST_EFER);
                 if let Some(new) = new
                     && let Err(error) = self.set_mode(new)
                 {
@@ -193,7 +233,11 @@ impl<P: Processor, M: GuestMemory> Vcpu for VmxVcpu<'_, P, M> {
                 }
                 Some(valid)
             }
-            _ => None,
+            // FEATURE_CONTROL is locked, and the capabilities are read-only.
+            _ => {
+                let caps = self.nested.as_ref()?.state.caps();
+                testudo_nested::vmx::read_msr(caps, msr).map(|_| false)
+            }
         }
     }
 
@@ -216,7 +260,7 @@ impl<P: Processor, M: GuestMemory> Vcpu for VmxVcpu<'_, P, M> {
     }
 
     fn pkru(&self) -> u32 {
-        if self.mode.cr4 & Cr4Flags::PROTECTION_KEY_USER.bits() == 0 {
+        if self.cr4() & Cr4Flags::PROTECTION_KEY_USER.bits() == 0 {
             return 0;
         }
         // SAFETY: CR4.PKE is among the bits that the processor allows, so it has protection keys.
@@ -228,7 +272,10 @@ impl<P: Processor, M: GuestMemory> Vcpu for VmxVcpu<'_, P, M> {
 
     #[inline]
     fn cr4(&self) -> u64 {
-        self.mode.cr4
+        match self.level {
+            Level::L1 => self.mode.cr4,
+            _ => self.mode().cr4,
+        }
     }
 
     #[inline]
@@ -262,6 +309,11 @@ impl<P: Processor, M: GuestMemory> Vcpu for VmxVcpu<'_, P, M> {
 
     fn set_guest_tsc(&mut self, host_tsc: u64, guest_tsc: u64) {
         self.tsc_offset = guest_tsc.wrapping_sub(host_tsc);
-        self.set_field(fields::TSC_OFFSET, self.tsc_offset);
+        if self.level == Level::L1 {
+            return self.set_field(fields::TSC_OFFSET, self.tsc_offset);
+        }
+        if let Err(error) = self.move_both_clocks() {
+            self.remember(error);
+        }
     }
 }

@@ -1,0 +1,512 @@
+//! The guest as a hypervisor: which of its guests runs, and who takes what.
+//!
+//! The decisions are the nested layer's ([`testudo_nested::vmx`]). Here they meet the processor:
+//! which VMCS is current, what is cached of it, and what becomes of the interrupts that the machine
+//! has. Between two calls the current VMCS is that of whoever runs.
+
+use alloc::boxed::Box;
+
+use testudo_arch::{Event, Gpa, GuestMemory, Hpa};
+use testudo_nested::vmx::{
+    Acceptance, Context, ControlRegisters, Handled, Instruction, NestedVmx, Outcome, PhysicalEvent,
+    SecondStage, VmcsPair,
+};
+use testudo_vmx::bitmap::MsrBitmap;
+use testudo_vmx::controls::{EntryControls, PrimaryControls};
+use testudo_vmx::event::InterruptionInformation;
+use testudo_vmx::exit::BasicReason;
+use testudo_vmx::hw::instructions::{self, ibpb};
+use testudo_vmx::hw::{HostState, Vmcs};
+use testudo_vmx::{AccessError, VmxCaps, fields};
+
+use super::mode::{MCE, Mode};
+use super::processor::Level;
+use super::{Controls, Processor, ThisProcessor, VmxTables, VmxVcpu, setup};
+pub use crate::backend::flusher::Flusher;
+use crate::vcpu::{AwaitedInterrupt, Vcpu, VcpuError, VmExit};
+
+/// What a vCPU needs to be a hypervisor's.
+pub struct NestedParts<'t, S> {
+    /// The capabilities that L1 is shown.
+    pub caps: VmxCaps,
+    /// The VPID of L2: not 0.
+    pub vpid: u16,
+    /// The controls that the vCPU was made with.
+    pub controls: &'t Controls,
+    /// The tables that it was made with.
+    pub tables: &'t VmxTables,
+    /// The MSR bitmap among them.
+    pub l1_msr_bitmap: &'t MsrBitmap,
+    /// A page for L2's MSR bitmap, and its physical address.
+    pub msr_bitmap: (Box<MsrBitmap>, Hpa),
+    /// What composes L1's EPT with ours.
+    pub stage: S,
+    /// The flusher that `stage` was made with.
+    pub flusher: Flusher,
+    /// Whether the processor has IBPB (CPUID 7 EDX bit 26).
+    pub has_predictor_barrier: bool,
+}
+
+pub(super) struct Nested<S> {
+    pub(super) state: NestedVmx,
+    pub(super) stage: S,
+    flusher: Flusher,
+    has_predictor_barrier: bool,
+    /// L2's next entry delivers an event, and is to end right after it.
+    delivery_due: bool,
+    /// L2's turn has ended otherwise than by an exit of its own.
+    pub(super) interrupted: bool,
+}
+
+/// The VMCSs of a processor as the layer asks for them.
+pub(super) struct Pair<'p, P>(pub(super) &'p mut P);
+
+impl<P: Processor> VmcsPair for Pair<'_, P> {
+    type Vmcs<'v>
+        = &'v mut P
+    where
+        Self: 'v;
+
+    #[inline]
+    fn l1(&mut self) -> &mut P {
+        // If it cannot be made current none is, and each access fails and says so.
+        let _selected = self.0.select(Level::L1);
+        self.0
+    }
+
+    #[inline]
+    fn l2(&mut self) -> &mut P {
+        let _selected = self.0.select(Level::L2);
+        self.0
+    }
+
+    #[inline]
+    fn shadow(&mut self) -> Option<&mut P> {
+        if !self.0.has_shadow() {
+            return None;
+        }
+        let _selected = self.0.select(Level::Shadow);
+        Some(self.0)
+    }
+}
+
+/// A call of the layer with all that it works on.
+macro_rules! layer {
+    ($vcpu:ident, $nested:ident, $method:ident($($argument:expr),*)) => {
+        $nested.state.$method(
+            $($argument,)*
+            &mut Context {
+                gprs: &mut $vcpu.registers.gprs,
+                msrs: &mut $vcpu.processor.guest_msrs(),
+                vmcs: &mut Pair(&mut $vcpu.processor),
+                memory: $vcpu.memory,
+                second_stage: &mut $nested.stage,
+            },
+        )
+    };
+}
+
+impl<'a, M: GuestMemory, S: SecondStage> VmxVcpu<'a, ThisProcessor<'a>, M, S> {
+    /// Offers the guest VMX. L2 is to run with `vmcs`, which is clear and this vCPU's alone.
+    ///
+    /// # Errors
+    ///
+    /// An access to a VMCS failed.
+    ///
+    /// # Safety
+    ///
+    /// What [`VmxVcpu::new`] asks, for these parts: L2's MSR bitmap is at its address, its VPID is no
+    /// other guest's on this processor, and `stage` gives EPT pointers of tables that are in place
+    /// and reach only the guest's memory.
+    #[allow(
+        unsafe_code,
+        reason = "entering a guest rests on what the caller put in memory"
+    )]
+    pub unsafe fn with_nested(
+        mut self,
+        parts: NestedParts<'_, S>,
+        vmcs: &'a mut Vmcs,
+    ) -> Result<Self, VcpuError> {
+        let flush = parts.controls.flush(self.caps, parts.vpid);
+        self.processor.add(vmcs, flush, None);
+        self.processor
+            .select(Level::L2)
+            .map_err(VcpuError::Vmptrld)?;
+        // SAFETY: the caller's promise.
+        unsafe { HostState::of_this_processor() }.write(&mut self.processor)?;
+        if let Some(kind) = flush {
+            // SAFETY: a current VMCS is in VMX root operation, and the kind was chosen from the
+            // processor's capabilities.
+            unsafe { instructions::invvpid(kind).map_err(VcpuError::Invalidation)? };
+        }
+        self.nest(parts)?;
+        Ok(self)
+    }
+}
+
+impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
+    /// Sets L2's VMCS up as L1's was, and begins outside VMX operation.
+    pub(super) fn nest(&mut self, parts: NestedParts<'_, S>) -> Result<(), VcpuError> {
+        self.select(Level::L1)?;
+        let virtual_apic = Hpa(self.processor.get(fields::VIRTUAL_APIC_ADDRESS)?);
+        self.select(Level::L2)?;
+        setup::write(
+            &mut self.processor,
+            parts.controls,
+            parts.tables,
+            virtual_apic,
+            parts.vpid,
+        )?;
+        self.select(Level::L1)?;
+        self.imposed.offer_vmx();
+        let mut caps = parts.caps;
+        caps.cr4.may &= self.imposed.cr4_guest;
+        let mut processor = self.caps.clone();
+        processor.cr4.ones |= MCE;
+        let (bitmap, at) = parts.msr_bitmap;
+        self.nested = Some(Nested {
+            state: NestedVmx::new(caps, &processor, parts.l1_msr_bitmap, bitmap, at),
+            stage: parts.stage,
+            flusher: parts.flusher,
+            has_predictor_barrier: parts.has_predictor_barrier,
+            delivery_due: false,
+            interrupted: false,
+        });
+        Ok(())
+    }
+
+    fn select(&mut self, level: Level) -> Result<(), VcpuError> {
+        self.processor.select(level).map_err(VcpuError::Vmptrld)
+    }
+
+    /// Runs L2 once; gives what the machine must decide.
+    #[inline(never)]
+    pub(super) fn run_l2(&mut self) -> Result<Option<VmExit>, VcpuError> {
+        if let Some(nested) = &mut self.nested
+            && core::mem::take(&mut nested.delivery_due)
+        {
+            return Ok(Some(VmExit::DeliveryDue));
+        }
+        self.flush_what_l1_flushed()?;
+        let reason = self.enter()?;
+        let Some(nested) = &mut self.nested else {
+            return Ok(None);
+        };
+        let handled = layer!(self, nested, exited())?;
+        // The layer has read RSP, or set it.
+        self.rsp_agreed = self.registers.gprs.rsp;
+        match handled {
+            Handled::Resume => Ok(None),
+            Handled::L1(barrier) => {
+                let exists = nested.has_predictor_barrier;
+                barrier.discharge(predictor_barrier(exists));
+                self.return_to_l1()?;
+                Ok(None)
+            }
+            Handled::L0 => self.settle(reason),
+            // An access to a device of L0's, at whatever address L2 knows it by: the instruction is
+            // emulated with the translations of both stages.
+            Handled::Memory(gpa) => match self.settle(reason)? {
+                Some(VmExit::Memory(access)) => {
+                    Ok(Some(VmExit::Memory(crate::vcpu::MemoryAccess {
+                        gpa,
+                        ..access
+                    })))
+                }
+                other => Ok(other),
+            },
+            Handled::Abort => Ok(Some(VmExit::Shutdown)),
+        }
+    }
+
+    /// A VMX instruction of L1's, whose exit is in its VMCS.
+    #[inline(never)]
+    pub(super) fn vmx_instruction(
+        &mut self,
+        instruction: Instruction,
+    ) -> Result<Option<VmExit>, VcpuError> {
+        let Some(nested) = &mut self.nested else {
+            return Ok(Some(VmExit::Forbidden));
+        };
+        let outcome = layer!(self, nested, execute(instruction))?;
+        self.rsp_agreed = self.registers.gprs.rsp;
+        match outcome {
+            Outcome::Done => {
+                self.select(Level::L1)?;
+                Ok(None)
+            }
+            Outcome::Fault(fault) => {
+                self.select(Level::L1)?;
+                if let Some(address) = fault.cr2 {
+                    self.set_cr2(address);
+                }
+                self.inject(fault.event);
+                Ok(None)
+            }
+            Outcome::Entered { halted } => {
+                self.select(Level::L2)?;
+                self.level = Level::L2;
+                Ok(self.look_at_events(halted))
+            }
+            Outcome::FailedEntry => {
+                self.return_to_l1()?;
+                Ok(None)
+            }
+            Outcome::Abort => Ok(Some(VmExit::Shutdown)),
+            Outcome::Hypercall => Ok(Some(VmExit::Hypercall)),
+        }
+    }
+
+    /// Has the machine look once more at what waited for L1, which may end L2's turn at once.
+    fn look_at_events(&self, halted: bool) -> Option<VmExit> {
+        if halted {
+            return Some(VmExit::EnteredHalted);
+        }
+        let nmi = self.primary.contains(PrimaryControls::NMI_WINDOW_EXITING);
+        (nmi || self.window.is_some()).then_some(VmExit::InterruptWindow)
+    }
+
+    /// L1 runs next: what is known of its registers is what the exit loaded.
+    fn return_to_l1(&mut self) -> Result<(), VcpuError> {
+        self.select(Level::L1)?;
+        self.level = Level::L1;
+        self.cache.forget();
+        self.injection = None;
+        self.mode = Mode {
+            cr0: self.processor.get(fields::CR0_READ_SHADOW)?,
+            cr4: self.processor.get(fields::CR4_READ_SHADOW)?,
+            efer: self.processor.get(fields::GUEST_EFER)?,
+        };
+        self.entry = EntryControls::from_bits_retain(self.processor.get(fields::ENTRY_CONTROLS)?);
+        self.flush_what_l1_flushed()?;
+        self.open_window();
+        Ok(())
+    }
+
+    fn flush_what_l1_flushed(&mut self) -> Result<(), VcpuError> {
+        let Some(nested) = &mut self.nested else {
+            return Ok(());
+        };
+        let flush = nested.state.take_flush();
+        if nested.flusher.take() || flush.ept {
+            self.processor
+                .forget_ept()
+                .map_err(VcpuError::Invalidation)?;
+        }
+        for (due, level) in [(flush.vpid, Level::L2), (flush.l1, Level::L1)] {
+            if due {
+                let forgotten = self.processor.forget_translations(level);
+                forgotten.map_err(VcpuError::Invalidation)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What L1 decides about an event while L2 runs; `None` if whoever runs takes it as its own state
+    /// lets it.
+    fn interception(&self, event: PhysicalEvent) -> Option<Acceptance> {
+        let nested = self.nested.as_ref()?;
+        self.or_zero(nested.state.interception(event))
+    }
+
+    /// Whether L2's next entry delivers an event: L1's, or one whose delivery an exit interrupted.
+    fn delivers_event(&self) -> bool {
+        let information =
+            InterruptionInformation(self.field(fields::ENTRY_INTERRUPTION_INFORMATION));
+        self.injection.is_some() || information.is_valid()
+    }
+
+    /// Whether an event ends L2's turn at once, or is L2's own to take if `otherwise`.
+    pub(super) fn l2_takes(&self, event: PhysicalEvent, otherwise: bool) -> bool {
+        match self.interception(event) {
+            Some(Acceptance::Exit { acknowledge, .. }) => {
+                let told = acknowledge || event == PhysicalEvent::Nmi;
+                told && !self.delivers_event()
+            }
+            Some(_) => false,
+            None => otherwise && !self.delivers_event(),
+        }
+    }
+
+    /// Ends L2's turn with an event, if L1 intercepts it.
+    pub(super) fn l2_exits_by(&mut self, event: Event) -> bool {
+        let (kind, information) = match event {
+            Event::Interrupt(vector) => (PhysicalEvent::Interrupt, 1 << 31 | u32::from(vector)),
+            Event::Nmi => (PhysicalEvent::Nmi, 1 << 31 | 2 << 8 | 2),
+            _ => return false,
+        };
+        let Some(Acceptance::Exit { reason, .. }) = self.interception(kind) else {
+            return false;
+        };
+        if let Err(error) = self.exit_to_l1(reason, information) {
+            self.remember(error);
+        }
+        true
+    }
+
+    fn exit_to_l1(&mut self, reason: BasicReason, information: u32) -> Result<(), VcpuError> {
+        // What is known of L2 goes to its VMCS, from which the layer takes it.
+        self.prepare()?;
+        let Some(nested) = &mut self.nested else {
+            return Ok(());
+        };
+        let handled = layer!(self, nested, exit_to_l1(reason, 0, information))?;
+        nested.interrupted = true;
+        self.rsp_agreed = self.registers.gprs.rsp;
+        if let Handled::L1(barrier) = handled {
+            barrier.discharge(predictor_barrier(nested.has_predictor_barrier));
+            return self.return_to_l1();
+        }
+        Ok(())
+    }
+
+    /// Has L2 leave when the interrupt that waits can be taken.
+    pub(super) fn open_l2_window(&mut self) -> Result<(), VcpuError> {
+        match self.interception(PhysicalEvent::Interrupt) {
+            Some(Acceptance::Exit {
+                reason,
+                acknowledge,
+            }) => {
+                let priority = self.task_priority();
+                let due = self.window.is_some_and(|awaited| match awaited {
+                    AwaitedInterrupt::Vector(vector) => vector >> 4 > priority,
+                    AwaitedInterrupt::External => true,
+                });
+                if due && self.delivers_event() {
+                    self.end_turn_after_delivery();
+                } else if due && !acknowledge {
+                    return self.exit_to_l1(reason, 0);
+                }
+                Ok(())
+            }
+            _ => {
+                let wanted = self.window.is_some();
+                let Some(nested) = &mut self.nested else {
+                    return Ok(());
+                };
+                nested
+                    .state
+                    .set_window(wanted, &mut Pair(&mut self.processor))?;
+                Ok(())
+            }
+        }
+    }
+
+    /// As [`Self::open_l2_window`], for an NMI.
+    pub(super) fn open_l2_nmi_window(&mut self, wanted: bool) -> Result<(), VcpuError> {
+        if self.interception(PhysicalEvent::Nmi).is_some() {
+            if wanted && self.delivers_event() {
+                self.end_turn_after_delivery();
+            }
+            return Ok(());
+        }
+        if let Some(nested) = &mut self.nested {
+            nested
+                .state
+                .set_nmi_window(wanted, &mut Pair(&mut self.processor))?;
+        }
+        Ok(())
+    }
+
+    /// An entry delivers what it injects before it recognizes any interrupt (SDM vol. 3C, 27.6), and
+    /// hypervisors count on it: one that asks for an interrupt in order to come back right after the
+    /// delivery would otherwise ask for ever.
+    fn end_turn_after_delivery(&mut self) {
+        if let Some(nested) = &mut self.nested {
+            nested.delivery_due = true;
+        }
+    }
+
+    /// CR0, CR4 and EFER of L2.
+    pub(super) fn l2_mode(&self) -> Result<Mode, AccessError> {
+        let Some(nested) = &self.nested else {
+            return Ok(self.mode);
+        };
+        let ControlRegisters { cr0, cr4, efer } =
+            nested.state.l2_control_registers(&self.processor)?;
+        Ok(Mode { cr0, cr4, efer })
+    }
+
+    /// Sets them.
+    pub(super) fn set_l2_mode(&mut self, mode: Mode) -> Result<(), VcpuError> {
+        if let Some(nested) = &mut self.nested {
+            let Mode { cr0, cr4, efer } = mode;
+            let registers = ControlRegisters { cr0, cr4, efer };
+            nested
+                .state
+                .set_l2_control_registers(&registers, &mut self.processor)?;
+        }
+        Ok(())
+    }
+
+    /// What a move of `value` to CR0 or CR4 makes of it: bits that L1 owns L2 cannot change.
+    pub(super) fn moved_value(
+        &self,
+        register: u8,
+        value: u64,
+        old: &Mode,
+    ) -> Result<u64, AccessError> {
+        match &self.nested {
+            Some(nested) if self.level == Level::L2 => {
+                if register == 0 {
+                    nested.state.l2_cr0_after(value, old.cr0)
+                } else {
+                    nested.state.l2_cr4_after(value, old.cr4)
+                }
+            }
+            _ => Ok(value),
+        }
+    }
+
+    /// Whether VMX operation, if the guest is in it, lets it have these registers.
+    pub(super) fn vmx_allows(&self, mode: &Mode) -> bool {
+        let nested = self.nested.as_ref();
+        nested.is_none_or(|nested| nested.state.allows(mode.cr0, mode.cr4))
+    }
+
+    /// L1's clock was moved, and L2's moves with it.
+    pub(super) fn move_both_clocks(&mut self) -> Result<(), VcpuError> {
+        self.select(Level::L1)?;
+        self.processor.set(fields::TSC_OFFSET, self.tsc_offset)?;
+        if let Some(nested) = &mut self.nested {
+            nested.state.refresh_clock(&mut Pair(&mut self.processor))?;
+        }
+        self.select(Level::L2)
+    }
+
+    /// RESET and INIT end VMX operation.
+    pub(super) fn leave_vmx_operation(&mut self) {
+        let Some(nested) = &mut self.nested else {
+            return;
+        };
+        nested.state.reset();
+        nested.delivery_due = false;
+        nested.interrupted = false;
+        self.level = Level::L1;
+        self.cache.forget();
+        if let Err(error) = self.select(Level::L1) {
+            self.remember(error);
+        }
+    }
+
+    /// Where an address of whoever runs lies in the machine.
+    pub(super) fn translate_nested(&mut self, gpa: Gpa) -> Option<Gpa> {
+        match &mut self.nested {
+            Some(nested) if nested.state.is_nested_paging() => nested.stage.translate(gpa),
+            _ => Some(gpa),
+        }
+    }
+}
+
+/// The barrier between what L2 taught the branch predictor and L1.
+fn predictor_barrier(exists: bool) -> impl FnOnce() {
+    move || {
+        if exists {
+            // SAFETY: the processor has it.
+            #[allow(unsafe_code, reason = "an MSR that only processors with IBPB have")]
+            unsafe {
+                ibpb();
+            }
+        }
+    }
+}
