@@ -84,6 +84,7 @@ pub(super) fn kvm_system(kernel: &Kernel, vcpus: u32, run: Option<&str>) -> Resu
         guest: Guest::Kvm,
         backend: Backend::Svm,
         depth: 2,
+        guests: 1,
         vcpus,
         shadow: false,
         run: run.map(str::to_owned),
