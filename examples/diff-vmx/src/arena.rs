@@ -32,6 +32,16 @@ pub(crate) enum Frame {
     StoredMsrs,
     /// An MSR that may be loaded, and one that may not.
     BadMsrs,
+    /// An MSR that may be loaded, and one with an address that is not canonical.
+    BadAddress,
+    /// IA32_PAT with a memory type that there is not.
+    BadPat,
+    /// IA32_EFER with a reserved bit.
+    BadEfer,
+    /// IA32_EFER with LME, which suits guests in IA-32e mode and those without paging.
+    LongEfer,
+    /// IA32_EFER without LME, which suits the others.
+    LegacyEfer,
     /// A VMCS region with the revision.
     Link,
     /// A shadow VMCS region with the revision.
@@ -77,6 +87,17 @@ impl Arena {
         }
         self.put(Frame::BadMsrs, 0, &star);
         self.put(Frame::BadMsrs, 16, &refused);
+        let wide = MsrEntry::new(Msr::CSTAR, 0x8000_0000_0000_0000).to_bytes();
+        self.put(Frame::BadAddress, 0, &star);
+        self.put(Frame::BadAddress, 16, &wide);
+        for (frame, msr, value) in [
+            (Frame::BadPat, Msr::PAT, 0x0007_0406_0007_0402),
+            (Frame::BadEfer, Msr::EFER, 0x502),
+            (Frame::LongEfer, Msr::EFER, 0x501),
+            (Frame::LegacyEfer, Msr::EFER, 1),
+        ] {
+            self.put(frame, 0, &MsrEntry::new(msr, value).to_bytes());
+        }
         self.put(Frame::Link, 0, &revision.to_le_bytes());
         self.put(Frame::ShadowLink, 0, &(revision | 1 << 31).to_le_bytes());
     }

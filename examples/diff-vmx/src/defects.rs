@@ -104,6 +104,21 @@ fn other_event_without_trap_flag(vmcs: &VmcsImage, caps: &VmxCaps) -> bool {
 /// The defects of Bochs 2.7.
 pub(crate) const DEFECTS: &[Defect] = &[
     Defect {
+        name: "ErrorCodeOfAnyEvent",
+        manual: "27.2.1.3: the deliver-error-code bit (bit 11) is 1 only if the interruption type is \
+                 hardware exception, and bit 0 (CR0.PE) is set in the CR0 field if the guest is \
+                 unrestricted. (With IA32_VMX_BASIC bit 56 Bochs checks nothing of it.)",
+        kind: Kind::Ignores(Rule::EventErrorCodeDelivery, |_, caps| {
+            caps.basic.any_error_code()
+        }),
+    },
+    Defect {
+        name: "HostShadowStacksWithoutWp",
+        manual: "27.2.2: If bit 23 in the CR4 field (corresponding to CET) is 1, bit 16 in the CR0 \
+                 field (WP) must also be 1.",
+        kind: Kind::Ignores(Rule::HostCetNeedsWp, always),
+    },
+    Defect {
         name: "RipNotChecked",
         manual: "27.3.1.4: If the processor supports N < 64 linear-address bits, bits 63:N must be \
                  identical if the \"IA-32e mode guest\" VM-entry control is 1 and the L bit in the \

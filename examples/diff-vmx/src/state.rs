@@ -76,6 +76,10 @@ pub(crate) enum Feature {
     StoreMsrs,
     LoadMsrsOnExit,
     LoadMsrsOnEntry,
+    LoadPat,
+    LoadReservedEfer,
+    LoadLongEfer,
+    LoadLegacyEfer,
     LinkPointer,
     UnusableSegments,
 }
@@ -108,6 +112,10 @@ impl Feature {
         Self::StoreMsrs,
         Self::LoadMsrsOnExit,
         Self::LoadMsrsOnEntry,
+        Self::LoadPat,
+        Self::LoadReservedEfer,
+        Self::LoadLongEfer,
+        Self::LoadLegacyEfer,
         Self::LinkPointer,
         Self::UnusableSegments,
     ];
@@ -173,6 +181,10 @@ fn violate(
             vmcs.set(fields::ENTRY_MSR_LOAD_ADDRESS, arena.at(Frame::BadMsrs))?;
             vmcs.set(fields::ENTRY_MSR_LOAD_COUNT, 2)
         }
+        Rule::MsrValueRefused => {
+            vmcs.set(fields::ENTRY_MSR_LOAD_ADDRESS, arena.at(Frame::BadAddress))?;
+            vmcs.set(fields::ENTRY_MSR_LOAD_COUNT, 2)
+        }
         _ => samples::violate(rule, vmcs, caps).map(|_| ()),
     }
 }
@@ -183,7 +195,8 @@ pub(crate) fn is_reachable(rule: Rule, base: &VmcsImage, caps: &VmxCaps) -> bool
         Rule::TprThresholdAboveVtpr
         | Rule::LinkPointerIsCurrent
         | Rule::LinkPointerRegion
-        | Rule::MsrLoadRefused => true,
+        | Rule::MsrLoadRefused
+        | Rule::MsrValueRefused => true,
         _ => samples::violate(rule, &mut base.clone(), caps).unwrap_or(false),
     }
 }
@@ -269,6 +282,10 @@ impl Feature {
             Self::StoreMsrs => vmcs.vmcs.set(fields::EXIT_MSR_STORE_COUNT, 2),
             Self::LoadMsrsOnExit => vmcs.vmcs.set(fields::EXIT_MSR_LOAD_COUNT, 2),
             Self::LoadMsrsOnEntry => vmcs.vmcs.set(fields::ENTRY_MSR_LOAD_COUNT, 2),
+            Self::LoadPat => vmcs.load_msr(arena.at(Frame::BadPat)),
+            Self::LoadReservedEfer => vmcs.load_msr(arena.at(Frame::BadEfer)),
+            Self::LoadLongEfer => vmcs.load_msr(arena.at(Frame::LongEfer)),
+            Self::LoadLegacyEfer => vmcs.load_msr(arena.at(Frame::LegacyEfer)),
             Self::LinkPointer => {
                 let words = S::from_bits_retain(vmcs.vmcs.get(fields::SECONDARY_CONTROLS)?);
                 let shadow = words.contains(S::VMCS_SHADOWING);
@@ -345,6 +362,11 @@ impl Words<'_> {
             0
         };
         self.vmcs.set(fields::EXIT_CONTROLS, old | bits)
+    }
+
+    fn load_msr(&mut self, area: u64) -> Result<(), AccessError> {
+        self.vmcs.set(fields::ENTRY_MSR_LOAD_ADDRESS, area)?;
+        self.vmcs.set(fields::ENTRY_MSR_LOAD_COUNT, 1)
     }
 
     fn entry(&mut self, bits: EntryControls) -> Result<(), AccessError> {

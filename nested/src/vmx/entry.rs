@@ -61,6 +61,7 @@ impl NestedVmx {
             long_mode: efer & EferFlags::LONG_MODE_ACTIVE.bits() != 0,
             in_smm: false,
             current_vmcs: Some(Hpa(current.0)),
+            tracing: false,
         };
         if let Some(refusal) = self.refusal(&context, cx.memory)? {
             return match refusal {

@@ -328,6 +328,7 @@ impl NestedVmx {
             long_mode: efer & EferFlags::LONG_MODE_ACTIVE.bits() != 0,
             in_smm: false,
             current_vmcs: Some(Hpa(at.0)),
+            tracing: false,
         };
         let violations = check_entry_from(&*self.vmcs12.image, &self.caps, &context)?;
         if let Some(&violation) = violations.first() {

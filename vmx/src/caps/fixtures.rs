@@ -5,7 +5,8 @@
 
 use testudo_arch::Msr;
 
-use super::{VmxCaps, processor::Processor, processor::ProcessorFeatures as F};
+use super::VmxCaps;
+use super::processor::{Processor, ProcessorFeatures as F, RtitEncodings};
 
 /// The MSRs of one processor, and its other facts.
 struct Fixture {
@@ -70,6 +71,21 @@ impl Fixture {
     }
 }
 
+/// Processor trace with everything but what came after 2018: cycle-accurate mode, MTC packets,
+/// PTWRITE, power events, two address ranges.
+const RTIT_CTL: u64 = 0x0000_0033_0F7B_FFFF;
+const RTIT_ENCODINGS: RtitEncodings = RtitEncodings {
+    mtc_period: 0x0249,
+    cycle_threshold: 0x3FFF,
+    psb_frequency: 0x003F,
+};
+
+const NO_TRACE: RtitEncodings = RtitEncodings {
+    mtc_period: 0,
+    cycle_threshold: 0,
+    psb_frequency: 0,
+};
+
 const LONG: F = F::LONG_MODE.union(F::SYSCALL).union(F::EXECUTE_DISABLE);
 const SERVER: F = LONG.union(F::PERFORMANCE_MONITORING).union(F::DEBUG_STORE);
 
@@ -96,6 +112,7 @@ pub fn nehalem() -> VmxCaps {
             debugctl: 0x7FC3,
             perf_global_ctrl: 0x7_0000_000F,
             rtit_ctl: 0,
+            rtit_encodings: NO_TRACE,
             lbr_ctl: 0,
         },
     }
@@ -125,6 +142,7 @@ pub fn haswell() -> VmxCaps {
             debugctl: 0xFFC3,
             perf_global_ctrl: 0x7_0000_000F,
             rtit_ctl: 0,
+            rtit_encodings: NO_TRACE,
             lbr_ctl: 0,
         },
     }
@@ -153,7 +171,8 @@ pub fn skylake_sp() -> VmxCaps {
             features: SERVER.union(F::RTM).union(F::PROCESSOR_TRACE),
             debugctl: 0xFFC3,
             perf_global_ctrl: 0x7_0000_000F,
-            rtit_ctl: 0x0000_FFFF_3F7F_FFFF,
+            rtit_ctl: RTIT_CTL,
+            rtit_encodings: RTIT_ENCODINGS,
             lbr_ctl: 0,
         },
     }
@@ -185,7 +204,8 @@ pub fn ice_lake_sp() -> VmxCaps {
                 .union(F::LA57),
             debugctl: 0x7FC3,
             perf_global_ctrl: 0xF_0000_00FF,
-            rtit_ctl: 0x0000_FFFF_3F7F_FFFF,
+            rtit_ctl: RTIT_CTL,
+            rtit_encodings: RTIT_ENCODINGS,
             lbr_ctl: 0,
         },
     }
@@ -224,7 +244,8 @@ pub fn sapphire_rapids() -> VmxCaps {
                 .union(F::ARCH_LBR),
             debugctl: 0xFFC7,
             perf_global_ctrl: 0xF_0000_00FF,
-            rtit_ctl: 0x0000_FFFF_3F7F_FFFF,
+            rtit_ctl: RTIT_CTL,
+            rtit_encodings: RTIT_ENCODINGS,
             lbr_ctl: 0x7F_000F,
         },
     }
@@ -255,6 +276,7 @@ pub fn bochs_skylake_x() -> VmxCaps {
             debugctl: 0x7FC3,
             perf_global_ctrl: 0x7_0000_000F,
             rtit_ctl: 0,
+            rtit_encodings: NO_TRACE,
             lbr_ctl: 0,
         },
     }

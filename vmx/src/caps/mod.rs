@@ -15,7 +15,7 @@ pub mod fixtures;
 mod processor;
 
 pub use allowed::{Allowed, ForcedControls, Granted, UnsupportedControls};
-pub use processor::{Processor, ProcessorFeatures};
+pub use processor::{Processor, ProcessorFeatures, RtitEncodings};
 
 /// IA32_VMX_BASIC (appendix A.1).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -69,6 +69,12 @@ impl Basic {
     #[inline]
     pub const fn any_error_code(self) -> bool {
         self.0 & (1 << 56) != 0
+    }
+
+    /// Whether an injected or interrupted exception tells whether it nests in another (FRED).
+    #[inline]
+    pub const fn nested_exceptions(self) -> bool {
+        self.0 & (1 << 58) != 0
     }
 }
 

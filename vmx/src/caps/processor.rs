@@ -57,6 +57,8 @@ pub struct Processor {
     pub perf_global_ctrl: u64,
     /// The bits of IA32_RTIT_CTL that are not reserved.
     pub rtit_ctl: u64,
+    /// The encodings that its fields take.
+    pub rtit_encodings: RtitEncodings,
     /// The bits of IA32_LBR_CTL that are not reserved.
     pub lbr_ctl: u64,
 }
@@ -84,6 +86,7 @@ impl Processor {
         let seven = basic(7, 0);
         let seven_one = if seven[0] >= 1 { basic(7, 1) } else { [0; 4] };
         let monitoring = basic(0xA, 0);
+        let trace = [basic(0x14, 0), basic(0x14, 1)];
         let high = extended(0x8000_0001);
         let mut features = F::empty();
         features.set(F::LONG_MODE, high[3] & (1 << 29) != 0);
@@ -115,10 +118,11 @@ impl Processor {
             debugctl: debugctl_bits(features, one[2] & (1 << 15) != 0, monitoring[0] & 0xFF),
             perf_global_ctrl: perf_global_bits(monitoring),
             rtit_ctl: if features.contains(F::PROCESSOR_TRACE) {
-                RTIT_CTL_BITS
+                rtit_ctl_bits(trace)
             } else {
                 0
             },
+            rtit_encodings: RtitEncodings::read_from(trace),
             lbr_ctl: if features.contains(F::ARCH_LBR) {
                 0x7F_000F
             } else {
@@ -133,6 +137,19 @@ impl Processor {
         address >> self.physical_address_bits != 0
     }
 
+    /// Whether WRMSR of `value` to IA32_RTIT_CTL finds nothing reserved: neither bits nor encodings
+    /// (SDM vol. 3C, 33.2.8.2).
+    pub const fn accepts_rtit_ctl(self, value: u64) -> bool {
+        let mut range = 32;
+        while range < 48 {
+            if (value >> range) & 0xF > 2 {
+                return false;
+            }
+            range += 4;
+        }
+        value & !self.rtit_ctl == 0 && self.rtit_encodings.accept(value)
+    }
+
     /// Whether an address is canonical for linear addresses of `bits` bits.
     #[inline]
     pub const fn is_canonical(address: u64, bits: u8) -> bool {
@@ -141,10 +158,68 @@ impl Processor {
     }
 }
 
-/// Every bit of IA32_RTIT_CTL that some processor defines: all of bits 31:0 but 18, 23 and 30, the
-/// four address ranges in bits 47:32, and DisTNT and InjectPsbPmiOnEnable in bits 55 and 56
-/// (SDM vol. 3C, 33.2.8.2).
-const RTIT_CTL_BITS: u64 = 0x0180_FFFF_BF7B_FFFF;
+/// The encodings of IA32_RTIT_CTL's fields that a processor takes: a bit for each (CPUID leaf 0x14,
+/// sub-leaf 1; SDM vol. 3C, 33.3.1).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct RtitEncodings {
+    /// MTCFreq, bits 17:14.
+    pub mtc_period: u16,
+    /// CycThresh, bits 22:19.
+    pub cycle_threshold: u16,
+    /// PSBFreq, bits 27:24.
+    pub psb_frequency: u16,
+}
+
+impl RtitEncodings {
+    fn read_from([zero, one]: [[u32; 4]; 2]) -> Self {
+        let one = if zero[0] >= 1 { one } else { [0; 4] };
+        Self {
+            mtc_period: (one[0] >> 16) as u16,
+            cycle_threshold: one[1] as u16,
+            psb_frequency: (one[1] >> 16) as u16,
+        }
+    }
+
+    /// Whether each field's encoding is one of them. Zero always is: the field's feature is off, or
+    /// its shortest period is chosen.
+    const fn accept(self, value: u64) -> bool {
+        const fn takes(encodings: u16, value: u64, shift: u32) -> bool {
+            let encoding = (value >> shift) as u32 & 0xF;
+            encoding == 0 || encodings & (1 << encoding) != 0
+        }
+        takes(self.mtc_period, value, 14)
+            && takes(self.cycle_threshold, value, 19)
+            && takes(self.psb_frequency, value, 24)
+    }
+}
+
+/// The bits of IA32_RTIT_CTL that such a processor has (SDM vol. 3C, 33.2.8.2), by CPUID leaf 0x14.
+fn rtit_ctl_bits([zero, one]: [[u32; 4]; 2]) -> u64 {
+    // TraceEn, OS, User, TSCEn, DisRETC, BranchEn.
+    let mut bits = 0x2C0D;
+    let ranges = if zero[0] >= 1 { one[0] & 7 } else { 0 };
+    for (register, bit, has) in [
+        // CR3Filter; CYCEn, CycThresh and PSBFreq; MTCEn and MTCFreq; FUPonPTW and PTWEn; PwrEvtEn.
+        (1, 0, 1 << 7),
+        (1, 1, 1 << 1 | 0xF << 19 | 0xF << 24),
+        (1, 3, 1 << 9 | 0xF << 14),
+        (1, 4, 1 << 5 | 1 << 12),
+        (1, 5, 1 << 4),
+        // InjectPsbPmiOnEnable, EventEn, DisTNT.
+        (1, 6, 1 << 56),
+        (1, 7, 1 << 31),
+        (1, 8, 1 << 55),
+        // ToPA and FabricEn.
+        (2, 0, 1 << 8),
+        (2, 3, 1 << 6),
+    ] {
+        if zero[register] & (1 << bit) != 0 {
+            bits |= has;
+        }
+    }
+    // Of an address range 0, 1 and 2 are defined.
+    (0..ranges.min(4)).fold(bits, |bits, range| bits | 0b11 << (32 + 4 * range))
+}
 
 /// The bits of IA32_DEBUGCTL that such a processor has (SDM vol. 3B, 18.4.1).
 fn debugctl_bits(features: ProcessorFeatures, pdcm: bool, monitoring_version: u32) -> u64 {

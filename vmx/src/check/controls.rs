@@ -277,6 +277,15 @@ fn features<V: VmcsRead>(c: &mut Checker<'_, V>) -> Result<(), AccessError> {
         let ok = ept && loads && clears;
         c.require(ok, Rule::PtGuestPhysicalNeeds, field, secondary.to_u64());
     }
+    let entry = c.words.entry;
+    let ok = !(c.context.tracing && entry.contains(EntryControls::LOAD_RTIT_CTL));
+    let rule = Rule::RtitCtlWhileTracing;
+    c.require(ok, rule, fields::ENTRY_CONTROLS, entry.to_u64());
+    if secondary.contains(SecondaryControls::PASID_TRANSLATION) {
+        let rule = Rule::PasidDirectories;
+        c.require_address(rule, fields::LOW_PASID_DIRECTORY, FRAME)?;
+        c.require_address(rule, fields::HIGH_PASID_DIRECTORY, FRAME)?;
+    }
     if secondary.contains(SecondaryControls::USE_TSC_SCALING) {
         let multiplier = c.get(fields::TSC_MULTIPLIER)?;
         let (rule, field) = (Rule::TscMultiplierZero, fields::TSC_MULTIPLIER);
@@ -284,6 +293,9 @@ fn features<V: VmcsRead>(c: &mut Checker<'_, V>) -> Result<(), AccessError> {
     }
     if tertiary.contains(TertiaryControls::ENABLE_HLAT) {
         c.require_address(Rule::HlatPointer, fields::HLAT_POINTER, 0xFE7)?;
+        let (size, field) = (c.get(fields::HLAT_PREFIX_SIZE)?, fields::HLAT_PREFIX_SIZE);
+        let ok = size <= u16::from(c.caps.ept_vpid.max_hlat_prefix());
+        c.require(ok, Rule::HlatPrefixSize, field, size.into());
     }
     if tertiary.contains(TertiaryControls::IPI_VIRTUALIZATION) {
         let field = fields::PID_POINTER_TABLE_ADDRESS;
@@ -382,8 +394,10 @@ fn event<V: VmcsRead>(
         delivers == (may_deliver && has_code)
     };
     c.require(delivery_ok, Rule::EventErrorCodeDelivery, field, value);
+    let nests = c.caps.basic.nested_exceptions() && event_type == EventType::HardwareException;
+    let reserved = if nests { 0x7FFF_D000 } else { 0x7FFF_F000 };
     c.require(
-        information.0 & 0x7FFF_F000 == 0,
+        information.0 & reserved == 0,
         Rule::EventReserved,
         field,
         value,

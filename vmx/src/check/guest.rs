@@ -131,7 +131,7 @@ fn loaded_msrs<V: VmcsRead>(c: &mut Checker<'_, V>) -> Result<(), AccessError> {
     }
     if entry.contains(EntryControls::LOAD_RTIT_CTL) {
         let value = c.get(fields::GUEST_RTIT_CTL)?;
-        let ok = value & !processor.rtit_ctl == 0;
+        let ok = processor.accepts_rtit_ctl(value);
         c.require(ok, Rule::GuestRtitCtl, fields::GUEST_RTIT_CTL, value);
     }
     if entry.contains(EntryControls::LOAD_CET_STATE) {

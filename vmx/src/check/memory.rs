@@ -3,9 +3,10 @@
 use testudo_arch::{Gpa, GuestMemory};
 
 use super::guest::{is_valid_pdpte, uses_pae_paging};
-use super::{Checker, EntryContext, Rule, Violation, Violations};
+use super::msr::{Established, value_is_refused};
+use super::{CR0_PG, Checker, EFER_LME, EntryContext, Rule, Violation, Violations};
 use crate::caps::VmxCaps;
-use crate::controls::{PrimaryControls, SecondaryControls};
+use crate::controls::{EntryControls, PrimaryControls, SecondaryControls};
 use crate::encoding::Encoding;
 use crate::error::AccessError;
 use crate::fields;
@@ -20,11 +21,11 @@ const MAX_ENTRIES: u64 = 4096;
 const VTPR: u64 = 0x80;
 
 /// Checks what a VM entry checks in memory: the TPR against its threshold, the region of the VMCS
-/// link pointer, the PDPTEs of a guest without EPT, and the names in the VM-entry MSR-load area.
+/// link pointer, the PDPTEs of a guest without EPT, and names and values in the VM-entry MSR-load area.
 ///
 /// `memory` is the memory of whoever wrote the VMCS: a guest hypervisor's, or this machine's. What
-/// cannot be read reads as all ones, as a bus without a device does. Whether an MSR takes its value
-/// only writing it can tell.
+/// cannot be read reads as all ones, as a bus without a device does. Whether a model-specific register
+/// takes its value only writing it can tell; of the architectural ones the manual says it.
 ///
 /// Addresses that [`check_entry`](super::check_entry) rejects are not followed.
 ///
@@ -133,6 +134,20 @@ fn msr_area<V: VmcsRead>(
     if start & 0xF != 0 {
         return Ok(());
     }
+    if count == 0 {
+        return Ok(());
+    }
+    let long = c.long_mode_guest();
+    // "The IA32_EFER.LME ... are loaded from" the control, unless IA32_EFER is (27.3.2.1).
+    let long_mode_enable = if c.words.entry.contains(EntryControls::LOAD_EFER) {
+        c.get(fields::GUEST_EFER)? & EFER_LME != 0
+    } else {
+        long
+    };
+    let established = Established {
+        paging: c.get(fields::GUEST_CR0)? & CR0_PG != 0,
+        long_mode_enable,
+    };
     for index in 0..count.min(MAX_ENTRIES) {
         let Some(address) = start.checked_add(16 * index) else {
             break;
@@ -141,10 +156,19 @@ fn msr_area<V: VmcsRead>(
             break;
         }
         let entry = MsrEntry::from_bytes(read(memory, address));
+        let name = entry.load_on_entry_is_refused();
         c.found.apply(Rule::MsrLoadRefused);
-        if entry.load_on_entry_is_refused() {
+        let value = !name && value_is_refused(entry.msr(), entry.value(), c.caps, established);
+        if !name {
+            c.found.apply(Rule::MsrValueRefused);
+        }
+        if name || value {
             c.found.push(Violation {
-                rule: Rule::MsrLoadRefused,
+                rule: if name {
+                    Rule::MsrLoadRefused
+                } else {
+                    Rule::MsrValueRefused
+                },
                 field: Encoding::from(fields::ENTRY_MSR_LOAD_ADDRESS),
                 value: address,
                 entry: index as u32 + 1,

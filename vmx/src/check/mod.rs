@@ -49,6 +49,7 @@ mod controls;
 mod guest;
 mod host;
 mod memory;
+mod msr;
 mod rules;
 pub mod samples;
 mod segments;
@@ -167,15 +168,18 @@ pub struct EntryContext {
     pub in_smm: bool,
     /// The physical address of the VMCS, where it is known.
     pub current_vmcs: Option<Hpa>,
+    /// Whether it traces (IA32_RTIT_CTL.TraceEn).
+    pub tracing: bool,
 }
 
 impl Default for EntryContext {
-    /// In IA-32e mode, outside SMM.
+    /// In IA-32e mode, outside SMM, without a trace.
     fn default() -> Self {
         Self {
             long_mode: true,
             in_smm: false,
             current_vmcs: None,
+            tracing: false,
         }
     }
 }

@@ -174,8 +174,14 @@ rules! {
         PtGuestPhysicalNeeds;
         /// With TSC scaling, the TSC multiplier is not 0.
         TscMultiplierZero;
+        /// While the processor traces, IA32_RTIT_CTL is not loaded.
+        RtitCtlWhileTracing;
         /// With HLAT, bits 2:0, 11:5 and those beyond the width are 0 in the HLAT pointer.
         HlatPointer;
+        /// With HLAT, the prefix size is not greater than the processor's largest.
+        HlatPrefixSize;
+        /// With PASID translation, both directory addresses are 4 KiB aligned and within the width.
+        PasidDirectories;
         /// With IPI virtualization, the PID-pointer table is 8-byte aligned and within the width.
         PidPointerTable;
     }
@@ -202,7 +208,8 @@ rules! {
         /// An error code is delivered only for hardware exceptions, in protected mode, and exactly
         /// for the vectors that have one (unless IA32_VMX_BASIC bit 56 frees the choice).
         EventErrorCodeDelivery;
-        /// Bits 30:12 of the interruption information of an injected event are 0.
+        /// Bits 30:12 of the interruption information of an injected event are 0, but for bit 13 of a
+        /// hardware exception where exceptions nest.
         EventReserved;
         /// Bits 31:16 of a delivered error code are 0.
         EventErrorCode;
@@ -309,7 +316,8 @@ rules! {
         GuestEferLme;
         /// If loaded, bits 11:2 of guest IA32_BNDCFGS are 0 and its address is canonical.
         GuestBndcfgs;
-        /// If loaded, the reserved bits of guest IA32_RTIT_CTL are 0.
+        /// If loaded, the reserved bits of guest IA32_RTIT_CTL are 0, and its encodings are ones that the
+        /// processor supports.
         GuestRtitCtl;
         /// If loaded, guest IA32_S_CET is canonical and its reserved bits are 0.
         GuestSCet;
@@ -468,6 +476,8 @@ rules! {
     "27.4", MSR {
         /// Every entry of the VM-entry MSR-load area names an MSR that may be loaded there.
         MsrLoadRefused;
+        /// Every value in the VM-entry MSR-load area is one that WRMSR would take at CPL 0.
+        MsrValueRefused;
     }
 }
 

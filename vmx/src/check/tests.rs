@@ -46,6 +46,7 @@ fn other_modes_are_valid_too() {
 /// no fixture has.
 const NOT_BY_FIELDS: &[Rule] = &[
     Rule::TprThresholdAboveVtpr,
+    Rule::RtitCtlWhileTracing,
     Rule::HostSsNull,
     Rule::HostLongModeFromLegacy,
     Rule::LegacyHostLongGuest,
@@ -54,6 +55,7 @@ const NOT_BY_FIELDS: &[Rule] = &[
     Rule::LinkPointerIsCurrent,
     Rule::LinkPointerRegion,
     Rule::MsrLoadRefused,
+    Rule::MsrValueRefused,
 ];
 
 /// Every processor feature that a rule is about: more than any one generation has.
@@ -403,6 +405,60 @@ fn rules_of_memory() {
     let found = check_memory(&vmcs, &caps, &context, &ram).unwrap();
     assert_eq!(found[0].rule, Rule::MsrLoadRefused);
     assert_eq!(found[0].outcome(), Outcome::MsrLoading { entry: 2 });
+    ram.write(Gpa(0x1210), &MsrEntry::new(Msr::LSTAR, 1 << 63).to_bytes())
+        .unwrap();
+    let found = check_memory(&vmcs, &caps, &context, &ram).unwrap();
+    assert_eq!(found[0].rule, Rule::MsrValueRefused);
+    assert_eq!(found[0].outcome(), Outcome::MsrLoading { entry: 2 });
+}
+
+#[test]
+fn a_trace_is_not_begun_twice() {
+    let caps = everything();
+    let mut vmcs = samples::valid(&caps);
+    let entry = vmcs.get(fields::ENTRY_CONTROLS).unwrap();
+    let loads = EntryControls::LOAD_RTIT_CTL.bits();
+    vmcs.set(fields::ENTRY_CONTROLS, entry | loads).unwrap();
+    assert_eq!(rules_from(&vmcs, &caps, &EntryContext::default()), []);
+    let tracing = EntryContext {
+        tracing: true,
+        ..EntryContext::default()
+    };
+    let rules = rules_from(&vmcs, &caps, &tracing);
+    assert_eq!(rules, [Rule::RtitCtlWhileTracing]);
+}
+
+#[test]
+fn trace_controls_have_encodings() {
+    let caps = everything();
+    let accepts = |value| caps.processor.accepts_rtit_ctl(value);
+    assert!(accepts(0x2C0D) && accepts(3 << 14) && accepts(2 << 32));
+    assert!(!accepts(1 << 14), "an MTC period that it has not");
+    assert!(!accepts(3 << 32), "an address range for nothing");
+    assert!(!accepts(7 << 24), "a PSB frequency that it has not");
+    let mut vmcs = samples::valid(&caps);
+    let entry = vmcs.get(fields::ENTRY_CONTROLS).unwrap();
+    let loads = EntryControls::LOAD_RTIT_CTL.bits();
+    vmcs.set(fields::ENTRY_CONTROLS, entry | loads).unwrap();
+    vmcs.set(fields::GUEST_RTIT_CTL, 1 << 14).unwrap();
+    let rules = rules_from(&vmcs, &caps, &EntryContext::default());
+    assert_eq!(rules, [Rule::GuestRtitCtl]);
+}
+
+#[test]
+fn exceptions_nest_where_the_processor_says_so() {
+    let mut caps = fixtures::sapphire_rapids();
+    let mut vmcs = samples::valid(&caps);
+    let information = fields::ENTRY_INTERRUPTION_INFORMATION;
+    vmcs.set(information, 1 << 31 | 1 << 13 | 3 << 8 | 6)
+        .unwrap();
+    let context = EntryContext::default();
+    assert_eq!(rules_from(&vmcs, &caps, &context), [Rule::EventReserved]);
+    caps.basic.0 |= 1 << 58;
+    assert_eq!(rules_from(&vmcs, &caps, &context), []);
+    vmcs.set(information, 1 << 31 | 1 << 13 | 2 << 8 | 2)
+        .unwrap();
+    assert_eq!(rules_from(&vmcs, &caps, &context), [Rule::EventReserved]);
 }
 
 proptest! {

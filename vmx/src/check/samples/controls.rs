@@ -128,6 +128,15 @@ impl<V: VmcsWrite> Editor<'_, V> {
                 tertiary!(e, ENABLE_HLAT);
                 return e.misalign(fields::HLAT_POINTER);
             }
+            Rule::HlatPrefixSize => {
+                tertiary!(e, ENABLE_HLAT);
+                let largest = u16::from(caps.ept_vpid.max_hlat_prefix());
+                return e.set16(fields::HLAT_PREFIX_SIZE, largest + 1);
+            }
+            Rule::PasidDirectories => {
+                secondary!(e, PASID_TRANSLATION);
+                return e.misalign(fields::HIGH_PASID_DIRECTORY);
+            }
             Rule::PidPointerTable => {
                 primary!(e, USE_TPR_SHADOW);
                 tertiary!(e, IPI_VIRTUALIZATION);
