@@ -60,17 +60,22 @@ pub fn hash(memory: &impl PageMemory, page: Hpa) -> u64 {
         0x1656_67B1_9E37_79F9,
         0x27D4_EB2F_1656_67C5,
     ];
-    let mut lanes = KEYS;
-    for line in 0..64 {
-        let at = page.wrapping_add(line * 64);
+    // Independent lanes, so that products overlap.
+    let mut lanes: [u64; 8] = core::array::from_fn(|lane| KEYS[lane & 3].rotate_left(lane as u32));
+    for line in 0..32 {
+        let at = page.wrapping_add(line * 128);
         for (lane, state) in lanes.iter_mut().enumerate() {
             let at = at.wrapping_add(lane as u64 * 16);
             let (a, b) = (memory.load(at), memory.load(at.wrapping_add(8)));
-            *state = fold(a ^ *state, b ^ KEYS[lane]).wrapping_add(*state);
+            *state = fold(a ^ *state, b ^ KEYS[lane & 3]).wrapping_add(*state);
         }
     }
-    let [a, b, c, d] = lanes;
-    fold(fold(a, b ^ KEYS[0]) ^ c, fold(c, d ^ KEYS[1]) ^ b)
+    let [a, b, c, d, e, f, g, h] = lanes;
+    let halves = [
+        fold(a ^ KEYS[0], b) ^ fold(c ^ KEYS[1], d),
+        fold(e ^ KEYS[2], f) ^ fold(g ^ KEYS[3], h),
+    ];
+    fold(halves[0] ^ KEYS[1], halves[1])
 }
 
 /// Both halves of a product, added without carry.

@@ -53,6 +53,10 @@ pub(crate) fn scan(c: &mut Criterion) {
     group.bench_function("pages hashed", |b| {
         b.iter(|| pages().fold(0, |sum, page| sum ^ hash(&memory, page)));
     });
+    group.bench_function("pages hashed that the caches hold", |b| {
+        // As many pages, but a few of them again and again: what computing takes without memory.
+        b.iter(|| pages().fold(0, |sum, page| sum ^ hash(&memory, Hpa(page.0 % (64 << 10)))));
+    });
     group.bench_function("pages compared", |b| {
         let half = BYTES / 2;
         b.iter(|| {

@@ -109,15 +109,9 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
         let span = 1u64 << shift_of(level);
         let mut changed = 0;
         if level == 1 {
-            let (first, last) = (offset, offset + (len - 1));
-            let at = place(table, level, offset);
-            for index in 0..len >> 12 {
-                let at = at.wrapping_add(index << 3);
-                changed += u64::from(self.rewrite_leaf(at, 1, offset, change));
-                offset = offset.wrapping_add(span);
-            }
+            changed = self.rewrite_row(place(table, 1, offset), offset, len >> 12, change);
             if changed != 0 {
-                flush.cover(first, last, true);
+                flush.cover(offset, offset + (len - 1), true);
             }
             return changed;
         }
@@ -138,6 +132,48 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
             }
             offset += piece;
             len -= piece;
+        }
+        changed
+    }
+
+    /// Rewrites `count` entries of a table of level 1 from `at` on.
+    #[inline]
+    fn rewrite_row(
+        &self,
+        at: Hpa,
+        offset: u64,
+        count: u64,
+        change: &impl Fn(u64, u8, u64) -> u64,
+    ) -> u64 {
+        let settled = self.format.accessed_bit() | self.format.dirty_bit();
+        let (mut index, mut changed) = (0, 0);
+        while index < count {
+            let first = at.wrapping_add(index << 3);
+            let page = |index: u64| offset.wrapping_add(index << 12);
+            if count - index >= 8 {
+                // Mostly, entries that lie together are alike.
+                let entries: [u64; 8] =
+                    core::array::from_fn(|n| self.frames.load(first.wrapping_add(n as u64 * 8)));
+                let any = entries.iter().fold(0, |sum, entry| sum | entry);
+                let all = entries.iter().fold(!0, |sum, entry| sum & entry);
+                // Hardware has nothing left to write then, and other editors are out.
+                let quiet = all & settled == settled && any & Self::SHARED == 0;
+                if quiet && self.format.is_present(all) {
+                    for (n, entry) in (0..).zip(entries) {
+                        let new = change(entry, 1, page(index + n));
+                        self.frames.store(first.wrapping_add(n * 8), new);
+                        changed += u64::from(new != entry);
+                    }
+                    index += 8;
+                    continue;
+                }
+            }
+            let end = count.min(index + 8);
+            while index < end {
+                let at = at.wrapping_add(index << 3);
+                changed += u64::from(self.rewrite_leaf(at, 1, page(index), change));
+                index += 1;
+            }
         }
         changed
     }

@@ -141,23 +141,52 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
     /// The leaf or absent entry that decides about `offset`.
     #[inline]
     pub(crate) fn find(&self, offset: u64) -> Found {
-        let mut table = self.root;
-        let mut level = self.format.levels();
-        while level > 1 {
-            let at = place(table, level, offset);
-            let entry = self.frames.load(at);
-            if !self.format.is_present(entry) || self.format.is_leaf(entry, level) {
-                return Found { at, level, entry };
+        match self.descend(offset) {
+            Err(found) => found,
+            Ok(table) => {
+                let at = place(table, 1, offset);
+                let entry = self.frames.load(at);
+                Found {
+                    at,
+                    level: 1,
+                    entry,
+                }
             }
-            (table, level) = self.format.child(entry, level);
         }
-        let at = place(table, 1, offset);
+    }
+
+    /// The table of level 1 for `offset`, or the entry above it at which the walk ends.
+    ///
+    /// The levels that most tables have are written out, so that each has constants of its own.
+    #[inline(always)]
+    fn descend(&self, offset: u64) -> Result<Hpa, Found> {
+        let levels = self.format.levels();
+        let mut table = self.root;
+        for level in (5..=levels).rev() {
+            table = self.step(table, level, offset)?;
+        }
+        if levels >= 4 {
+            table = self.step(table, 4, offset)?;
+        }
+        if levels >= 3 {
+            table = self.step(table, 3, offset)?;
+        }
+        if levels >= 2 {
+            table = self.step(table, 2, offset)?;
+        }
+        Ok(table)
+    }
+
+    /// The table below the entry for `offset`, or the entry if the walk ends there.
+    #[inline(always)]
+    fn step(&self, table: Hpa, level: u8, offset: u64) -> Result<Hpa, Found> {
+        let at = place(table, level, offset);
         let entry = self.frames.load(at);
-        Found {
-            at,
-            level: 1,
-            entry,
+        if !self.format.is_present(entry) || self.format.is_leaf(entry, level) {
+            return Err(Found { at, level, entry });
         }
+        // What the engine links is always one level lower.
+        Ok(self.format.child(entry, level).0)
     }
 
     /// The first offset from `offset` on, before `end`, at which something is mapped. Holes cost a look
