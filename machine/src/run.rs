@@ -6,7 +6,7 @@
 
 use testudo_arch::regs::{Gprs, SystemRegisters};
 use testudo_arch::segment::SegmentAttributes;
-use testudo_arch::{Event, Exception, Gpa, GuestMemory, Msr, Segment};
+use testudo_arch::{Event, Gpa, GuestMemory, Msr, Segment};
 
 use crate::boot::BootState;
 use crate::device::PowerEvent;
@@ -532,7 +532,7 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
         }
         match result {
             Ok(Outcome::Done | Outcome::Continue) => {}
-            Ok(Outcome::SingleStep) => self.vcpu.inject(Event::fault(Exception::Debug)),
+            Ok(Outcome::SingleStep) => self.vcpu.single_step(),
             Err(EmulateError::Fault(fault)) => {
                 if let Some(address) = fault.cr2 {
                     self.vcpu.set_cr2(address);

@@ -235,6 +235,10 @@ pub trait Vcpu {
     /// again by the backend itself and comes first.
     fn inject(&mut self, event: Event);
 
+    /// Raises the #DB of a single step, after an instruction that was emulated with RFLAGS.TF set: DR6
+    /// says BS.
+    fn single_step(&mut self);
+
     /// Asks for [`VmExit::InterruptWindow`] as soon as the guest can take an interrupt of this
     /// kind, or stops asking.
     fn set_interrupt_window(&mut self, wanted: Option<AwaitedInterrupt>);

@@ -3,6 +3,7 @@
 
 use core::fmt;
 
+pub use testudo_arch::event::Combined;
 use testudo_arch::{Event, Exception};
 
 /// The 64 bits of EVENTINJ or EXITINTINFO: vector in bits 7:0, type in 10:8, "error code valid" in
@@ -121,36 +122,13 @@ impl RawEvent {
         }
     }
 
-    /// Whether an exception that meets the delivery of this event makes a double fault, or a
-    /// shutdown (APM vol. 2, table 8-2): a hypervisor that intercepts exceptions decides it itself.
+    /// Of an EXITINTINFO: what the exception `second` makes when it meets the delivery of this event.
     pub fn combine(self, second: Exception) -> Combined {
-        let first = match self.event_type() {
-            EventType::Exception if self.is_valid() => Exception::from_vector(self.vector()),
-            _ => None,
-        };
-        let contributory = second.is_contributory();
-        match first {
-            Some(Exception::DoubleFault) if contributory || second == Exception::PageFault => {
-                Combined::Shutdown
-            }
-            Some(Exception::PageFault) if contributory || second == Exception::PageFault => {
-                Combined::DoubleFault
-            }
-            Some(first) if first.is_contributory() && contributory => Combined::DoubleFault,
+        match self.event(0) {
+            Some(first) if self.is_valid() => first.combine(second),
             _ => Combined::Serial,
         }
     }
-}
-
-/// What two exceptions make together.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Combined {
-    /// The second is delivered; the first happens again when its instruction does.
-    Serial,
-    /// `#DF`.
-    DoubleFault,
-    /// The processor shuts down.
-    Shutdown,
 }
 
 impl From<Event> for RawEvent {

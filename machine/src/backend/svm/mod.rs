@@ -19,7 +19,9 @@ mod shadow;
 use core::sync::atomic::{AtomicU32, Ordering};
 
 use testudo_arch::regs::SystemRegisters;
-use testudo_arch::{Cr0Flags, EferFlags, Event, Gpa, Gprs, GuestMemory, Gva, Hpa, Msr, RFlags};
+use testudo_arch::{
+    Cr0Flags, EferFlags, Event, Exception, Gpa, Gprs, GuestMemory, Gva, Hpa, Msr, RFlags,
+};
 use testudo_nested::svm::{NoSecondStage, PhysicalEvent, SecondStage};
 use testudo_svm::Vmcb;
 use testudo_svm::asid::{AsidPool, AsidSlot};
@@ -62,6 +64,10 @@ const GUEST_EFER: u64 = EferFlags::SYSTEM_CALL_EXTENSIONS.bits()
     | EferFlags::FAST_FXSAVE_FXRSTOR.bits();
 const SVME: u64 = EferFlags::SECURE_VIRTUAL_MACHINE_ENABLE.bits();
 const LMA: u64 = EferFlags::LONG_MODE_ACTIVE.bits();
+/// DR6: a single step (APM vol. 2, 13.1.1.3).
+const DR6_BS: u64 = 1 << 14;
+/// DR7: the next access to a debug register raises #DB.
+const DR7_GD: u64 = 1 << 13;
 const LME: u64 = EferFlags::LONG_MODE_ENABLE.bits();
 
 /// The L bit in the VMCB's form of segment attributes (APM vol. 2, 15.5.1).
@@ -406,6 +412,14 @@ impl<M: GuestMemory, S: SecondStage> Vcpu for SvmVcpu<'_, M, S> {
             vmcb.set_intercept_misc1(misc1);
         }
         self.vmcb_mut().set_event_inj(event.into());
+    }
+
+    fn single_step(&mut self) {
+        // What EVENTINJ delivers changes no register, and a #DB clears GD (APM vol. 2, 13.1.1).
+        let vmcb = self.vmcb_mut();
+        vmcb.set_dr6(vmcb.dr6() | DR6_BS);
+        vmcb.set_dr7(vmcb.dr7() & !DR7_GD);
+        self.inject(Event::fault(Exception::Debug));
     }
 
     #[inline]

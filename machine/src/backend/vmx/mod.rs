@@ -566,15 +566,20 @@ impl<'a, P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'a, P, M, S> {
             self.cache.set(Cached::Rflags, rflags & !resume);
         }
         if rflags & RFlags::TRAP_FLAG.bits() != 0 {
-            self.watchful = true;
-            // A shadow of MOV SS would hold the trap back.
-            self.interruptibility();
-            let pending = self.field(fields::GUEST_PENDING_DEBUG);
-            self.set_field(
-                fields::GUEST_PENDING_DEBUG,
-                pending | PendingDebug::BS.bits(),
-            );
+            self.leave_step_pending();
         }
+    }
+
+    /// The next entry raises the #DB of a single step, with DR6.BS.
+    fn leave_step_pending(&mut self) {
+        self.watchful = true;
+        // A shadow of MOV SS would hold the trap back.
+        self.interruptibility();
+        let pending = self.field(fields::GUEST_PENDING_DEBUG);
+        self.set_field(
+            fields::GUEST_PENDING_DEBUG,
+            pending | PendingDebug::BS.bits(),
+        );
     }
 }
 

@@ -378,6 +378,21 @@ fn what_the_other_hot_exits_cost() {
 }
 
 #[test]
+fn a_step_over_an_emulated_instruction_leaves_its_trap_pending() {
+    let mut vcpu = vcpu();
+    vcpu.set_rflags(0x102);
+    vcpu.single_step();
+    vcpu.will(|vmcs, _| {
+        let pending = vmcs.image().get(fields::GUEST_PENDING_DEBUG).unwrap();
+        assert_eq!(pending, PendingDebug::BS.bits());
+        exception(vmcs, 0x8000_0301, PendingDebug::BS.bits());
+    });
+    vcpu.run_out();
+    assert_eq!(vcpu.last_injected() & 0xFF, 1, "#DB");
+    assert_ne!(vcpu.processor.dr6 & 1 << 14, 0, "BS");
+}
+
+#[test]
 fn requests_keep_the_guest_out() {
     let mut vcpu = vcpu();
     assert_eq!(vcpu.run(&AtomicU32::new(1)), Ok(VmExit::Interrupted));

@@ -141,6 +141,10 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> Vcpu for VmxVcpu<'_, P, M, S>
         self.cache.add_work();
     }
 
+    fn single_step(&mut self) {
+        self.leave_step_pending();
+    }
+
     #[inline]
     fn set_interrupt_window(&mut self, wanted: Option<AwaitedInterrupt>) {
         self.window = wanted;
