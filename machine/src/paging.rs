@@ -20,6 +20,8 @@ use testudo_ept::shadow::{Backing, Outcome, ShadowError, ShadowMmu, ShadowRoot};
 use testudo_ept::walk::{Access, AccessKind, PageFault, PageFaultCode, PagingState, Privilege};
 use testudo_ept::{Invalidate, Invalidation};
 
+#[cfg(any(feature = "svm", feature = "vmx"))]
+pub use crate::backend::paging::ShadowPlace;
 use crate::host::Host;
 
 /// How a guest's memory is put behind its own paging.

@@ -1,6 +1,7 @@
 //! Which of the two extensions makes virtual processors here.
 
 use alloc::boxed::Box;
+use alloc::string::String;
 use alloc::sync::Arc;
 use core::fmt;
 
@@ -26,8 +27,6 @@ pub(crate) enum BackendError {
     Vmx(#[from] VmxError),
     #[error("a guest on shadow paging cannot be a hypervisor itself")]
     NoNestingOnShadow,
-    #[error("shadow paging: this program offers that on AMD-V only")]
-    NoShadow,
 }
 
 /// What the processor has.
@@ -57,8 +56,7 @@ impl Backend {
     ) -> Result<Self, BackendError> {
         match SvmBackend::new(cpuid, ram, paging) {
             Ok(svm) => Ok(Self::Svm(Box::new(svm))),
-            Err(SvmError::Unavailable(no_svm)) => match VmxBackend::new(ram) {
-                Ok(_) if paging == Some(Paging::Shadow) => Err(BackendError::NoShadow),
+            Err(SvmError::Unavailable(no_svm)) => match VmxBackend::new(ram, paging) {
                 Ok(vmx) => Ok(Self::Vmx(Box::new(vmx))),
                 Err(VmxError::Unavailable(no_vmx @ NoVmx::NotSupported)) => {
                     Err(BackendError::Neither(no_svm, no_vmx))
@@ -73,7 +71,15 @@ impl Backend {
     pub(crate) fn paging(&self) -> Paging {
         match self {
             Self::Svm(svm) => svm.paging(),
-            Self::Vmx(_) => Paging::Nested,
+            Self::Vmx(vmx) => vmx.paging(),
+        }
+    }
+
+    /// Why shadow paging takes the place of nested paging, though nobody asked for it.
+    pub(crate) fn lack(&self) -> Option<String> {
+        match self {
+            Self::Svm(svm) => svm.lack(),
+            Self::Vmx(vmx) => vmx.lack(),
         }
     }
 
@@ -87,7 +93,7 @@ impl Backend {
     ) {
         match self {
             Self::Svm(svm) => svm.enable_shadow(host, guest, ram, vcpus),
-            Self::Vmx(_) => {}
+            Self::Vmx(vmx) => vmx.enable_shadow(host, guest, ram, vcpus),
         }
     }
 
@@ -95,7 +101,7 @@ impl Backend {
     pub(crate) fn shadow_figures(&self) -> Option<&dyn fmt::Display> {
         match self {
             Self::Svm(svm) => svm.shadow_figures(),
-            Self::Vmx(_) => None,
+            Self::Vmx(vmx) => vmx.shadow_figures(),
         }
     }
 
@@ -135,7 +141,7 @@ impl Backend {
             Self::Svm(svm) => Ok(svm.with_vcpu(number, cpuid, ram, |vcpu| work.on(vcpu))?),
             Self::Vmx(vmx) => {
                 let page = work.apic_page();
-                Ok(vmx.with_vcpu(cpuid, ram, &page, |vcpu| work.on(vcpu))?)
+                Ok(vmx.with_vcpu(number, cpuid, ram, &page, |vcpu| work.on(vcpu))?)
             }
         }
     }

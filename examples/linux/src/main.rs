@@ -16,6 +16,7 @@ mod devices;
 mod frames;
 mod host;
 mod output;
+mod shadow;
 mod svm;
 mod vmx;
 mod wall_clock;
@@ -111,12 +112,10 @@ fn prepare(
     let mut backend = Backend::new(&cpuid, &ram, args.paging).map_err(|e| e.to_string())?;
     let mut processor = cpuid.clone();
     let shadow = backend.paging() == Paging::Shadow;
+    if let Some(lack) = backend.lack() {
+        println!("testudo: {lack}: the guest runs on shadow paging");
+    }
     if shadow {
-        if args.paging.is_none() {
-            println!(
-                "testudo: this processor has no nested paging; the guest runs on shadow paging"
-            );
-        }
         paging::hide_from_guests(&mut processor);
     }
     if args.nested {

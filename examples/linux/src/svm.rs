@@ -1,6 +1,7 @@
 //! The machine's processors as AMD-V offers them.
 
 use alloc::boxed::Box;
+use alloc::string::{String, ToString};
 use alloc::sync::Arc;
 use core::fmt;
 
@@ -11,9 +12,9 @@ use testudo_ept::format::npt::{Npt, NptFlags};
 use testudo_ept::{Format, PageTable, Rights};
 use testudo_machine::Host;
 use testudo_machine::backend::svm::{
-    Flusher, NestedParts, ShadowPlace, SvmPlace, SvmTables, SvmVcpu, open_direct_msrs,
+    Flusher, NestedParts, SvmPlace, SvmTables, SvmVcpu, open_direct_msrs,
 };
-use testudo_machine::paging::{self, Paging, ShadowPaging};
+use testudo_machine::paging::Paging;
 use testudo_machine::policy::cpuid::XCR0_ALLOWED;
 use testudo_nested::svm::{
     ComposedParts, ComposedStage, Host as NestedHost, NestedSvm, Pages, leaf_8000_000a, offer,
@@ -25,7 +26,8 @@ use testudo_svm::hw::{
 use testudo_svm::permission::{IoPermissionMap, MsrPermissionMap};
 use testudo_svm::vmcb::Vmcb;
 
-use crate::frames::{FrameStack, Frames};
+use crate::frames::Frames;
+use crate::shadow::Shadow;
 
 /// What composes the nested page tables of a guest's own guests.
 pub(crate) type Stage = ComposedStage<'static, GuestRam, Frames, Frames, Flusher>;
@@ -45,12 +47,6 @@ pub(crate) enum SvmError {
     NoMemory,
 }
 
-/// Shadow paging over the memory that the table maps.
-struct Shadow {
-    tables: ShadowPaging<FrameStack, GuestRam, Arc<PageTable<Npt, Frames>>>,
-    cr4: u64,
-}
-
 /// What all processors share.
 pub(crate) struct SvmBackend {
     caps: SvmCaps,
@@ -58,7 +54,9 @@ pub(crate) struct SvmBackend {
     nested_caps: Option<SvmCaps>,
     table: Arc<PageTable<Npt, Frames>>,
     paging: Paging,
-    shadow: Option<Shadow>,
+    /// Whether shadow paging was taken for want of nested paging.
+    substituted: bool,
+    shadow: Option<Shadow<Npt>>,
     msr_permissions: Box<MsrPermissionMap>,
     io_permissions: Box<IoPermissionMap>,
     tables: SvmTables,
@@ -72,10 +70,10 @@ impl SvmBackend {
         paging: Option<Paging>,
     ) -> Result<Self, SvmError> {
         let caps = SvmCaps::from_cpuid(cpuid)?;
-        let paging = match (paging, caps.has(Features::NP)) {
+        let (paging, substituted) = match (paging, caps.has(Features::NP)) {
             (Some(Paging::Nested), false) => return Err(SvmError::NoNestedPaging),
-            (None, false) => Paging::Shadow,
-            (paging, _) => paging.unwrap_or(Paging::Nested),
+            (None, false) => (Paging::Shadow, true),
+            (paging, _) => (paging.unwrap_or(Paging::Nested), false),
         };
         let format = Npt::new(caps.physical_address_bits);
         let flags = format.flags(Rights::all()).unwrap_or(NptFlags::empty());
@@ -98,6 +96,7 @@ impl SvmBackend {
             nested_caps: None,
             table: Arc::new(table),
             paging,
+            substituted,
             shadow: None,
             msr_permissions,
             io_permissions,
@@ -110,6 +109,12 @@ impl SvmBackend {
         self.paging
     }
 
+    /// Why shadow paging takes the place of nested paging, though nobody asked for it.
+    pub(crate) fn lack(&self) -> Option<String> {
+        self.substituted
+            .then(|| SvmError::NoNestedPaging.to_string())
+    }
+
     /// Prepares shadow paging for a guest with these CPUID answers.
     pub(crate) fn enable_shadow(
         &mut self,
@@ -118,12 +123,8 @@ impl SvmBackend {
         ram: &GuestRam,
         vcpus: usize,
     ) {
-        let (frames, limit) = (FrameStack::default(), paging::table_limit(ram));
-        let (memory, backing) = (ram.clone(), self.table.clone());
-        self.shadow = Some(Shadow {
-            tables: ShadowPaging::new(frames, limit, memory, backing, host, vcpus),
-            cr4: paging::allowed_cr4(guest),
-        });
+        let table = self.table.clone();
+        self.shadow = Some(Shadow::new(host, guest, ram, table, vcpus));
     }
 
     /// What shadow paging did, if it was used.
@@ -212,13 +213,8 @@ impl SvmBackend {
         // SAFETY: `new` made the tables, which reach `ram` only, and this value keeps them; each
         // vCPU has its processor to itself.
         let mut vcpu = unsafe { SvmVcpu::new(place, ram) };
-        if let Some(Shadow { tables, cr4 }) = &self.shadow {
-            vcpu = vcpu.with_shadow_paging(ShadowPlace {
-                tables,
-                vcpu: number,
-                cr4: *cr4,
-                physical_bits: self.caps.physical_address_bits,
-            });
+        if let Some(shadow) = &self.shadow {
+            vcpu = vcpu.with_shadow_paging(shadow.place(number));
         }
         if let Some(l1_caps) = &self.nested_caps {
             vcpu = vcpu.with_nested(self.nested(ram, l1_caps)?);

@@ -1,6 +1,9 @@
 //! The machine's processors as Intel VT-x offers them.
 
 use alloc::boxed::Box;
+use alloc::string::{String, ToString};
+use alloc::sync::Arc;
+use core::fmt;
 use core::ptr::NonNull;
 
 use testudo_arch::apic::ApicPage;
@@ -9,12 +12,13 @@ use testudo_arch::memory::GuestRam;
 use testudo_arch::{FrameAlloc, Hpa, PAGE_SIZE, PageSize};
 use testudo_ept::format::ept::{Ept, EptFlags};
 use testudo_ept::{Format, PageTable, Rights};
-use testudo_machine::VcpuError;
 use testudo_machine::backend::vmx::{
     APIC_PAGE, ApicTables, Controls, Flusher, NestedParts, ThisProcessor, Unsuitable, VmxPlace,
     VmxTables, VmxVcpu, open_direct_msrs, open_x2apic_msrs,
 };
+use testudo_machine::paging::Paging;
 use testudo_machine::policy::cpuid::XCR0_ALLOWED;
+use testudo_machine::{Host, VcpuError};
 use testudo_nested::vmx::{ComposedParts, ComposedStage, Offer, offer};
 use testudo_vmx::bitmap::MsrBitmap;
 use testudo_vmx::caps::{EptVpidCaps, NoVmx, Processor};
@@ -24,6 +28,7 @@ use testudo_vmx::hw::{
 use testudo_vmx::{VmFail, VmxCaps};
 
 use crate::frames::Frames;
+use crate::shadow::Shadow;
 
 /// The one guest's VPID.
 const VPID: u16 = 1;
@@ -63,7 +68,10 @@ pub(crate) struct VmxBackend {
     nested_caps: Option<Box<VmxCaps>>,
     controls: Controls,
     tables: VmxTables,
-    table: PageTable<Ept, Frames>,
+    table: Arc<PageTable<Ept, Frames>>,
+    /// Why shadow paging was taken, though nobody asked for it.
+    lack: Option<Unsuitable>,
+    shadow: Option<Shadow<Ept>>,
     msr_bitmap: Box<MsrBitmap>,
     _apic: Option<Apic>,
 }
@@ -116,11 +124,21 @@ fn map(format: Ept, ram: &GuestRam) -> Result<PageTable<Ept, Frames>, VmxError> 
 
 impl VmxBackend {
     /// Builds the tables through which a guest reaches `ram` and nothing else.
-    pub(crate) fn new(ram: &GuestRam) -> Result<Self, VmxError> {
+    pub(crate) fn new(ram: &GuestRam, paging: Option<Paging>) -> Result<Self, VmxError> {
         // SAFETY: CPL 0.
         let caps = unsafe { Vmx::capabilities()? };
-        let controls = Controls::choose(&caps)?;
-        let format = format(&caps);
+        let (controls, lack) = match (paging, Controls::choose(&caps)) {
+            (Some(Paging::Shadow), _) => (Controls::choose_shadow(&caps)?, None),
+            (Some(Paging::Nested), controls) => (controls?, None),
+            (None, Ok(controls)) => (controls, None),
+            (None, Err(lack)) => (Controls::choose_shadow(&caps)?, Some(lack)),
+        };
+        let format = if controls.has_ept() {
+            format(&caps)
+        } else {
+            // Only software looks at the table.
+            Ept::new(caps.processor.physical_address_bits)
+        };
         let table = map(format, ram)?;
         let mut msr_bitmap = Box::new(MsrBitmap::all_exit());
         open_direct_msrs(&mut msr_bitmap);
@@ -138,7 +156,9 @@ impl VmxBackend {
             nested_caps: None,
             controls,
             tables,
-            table,
+            table: Arc::new(table),
+            lack,
+            shadow: None,
             msr_bitmap,
             _apic: apic,
         })
@@ -166,7 +186,7 @@ impl VmxBackend {
         let bytes: u64 = ram.ranges().map(|(_, len, _)| len).sum();
         let parts = ComposedParts {
             memory: ram,
-            inner: &self.table,
+            inner: &*self.table,
             frames: Frames,
             format: format(&self.caps),
             l1_format: format(caps),
@@ -187,9 +207,41 @@ impl VmxBackend {
         }
     }
 
+    /// How the guest's memory is put behind its paging.
+    pub(crate) fn paging(&self) -> Paging {
+        if self.controls.has_ept() {
+            Paging::Nested
+        } else {
+            Paging::Shadow
+        }
+    }
+
+    /// Why shadow paging takes the place of nested paging, though nobody asked for it.
+    pub(crate) fn lack(&self) -> Option<String> {
+        self.lack.map(|lack| lack.to_string())
+    }
+
+    /// Prepares shadow paging for a guest with these CPUID answers.
+    pub(crate) fn enable_shadow(
+        &mut self,
+        host: Arc<dyn Host>,
+        guest: &Cpuid,
+        ram: &GuestRam,
+        vcpus: usize,
+    ) {
+        let table = self.table.clone();
+        self.shadow = Some(Shadow::new(host, guest, ram, table, vcpus));
+    }
+
+    /// What shadow paging did, if it was used.
+    pub(crate) fn shadow_figures(&self) -> Option<&dyn fmt::Display> {
+        self.shadow.as_ref().map(|shadow| &shadow.tables as _)
+    }
+
     /// Turns VMX on for this processor and makes a vCPU on it, whose local APIC has this page.
     pub(crate) fn with_vcpu<R>(
         &'static self,
+        number: usize,
         cpuid: &Cpuid,
         ram: &'static GuestRam,
         apic_page: &ApicPage,
@@ -232,8 +284,10 @@ impl VmxBackend {
             apic_page: (apic_page, address(apic_page)),
             vpid: VPID,
             xcr0_valid: (u64::from(high) << 32 | u64::from(low)) & XCR0_ALLOWED,
+            shadow: self.shadow.as_ref().map(|shadow| shadow.place(number)),
         };
-        // SAFETY: `new` made the tables, which reach `ram` only, and this value keeps them; the
+        // SAFETY: `new` made the tables, which reach `ram` only, and this value keeps them; without
+        // EPT in the controls, `enable_shadow` was called; the
         // runtime has a TSS with a stack for every vector, and memory is mapped where it is; there
         // is one guest, so the VPID is its own, and each vCPU has its processor to itself.
         let mut vcpu = unsafe { VmxVcpu::new(place, ram)? };

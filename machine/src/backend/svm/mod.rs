@@ -37,7 +37,6 @@ use crate::code_cache::CodeCache;
 use crate::vcpu::{AwaitedInterrupt, Vcpu, VcpuError, VmExit};
 
 use super::paging::GuestPaging;
-pub use super::paging::ShadowPlace;
 use nested::Nested;
 pub use nested::{Flusher, NestedParts};
 

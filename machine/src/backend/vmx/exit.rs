@@ -3,7 +3,7 @@
 use testudo_arch::event::Combined;
 use testudo_arch::regs::SegmentRegister;
 use testudo_arch::segment::SegmentAttributes;
-use testudo_arch::{Cr4Flags, Event, Exception, Gpr, Gprs, GuestMemory, Msr, RFlags};
+use testudo_arch::{Cr4Flags, Event, Exception, Gpr, Gprs, GuestMemory, Gva, Msr, RFlags};
 use testudo_nested::vmx::{Instruction, SecondStage};
 use testudo_vmx::controls::{Interruptibility, PendingDebug};
 use testudo_vmx::event::{EventType, InterruptionInformation, interrupted_delivery};
@@ -79,6 +79,11 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
                 VmExit::InterruptWindow
             }
             Exit::ControlRegister(access) => return self.move_to_control_register(access),
+            Exit::Invlpg { address } if self.shadow.is_some() => {
+                self.invalidate_shadow_page(address)?;
+                self.advance();
+                return Ok(None);
+            }
             Exit::Vmcall => VmExit::Hypercall,
             Exit::Xsetbv => {
                 let (index, value) = self.ecx_and_edx_eax();
@@ -132,7 +137,7 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
     }
 
     /// An event whose delivery the exit interrupted goes first at the next entry.
-    fn take_up_interrupted_event(&mut self) -> Result<(), VcpuError> {
+    pub(super) fn take_up_interrupted_event(&mut self) -> Result<(), VcpuError> {
         if let Some(event) = interrupted_delivery(&self.processor)? {
             if event == Event::Nmi {
                 // Its delivery blocks NMIs, and the entry that delivers it again must not find
@@ -168,6 +173,9 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         if known == Some(Exception::MachineCheck) {
             self.processor.take_machine_check();
             return Ok(Some(VmExit::Interrupted));
+        }
+        if known == Some(Exception::PageFault) && self.shadow.is_some() {
+            return self.shadow_fault(Gva(qualification), error_code, interrupted);
         }
         if known == Some(Exception::Debug) {
             self.debug_exception(DebugQualification::from_bits_retain(qualification))?;
@@ -252,6 +260,9 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
     /// access to a control register exits; of its guests' those to CR8 do, and to CR3 where it asked
     /// for exits but for some values.
     fn move_to_control_register(&mut self, access: CrAccess) -> Result<Option<VmExit>, VcpuError> {
+        if self.shadow.is_some() {
+            return self.shadow_register_access(access);
+        }
         let (register, source) = match access {
             CrAccess::MovTo {
                 register: register @ (0 | 3 | 4 | 8),
@@ -351,7 +362,7 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
 
     /// A guest may enter IA-32e mode with a 16-bit TSS in TR, but an entry in this mode takes only
     /// the type of the 64-bit one (SDM vol. 3C, 27.3.1.2).
-    fn widen_task_register(&mut self) -> Result<(), VcpuError> {
+    pub(super) fn widen_task_register(&mut self) -> Result<(), VcpuError> {
         const BUSY_TSS: u32 = 11;
         let field = state::segment_fields(SegmentRegister::Tr).access_rights;
         let rights = self.processor.get(field)?;

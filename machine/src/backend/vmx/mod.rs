@@ -32,6 +32,9 @@
 //! CPUID does without RFLAGS at a price: a debugger in the guest that begins to single-step right at
 //! a CPUID sees its first trap one instruction late. Once a single step was seen, RFLAGS is read.
 //!
+//! On shadow paging ([`Controls::choose_shadow`]) the guest runs without EPT, and so restricted to
+//! protected mode with paging, which it need not see.
+//!
 //! Hardware task switches always exit on VT-x, and this backend does not emulate them: a guest that
 //! makes one ends with [`VcpuError::Unsupported`].
 
@@ -43,6 +46,7 @@ mod nested;
 mod processor;
 mod refusal;
 mod setup;
+mod shadow;
 #[cfg(test)]
 mod tests;
 mod timer;
@@ -62,6 +66,7 @@ use testudo_vmx::hw::instructions::{self, InveptKind, InvvpidKind};
 use testudo_vmx::hw::{CurrentVmcs, GuestRegisters, HeldInterrupts, HostState};
 use testudo_vmx::{AccessError, Encoding, Field, VmFail, VmxCaps, encoding, fields, state};
 
+use super::paging::ShadowPlace;
 use crate::vcpu::{AwaitedInterrupt, Vcpu, VcpuError};
 use apic::VirtualApic;
 pub use apic::{APIC_PAGE, ApicTables, open_x2apic_msrs};
@@ -74,6 +79,7 @@ pub use nested::{Flusher, NestedParts};
 pub use processor::{Level, Processor, ResidentMsrs, ThisProcessor};
 pub use refusal::{Refusal, RefusalCause};
 pub use setup::{Controls, Unsuitable, VmxTables, open_direct_msrs};
+use shadow::Shadow;
 
 /// The flags that completing an instruction by software must look at.
 const STEP_FLAGS: u64 = RFlags::TRAP_FLAG.bits() | RFlags::RESUME_FLAG.bits();
@@ -100,6 +106,7 @@ pub struct VmxVcpu<'a, P, M, S = NoSecondStage> {
     timer: Option<PreemptionTimer>,
     /// How many entries there are until the timer is set anew.
     until_timer: u32,
+    shadow: Option<Shadow<'a>>,
     imposed: Imposed,
     xcr0_valid: u64,
     /// Why the guest came out last.
@@ -143,6 +150,8 @@ pub struct VmxPlace<'a> {
     pub vpid: u16,
     /// The components that the guest may enable in XCR0.
     pub xcr0_valid: u64,
+    /// Shadow paging, if the controls are for that.
+    pub shadow: Option<ShadowPlace<'a>>,
 }
 
 impl<'a, M: GuestMemory, S: SecondStage> VmxVcpu<'a, ThisProcessor<'a>, M, S> {
@@ -158,7 +167,7 @@ impl<'a, M: GuestMemory, S: SecondStage> VmxVcpu<'a, ThisProcessor<'a>, M, S> {
     /// value lives: the tables are in place and reach only the guest's memory, the page of the local
     /// APIC is at its address and this vCPU's alone, and no other guest uses the VPID on this
     /// processor. The guest's resident registers stay in this processor. The capabilities are this
-    /// processor's.
+    /// processor's. If the controls are without EPT, there is shadow paging.
     #[allow(
         unsafe_code,
         reason = "entering a guest rests on what the caller put in memory"
@@ -170,9 +179,11 @@ impl<'a, M: GuestMemory, S: SecondStage> VmxVcpu<'a, ThisProcessor<'a>, M, S> {
         // SAFETY: the caller's promise.
         unsafe { HostState::of_this_processor() }.write(&mut vmcs)?;
         // SAFETY: a current VMCS is in VMX root operation, and `Controls::choose` demands INVEPT of
-        // all contexts and, with VPIDs, INVVPID of all.
+        // all contexts with EPT and, with VPIDs, INVVPID of all.
         unsafe {
-            instructions::invept(InveptKind::AllContexts).map_err(VcpuError::Invalidation)?;
+            if controls.has_ept() {
+                instructions::invept(InveptKind::AllContexts).map_err(VcpuError::Invalidation)?;
+            }
             if flush.is_some() {
                 instructions::invvpid(InvvpidKind::AllContexts).map_err(VcpuError::Invalidation)?;
             }
@@ -185,6 +196,7 @@ impl<'a, M: GuestMemory, S: SecondStage> VmxVcpu<'a, ThisProcessor<'a>, M, S> {
             apic_page: place.apic_page,
             vpid: place.vpid,
             xcr0_valid: place.xcr0_valid,
+            shadow: place.shadow,
         };
         Self::on(processor, &parts, memory)
     }
@@ -198,6 +210,7 @@ struct Parts<'a> {
     apic_page: (&'a ApicPage, Hpa),
     vpid: u16,
     xcr0_valid: u64,
+    shadow: Option<ShadowPlace<'a>>,
 }
 
 impl<'a, P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'a, P, M, S> {
@@ -220,7 +233,10 @@ impl<'a, P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'a, P, M, S> {
             )?),
             false => None,
         };
-        let imposed = Imposed::new(parts.caps);
+        let imposed = match parts.shadow {
+            None => Imposed::new(parts.caps),
+            Some(_) => Imposed::on_shadow_paging(parts.caps),
+        };
         processor.set(fields::CR0_GUEST_HOST_MASK, imposed.cr0_mask())?;
         processor.set(fields::CR4_GUEST_HOST_MASK, u64::MAX)?;
         let mut vcpu = Self {
@@ -237,6 +253,7 @@ impl<'a, P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'a, P, M, S> {
             apic,
             timer,
             until_timer: 1,
+            shadow: parts.shadow.map(Shadow::new),
             imposed,
             xcr0_valid: parts.xcr0_valid,
             reason: ExitReason(0),
@@ -373,10 +390,12 @@ impl<'a, P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'a, P, M, S> {
     #[inline]
     fn enter(&mut self) -> Result<ExitReason, VcpuError> {
         self.prepare()?;
+        self.enter_gate()?;
         // SAFETY: the controls that `new` wrote confine the guest, and nothing removes one but the
         // windows; the rest is what the caller of `new` promised.
         #[allow(unsafe_code, reason = "the entry; see `new`")]
         let entered = unsafe { self.processor.enter(&mut self.registers) };
+        self.leave_gate();
         self.cache.forget();
         if let Err(fail) = entered {
             let refusal = Refusal::of_fail(fail, &self.processor, self.caps);
@@ -401,15 +420,25 @@ impl<'a, P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'a, P, M, S> {
         if self.level != Level::L1 {
             return self.set_l2_mode(new);
         }
-        let old = core::mem::replace(&mut self.mode, new);
+        let old = self.mode;
+        self.write_mode(new, new)?;
+        if new.drops_translations(&old) {
+            self.forget_translations()?;
+        }
+        Ok(())
+    }
+
+    /// Writes the registers of a mode: as the guest sees them, and as the processor runs.
+    fn write_mode(&mut self, new: Mode, real: Mode) -> Result<(), VcpuError> {
+        self.mode = new;
         self.processor
-            .set(fields::GUEST_CR0, self.imposed.real_cr0(new.cr0))?;
+            .set(fields::GUEST_CR0, self.imposed.real_cr0(real.cr0))?;
         self.processor.set(fields::CR0_READ_SHADOW, new.cr0)?;
         self.processor
-            .set(fields::GUEST_CR4, self.imposed.real_cr4(new.cr4))?;
+            .set(fields::GUEST_CR4, self.imposed.real_cr4(real.cr4))?;
         self.processor.set(fields::CR4_READ_SHADOW, new.cr4)?;
-        self.processor.set(fields::GUEST_EFER, new.efer)?;
-        let entry = if new.efer & LMA != 0 {
+        self.processor.set(fields::GUEST_EFER, real.efer)?;
+        let entry = if real.efer & LMA != 0 {
             self.entry | EntryControls::IA32E_MODE_GUEST
         } else {
             self.entry - EntryControls::IA32E_MODE_GUEST
@@ -417,9 +446,6 @@ impl<'a, P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'a, P, M, S> {
         if entry != self.entry {
             self.entry = entry;
             self.processor.set(fields::ENTRY_CONTROLS, entry.bits())?;
-        }
-        if new.drops_translations(&old) {
-            self.forget_translations()?;
         }
         Ok(())
     }
@@ -443,8 +469,12 @@ impl<'a, P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'a, P, M, S> {
             ..*system
         };
         state::write_system_registers(&mut self.processor, &hardware)?;
-        self.set_mode(mode)?;
-        if mode.pae_paging() {
+        if self.shadow.is_some() {
+            self.set_shadow_system(system)?;
+        } else {
+            self.set_mode(mode)?;
+        }
+        if mode.pae_paging() && self.controls.has_ept() {
             let pdptes = read_pdptes(self.memory, system.cr3);
             self.write_pdptes(&pdptes)?;
         }
@@ -467,6 +497,7 @@ impl<'a, P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'a, P, M, S> {
         Ok(SystemRegisters {
             cr0,
             cr2: self.registers.cr2,
+            cr3: self.shadow_cr3().unwrap_or(hardware.cr3),
             cr4,
             cr8: u64::from(self.task_priority()),
             efer,

@@ -11,6 +11,7 @@ use testudo_vmx::{AccessError, VmcsWrite, VmxCaps, fields};
 
 use super::apic::{self, ApicTables};
 use super::timer;
+use crate::paging::Paging;
 
 /// The MSRs that a guest reads and writes directly: those that the VMCS holds, and those that stay
 /// in the processor because the host uses none of them.
@@ -29,7 +30,7 @@ const DIRECT_MSRS: [Msr; 11] = [
 ];
 
 /// The page attribute table after reset (SDM vol. 3A, 12.12.4).
-const PAT_RESET: u64 = 0x0007_0406_0007_0406;
+pub(super) const PAT_RESET: u64 = 0x0007_0406_0007_0406;
 
 /// Opens the MSRs that guests of this backend access directly, in a bitmap by which all exit.
 pub fn open_direct_msrs(bitmap: &mut MsrBitmap) {
@@ -108,6 +109,20 @@ impl Controls {
     ///
     /// The processor lacks something that this backend needs; the error names it.
     pub fn choose(caps: &VmxCaps) -> Result<Self, Unsuitable> {
+        Self::for_paging(caps, Paging::Nested)
+    }
+
+    /// As [`choose`](Self::choose), for guests on shadow paging: without EPT and unrestricted guests.
+    ///
+    /// # Errors
+    ///
+    /// As [`choose`](Self::choose).
+    pub fn choose_shadow(caps: &VmxCaps) -> Result<Self, Unsuitable> {
+        Self::for_paging(caps, Paging::Shadow)
+    }
+
+    fn for_paging(caps: &VmxCaps, paging: Paging) -> Result<Self, Unsuitable> {
+        let nested = paging == Paging::Nested;
         let pin = PinControls::EXTERNAL_INTERRUPT_EXITING
             | PinControls::NMI_EXITING
             | PinControls::VIRTUAL_NMIS;
@@ -120,13 +135,19 @@ impl Controls {
             | PrimaryControls::UNCONDITIONAL_IO_EXITING
             | PrimaryControls::USE_MSR_BITMAPS
             | PrimaryControls::ACTIVATE_SECONDARY_CONTROLS;
-        // With EPT these are the guest's own business.
-        let unwanted = PrimaryControls::CR3_LOAD_EXITING
+        let mut unwanted = PrimaryControls::MOV_DR_EXITING | PrimaryControls::RDTSC_EXITING;
+        let mut primary = primary;
+        let mut secondary = SecondaryControls::empty();
+        let of_paging = PrimaryControls::CR3_LOAD_EXITING
             | PrimaryControls::CR3_STORE_EXITING
-            | PrimaryControls::INVLPG_EXITING
-            | PrimaryControls::MOV_DR_EXITING
-            | PrimaryControls::RDTSC_EXITING;
-        let secondary = SecondaryControls::ENABLE_EPT | SecondaryControls::UNRESTRICTED_GUEST;
+            | PrimaryControls::INVLPG_EXITING;
+        if nested {
+            // With EPT these are the guest's own business.
+            unwanted |= of_paging;
+            secondary |= SecondaryControls::ENABLE_EPT | SecondaryControls::UNRESTRICTED_GUEST;
+        } else {
+            primary |= of_paging;
+        }
         // What the guest's CPUID shows, and what makes a guest's use of a thing visible.
         let if_offered = SecondaryControls::ENABLE_VPID
             | SecondaryControls::ENABLE_RDTSCP
@@ -149,7 +170,11 @@ impl Controls {
             .grant(primary | WINDOWS, PrimaryControls::empty())?;
         let primary = primary.without(unwanted)?.controls;
         let mut secondary = caps.secondary.grant(secondary, if_offered)?.controls;
-        if !caps.ept_vpid.contains(ept) {
+        if !nested {
+            // INVPCID would act on translations that are not the guest's, and the local APIC's page
+            // is mapped by EPT where it is virtual.
+            secondary -= SecondaryControls::ENABLE_INVPCID | apic::NEEDED;
+        } else if !caps.ept_vpid.contains(ept) {
             return Err(Unsuitable::Ept(ept - caps.ept_vpid));
         }
         // A VPID is of no use if its translations cannot be dropped.
@@ -177,6 +202,11 @@ impl Controls {
             preemption_timer: false,
             ..self
         }
+    }
+
+    /// Whether guests run on EPT.
+    pub fn has_ept(&self) -> bool {
+        self.secondary.contains(SecondaryControls::ENABLE_EPT)
     }
 
     /// How the translations of a guest with this VPID are dropped; `None` without VPIDs.
@@ -209,12 +239,19 @@ pub(super) fn write(
     vmcs.set(fields::EXIT_CONTROLS, controls.exit.bits())?;
     vmcs.set(fields::ENTRY_CONTROLS, controls.entry.bits())?;
     // With the first two a guest could keep its processor busy for ever; the third is the host's.
-    let exceptions =
+    let mut exceptions =
         ExceptionBitmap::DEBUG | ExceptionBitmap::ALIGNMENT_CHECK | ExceptionBitmap::MACHINE_CHECK;
+    if controls.has_ept() {
+        vmcs.set(fields::EPT_POINTER, tables.ept_pointer)?;
+        for zero in PDPTES {
+            vmcs.set(zero, 0)?;
+        }
+    } else {
+        exceptions |= ExceptionBitmap::PAGE_FAULT;
+    }
     vmcs.set(fields::EXCEPTION_BITMAP, exceptions.bits())?;
     vmcs.set(fields::MSR_BITMAPS, tables.msr_bitmap.0)?;
     vmcs.set(fields::VIRTUAL_APIC_ADDRESS, apic_page.0)?;
-    vmcs.set(fields::EPT_POINTER, tables.ept_pointer)?;
     vmcs.set(fields::VMCS_LINK_POINTER, u64::MAX)?;
     vmcs.set(fields::TSC_OFFSET, 0)?;
     if controls.secondary.contains(SecondaryControls::ENABLE_VPID) {
@@ -240,9 +277,6 @@ pub(super) fn write(
         vmcs.set(zero, 0)?;
     }
     for zero in [fields::GUEST_SYSENTER_ESP, fields::GUEST_SYSENTER_EIP] {
-        vmcs.set(zero, 0)?;
-    }
-    for zero in PDPTES {
         vmcs.set(zero, 0)?;
     }
     vmcs.set(fields::GUEST_DEBUGCTL, 0)?;

@@ -215,6 +215,7 @@ fn vcpu_on(caps: &VmxCaps) -> Fake {
         apic_page: (Box::leak(Box::default()), Hpa(0x3000)),
         vpid: 1,
         xcr0_valid: 7,
+        shadow: None,
     };
     let memory = Box::leak(Box::new(ram(0x2000)));
     VmxVcpu::on(FakeProcessor::new(caps), &parts, memory).unwrap()

@@ -4,7 +4,7 @@ use core::sync::atomic::{AtomicU32, Ordering};
 
 use testudo_arch::regs::{SegmentRegister, SystemRegisters};
 use testudo_arch::segment::SegmentAttributes;
-use testudo_arch::{Cr4Flags, Event, Gpa, Gprs, GuestMemory, Msr, RFlags};
+use testudo_arch::{Cr4Flags, Event, Gpa, Gprs, GuestMemory, Gva, Msr, RFlags};
 use testudo_nested::vmx::{PhysicalEvent, SecondStage};
 use testudo_vmx::controls::{Interruptibility, PrimaryControls};
 use testudo_vmx::{fields, state};
@@ -211,10 +211,37 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> Vcpu for VmxVcpu<'_, P, M, S>
         }
     }
 
+    fn memory_written(&mut self, gpa: Gpa, len: usize) {
+        self.shadow_written(gpa, len);
+    }
+
+    fn stop_watching(&mut self, gpa: Gpa) -> bool {
+        self.stop_watching_shadow(gpa)
+    }
+
+    fn set_control_register(&mut self, number: u8, value: u64) -> bool {
+        match self.write_shadow_register(number, value) {
+            Ok(done) => done,
+            Err(error) => {
+                self.remember(error);
+                true
+            }
+        }
+    }
+
+    fn invalidate_page(&mut self, address: Gva) {
+        if let Err(error) = self.invalidate_shadow_page(address) {
+            self.remember(error);
+        }
+    }
+
     fn read_msr(&mut self, msr: Msr) -> Option<u64> {
         Some(match msr {
             Msr::EFER => self.mode().efer,
-            Msr::PAT => self.field(fields::GUEST_PAT),
+            Msr::PAT => match self.shadow_pat() {
+                Some(pat) => *pat,
+                None => self.field(fields::GUEST_PAT),
+            },
             _ => return testudo_nested::vmx::read_msr(self.nested.as_ref()?.state.caps(), msr),
         })
     }
@@ -222,6 +249,9 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> Vcpu for VmxVcpu<'_, P, M, S>
     fn write_msr(&mut self, msr: Msr, value: u64) -> Option<bool> {
         match msr {
             Msr::EFER => {
+                if let Some(done) = self.write_shadow_efer(value) {
+                    return Some(done);
+                }
                 let new = self.mode().with_efer(value, GUEST_EFER);
                 if let Some(new) = new
                     && let Err(error) = self.set_mode(new)
@@ -232,8 +262,10 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> Vcpu for VmxVcpu<'_, P, M, S>
             }
             Msr::PAT => {
                 let valid = is_valid_pat(value);
-                if valid {
-                    self.set_field(fields::GUEST_PAT, value);
+                match self.shadow_pat() {
+                    _ if !valid => {}
+                    Some(pat) => *pat = value,
+                    None => self.set_field(fields::GUEST_PAT, value),
                 }
                 Some(valid)
             }

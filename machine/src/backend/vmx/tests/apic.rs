@@ -37,6 +37,7 @@ fn vcpu_with(lapic: &Lapic) -> Fake {
         apic_page: (page, Hpa(0x3000)),
         vpid: 1,
         xcr0_valid: 7,
+        shadow: None,
     };
     let memory = Box::leak(Box::new(ram(0x2000)));
     VmxVcpu::on(FakeProcessor::new(caps), &parts, memory).unwrap()

@@ -58,6 +58,7 @@ fn hypervisor() -> Hypervisor {
         apic_page: (Box::leak(Box::default()), Hpa(0x3000)),
         vpid: 1,
         xcr0_valid: 7,
+        shadow: None,
     };
     let memory: &GuestRam = Box::leak(Box::new(ram(0x1_0000)));
     for (at, entry) in [

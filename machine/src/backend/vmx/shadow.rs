@@ -1,0 +1,241 @@
+//! Guests on shadow paging, for processors without EPT or without unrestricted guests.
+//!
+//! Page faults, INVLPG, all accesses to CR3, and changes of CR0 and CR4 exit. The processor runs with
+//! paging and protection whatever the guest has: it takes no other guest without "unrestricted
+//! guest".
+
+use testudo_arch::event::Combined;
+use testudo_arch::regs::SystemRegisters;
+use testudo_arch::{Event, Exception, Gpa, Gpr, GuestMemory, Gva};
+use testudo_ept::shadow::Outcome;
+use testudo_nested::vmx::SecondStage;
+use testudo_vmx::exit::CrAccess;
+use testudo_vmx::fields;
+
+use super::cache::Cached;
+use super::mode::{GUEST_EFER, LMA, Mode};
+use super::setup::PAT_RESET;
+use super::{Processor, VmxVcpu};
+use crate::backend::paging::{GuestPaging, ShadowPlace};
+use crate::vcpu::{MemoryAccess, Vcpu, VcpuError, VmExit};
+
+/// What a vCPU has on shadow paging.
+pub(super) struct Shadow<'a> {
+    pub(super) paging: GuestPaging<'a>,
+    /// The guest's page attribute table, which acts on nothing: all its memory is write-back.
+    pat: u64,
+}
+
+impl<'a> Shadow<'a> {
+    pub(super) fn new(place: ShadowPlace<'a>) -> Self {
+        Self {
+            paging: GuestPaging::new(place),
+            pat: PAT_RESET,
+        }
+    }
+}
+
+impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
+    /// Before the guest runs: through the gate, and without the translations that are no longer
+    /// true.
+    #[inline]
+    pub(super) fn enter_gate(&mut self) -> Result<(), VcpuError> {
+        let Some(shadow) = &mut self.shadow else {
+            return Ok(());
+        };
+        if let Some(error) = shadow.paging.failure() {
+            return Err(error.into());
+        }
+        if shadow.paging.gate().enter() {
+            self.forget_translations()?;
+        }
+        Ok(())
+    }
+
+    /// After it ran.
+    #[inline]
+    pub(super) fn leave_gate(&self) {
+        if let Some(shadow) = &self.shadow {
+            shadow.paging.gate().leave();
+        }
+    }
+
+    /// Takes up all of the guest's paging registers.
+    pub(super) fn set_shadow_system(&mut self, system: &SystemRegisters) -> Result<(), VcpuError> {
+        let Some(shadow) = &mut self.shadow else {
+            return Ok(());
+        };
+        let mode = Mode {
+            cr0: system.cr0,
+            cr4: system.cr4,
+            efer: system.efer,
+        };
+        shadow.paging.set(self.memory, mode, system.cr3);
+        self.apply_shadow()
+    }
+
+    /// Brings the VMCS in line with the guest's paging registers.
+    fn apply_shadow(&mut self) -> Result<(), VcpuError> {
+        let Some(shadow) = &self.shadow else {
+            return Ok(());
+        };
+        let (real, root) = shadow.paging.hardware();
+        let seen = shadow.paging.mode();
+        self.processor.set(fields::GUEST_CR3, root)?;
+        self.write_mode(seen, real)
+    }
+
+    /// CR3 as the guest sees it, on shadow paging.
+    pub(super) fn shadow_cr3(&self) -> Option<u64> {
+        Some(self.shadow.as_ref()?.paging.cr3())
+    }
+
+    /// The guest's page attribute table, on shadow paging.
+    pub(super) fn shadow_pat(&mut self) -> Option<&mut u64> {
+        Some(&mut self.shadow.as_mut()?.pat)
+    }
+
+    /// WRMSR to EFER; `None` on nested paging.
+    pub(super) fn write_shadow_efer(&mut self, value: u64) -> Option<bool> {
+        let shadow = self.shadow.as_mut()?;
+        let done = shadow.paging.write_efer(self.memory, value, GUEST_EFER);
+        if let Err(error) = self.apply_shadow() {
+            self.remember(error);
+        }
+        Some(done)
+    }
+
+    /// MOV to CR0, CR3 or CR4; `false` is #GP(0).
+    pub(super) fn write_shadow_register(
+        &mut self,
+        number: u8,
+        value: u64,
+    ) -> Result<bool, VcpuError> {
+        let cs_long = self.is_long_code();
+        let Some(shadow) = &mut self.shadow else {
+            return Ok(false);
+        };
+        let old = shadow.paging.mode();
+        let done = shadow.paging.write(self.memory, number, value, cs_long);
+        if !done {
+            return Ok(false);
+        }
+        self.apply_shadow()?;
+        if self.mode.efer & !old.efer & LMA != 0 {
+            self.widen_task_register()?;
+        }
+        Ok(true)
+    }
+
+    /// An access to a control register that exits on shadow paging.
+    pub(super) fn shadow_register_access(
+        &mut self,
+        access: CrAccess,
+    ) -> Result<Option<VmExit>, VcpuError> {
+        let long = self.is_long_code();
+        let mask = if long { u64::MAX } else { 0xFFFF_FFFF };
+        match access {
+            CrAccess::MovTo { register, source } => {
+                if source == Gpr::Rsp {
+                    self.load_rsp();
+                }
+                let value = self.registers.gprs[source] & mask;
+                if !self.write_shadow_register(register, value)? {
+                    self.inject(Event::GP0);
+                    return Ok(None);
+                }
+            }
+            CrAccess::MovFrom {
+                register: 3,
+                destination,
+            } => {
+                let value = self.shadow_cr3().unwrap_or_default() & mask;
+                if destination == Gpr::Rsp {
+                    self.load_rsp();
+                }
+                self.registers.gprs[destination] = value;
+            }
+            _ => return Ok(Some(VmExit::ControlRegister)),
+        }
+        self.advance();
+        Ok(None)
+    }
+
+    /// INVLPG.
+    pub(super) fn invalidate_shadow_page(&mut self, address: Gva) -> Result<(), VcpuError> {
+        if let Some(shadow) = &self.shadow {
+            shadow.paging.invalidate_page(address);
+        }
+        self.forget_translations()
+    }
+
+    /// The machine wrote guest memory.
+    pub(super) fn shadow_written(&self, gpa: Gpa, len: usize) {
+        if let Some(shadow) = &self.shadow {
+            shadow.paging.written(gpa, len);
+        }
+    }
+
+    /// Lets the guest write to a table itself.
+    pub(super) fn stop_watching_shadow(&self, gpa: Gpa) -> bool {
+        let shadow = self.shadow.as_ref();
+        shadow.is_some_and(|shadow| shadow.paging.release(gpa))
+    }
+
+    /// A page fault: the guest's own, or one that the shadow tables are to be filled by.
+    pub(super) fn shadow_fault(
+        &mut self,
+        address: Gva,
+        code: u32,
+        interrupted: Option<Event>,
+    ) -> Result<Option<VmExit>, VcpuError> {
+        const WRITE: u32 = 1 << 1;
+        const FETCH: u32 = 1 << 4;
+        let context = (self.cpl(), self.cached(Cached::Rflags), self.pkru());
+        let Some(shadow) = &mut self.shadow else {
+            return Ok(None);
+        };
+        let Some(outcome) = shadow.paging.fault(address, code, context) else {
+            return Ok(None);
+        };
+        let (exception, event) = match outcome {
+            Outcome::Inject(fault) => {
+                self.registers.cr2 = fault.address.0;
+                let code = fault.code.bits();
+                let event = Event::fault_with(Exception::PageFault, code);
+                (Exception::PageFault, event)
+            }
+            Outcome::NonCanonical => (Exception::GeneralProtection, Event::GP0),
+            other => {
+                let delivering = interrupted.is_some();
+                self.take_up_interrupted_event()?;
+                let gpa = match other {
+                    // The instruction at RIP has nothing to do with it: the processor itself
+                    // must write.
+                    Outcome::TableWrite(gpa) if delivering => {
+                        self.stop_watching_shadow(gpa);
+                        return Ok(None);
+                    }
+                    Outcome::TableWrite(gpa) | Outcome::NotMemory(gpa) | Outcome::ReadOnly(gpa) => {
+                        gpa
+                    }
+                    _ => return Ok(None),
+                };
+                return Ok(Some(VmExit::Memory(MemoryAccess {
+                    gpa,
+                    gva: Some(address),
+                    write: code & WRITE != 0,
+                    fetch: code & FETCH != 0,
+                    table: false,
+                })));
+            }
+        };
+        let combined = interrupted.map_or(Combined::Serial, |first| first.combine(exception));
+        self.inject(match combined {
+            Combined::Serial => event,
+            Combined::DoubleFault => Event::fault_with(Exception::DoubleFault, 0),
+            Combined::Shutdown => return Ok(Some(VmExit::Shutdown)),
+        });
+        Ok(None)
+    }
+}
