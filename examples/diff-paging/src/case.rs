@@ -104,24 +104,103 @@ impl Change {
     }
 }
 
+/// Names of bits, beside which all others go by their numbers.
+type Names = &'static [(u64, &'static str)];
+
+const GUEST: Names = &[
+    (1 << 0, "P"),
+    (1 << 1, "R/W"),
+    (1 << 2, "U/S"),
+    (1 << 3, "PWT"),
+    (1 << 4, "PCD"),
+    (1 << 5, "A"),
+    (1 << 6, "D"),
+    (1 << 7, "PS or PAT"),
+    (1 << 8, "G"),
+    (1 << 63, "XD"),
+];
+const CR0: Names = &[(1 << 16, "WP")];
+const CR4: Names = &[
+    (1 << 4, "PSE"),
+    (1 << 7, "PGE"),
+    (1 << 20, "SMEP"),
+    (1 << 21, "SMAP"),
+    (1 << 22, "PKE"),
+    (1 << 24, "PKS"),
+];
+const EFER: Names = &[(1 << 11, "NXE")];
+const RFLAGS: Names = &[(1 << 18, "AC")];
+/// Bits of the second stage have names that differ from vendor to vendor.
+const NONE: Names = &[];
+
+/// Bits by their names.
+struct Bits(u64, Names);
+
+impl fmt::Display for Bits {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (mut rest, mut first) = (self.0, true);
+        while rest != 0 {
+            let bit = rest & rest.wrapping_neg();
+            f.write_str(if first { "" } else { ", " })?;
+            match self.1.iter().find(|(named, _)| *named == bit) {
+                Some((_, name)) => f.write_str(name)?,
+                None => write!(f, "bit {}", bit.trailing_zeros())?,
+            }
+            (rest, first) = (rest & (rest - 1), false);
+        }
+        Ok(())
+    }
+}
+
 impl fmt::Display for Change {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.target {
-            Target::Guest(level) => write!(f, "the guest's entry of level {level}")?,
-            Target::Data(level) => write!(f, "the data's second-stage entry of level {level}")?,
-            Target::Table(level) => write!(f, "the table's second-stage entry of level {level}")?,
-            Target::Linear => f.write_str("the linear address")?,
-            Target::Cr0 => f.write_str("CR0")?,
-            Target::Cr4 => f.write_str("CR4")?,
-            Target::Efer => f.write_str("EFER")?,
-            Target::Rflags => f.write_str("RFLAGS")?,
-            Target::Pkru => f.write_str("PKRU")?,
-            Target::Pkrs => f.write_str("PKRS")?,
-        }
+        let names = match self.target {
+            Target::Guest(level) => {
+                write!(f, "the guest's entry of level {level}")?;
+                GUEST
+            }
+            Target::Data(level) => {
+                write!(f, "the data's second-stage entry of level {level}")?;
+                NONE
+            }
+            Target::Table(level) => {
+                write!(f, "the table's second-stage entry of level {level}")?;
+                NONE
+            }
+            Target::Linear => {
+                f.write_str("the linear address")?;
+                NONE
+            }
+            Target::Cr0 => {
+                f.write_str("CR0")?;
+                CR0
+            }
+            Target::Cr4 => {
+                f.write_str("CR4")?;
+                CR4
+            }
+            Target::Efer => {
+                f.write_str("EFER")?;
+                EFER
+            }
+            Target::Rflags => {
+                f.write_str("RFLAGS")?;
+                RFLAGS
+            }
+            Target::Pkru => {
+                f.write_str("PKRU")?;
+                NONE
+            }
+            Target::Pkrs => {
+                f.write_str("PKRS")?;
+                NONE
+            }
+        };
         match (self.clear, self.set) {
-            (0, set) => write!(f, " |= {set:#x}"),
-            (clear, 0) => write!(f, " &= !{clear:#x}"),
-            (clear, set) => write!(f, " = it & !{clear:#x} | {set:#x}"),
+            (0, set) => write!(f, " with {}", Bits(set, names)),
+            (clear, 0) => write!(f, " without {}", Bits(clear, names)),
+            (u64::MAX, set) => write!(f, " of {set:#x}"),
+            (clear, set) => write!(f, " with {set:#x} in {clear:#x}"),
         }
     }
 }

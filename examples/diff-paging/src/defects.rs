@@ -66,6 +66,8 @@ const ACCESSED: u64 = 1 << 5;
 const RESERVED: u64 = 1 << 3;
 const LARGE: u64 = 1 << 7;
 const PROTECTION_KEY: u32 = 1 << 5;
+/// The bits that an address of the guest's has in common with the host's.
+const WITHIN_ARENA: u64 = (2 << 20) - 1;
 
 /// Bits of the qualification of an EPT violation: a read; a valid linear address, and its page rather
 /// than a table on the way.
@@ -220,6 +222,22 @@ pub(crate) const DEFECTS: &[Defect] = &[
                 if stage && word.value & LARGE != 0 {
                     word.value &= !(1 << 12);
                 }
+            }
+        }),
+    },
+    Defect {
+        emulator: Bochs,
+        name: "nested faults at PAE paging's upper entries are reported at their table's address",
+        manual: "APM vol. 2, 15.25.6: EXITINFO2 contains the guest-physical address that caused the \
+                 nested page fault",
+        kind: Answers(|case, words, answer| {
+            let is_upper = |word: &Word| word.owner == Owner::Guest(3);
+            if let Outcome::NestedFault { gpa, .. } = &mut answer.outcome
+                && case.mode == Mode::Pae
+                && let Some(upper) = words.iter().find(|word| is_upper(word))
+                && (*gpa ^ upper.at.0) & WITHIN_ARENA == 0
+            {
+                *gpa &= !0x1F;
             }
         }),
     },

@@ -10,7 +10,9 @@ use testudo_arch::regs::SystemRegisters;
 use testudo_arch::{Gpa, Gva, Hpa};
 use testudo_ept::format::{Format, Rights};
 use testudo_ept::guest_table::TableFault;
-use testudo_ept::walk::{Access, GuestTranslation, Mode, TableUse};
+use testudo_ept::walk::{Access, GuestTranslation, Mode, PageFaultCode, TableUse};
+use testudo_svm::exit::NestedFaultBits;
+use testudo_vmx::exit::EptQualification;
 
 use crate::case::Case;
 
@@ -88,27 +90,50 @@ impl Outcome {
     }
 }
 
+/// The names of the flags that are set.
+struct Flags<'a, B>(&'a B);
+
+impl<B: bitflags::Flags> fmt::Display for Flags<'_, B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0.is_empty() {
+            return f.write_str("none");
+        }
+        for (index, (name, _)) in self.0.iter_names().enumerate() {
+            write!(f, "{}{name}", if index == 0 { "" } else { ", " })?;
+        }
+        Ok(())
+    }
+}
+
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Done { byte } => write!(f, "done, {byte:#x}"),
             Self::Exception {
-                vector,
+                vector: 14,
                 code,
                 address,
-            } => write!(
-                f,
-                "exception {vector}, code {code:#x}, address {address:#x}"
-            ),
-            Self::NestedFault { bits, gpa } => write!(f, "nested fault {bits:#x} at {gpa:#x}"),
+            } => {
+                let code = PageFaultCode::from_bits_retain(*code);
+                write!(f, "page fault at {address:#x}: {}", Flags(&code))
+            }
+            Self::Exception { vector, code, .. } => write!(f, "exception {vector}, code {code:#x}"),
+            Self::NestedFault { bits, gpa } => {
+                let bits = NestedFaultBits::from_bits_retain(*bits);
+                write!(f, "nested page fault at {gpa:#x}: {}", Flags(&bits))
+            }
             Self::Violation {
                 qualification,
                 gpa,
                 linear,
-            } => write!(
-                f,
-                "EPT violation {qualification:#x} at {gpa:#x}, linear {linear:#x}"
-            ),
+            } => {
+                let bits = EptQualification::from_bits_retain(*qualification);
+                write!(
+                    f,
+                    "EPT violation at {gpa:#x}, linear {linear:#x}: {}",
+                    Flags(&bits)
+                )
+            }
             Self::Misconfiguration { gpa } => write!(f, "EPT misconfiguration at {gpa:#x}"),
             Self::Other(reason) => write!(f, "exit {reason:#x}"),
         }
