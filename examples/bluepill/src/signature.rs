@@ -4,7 +4,7 @@
 //! | --- | --- | --- | --- | --- |
 //! | 0 | the last sub-leaf | "Test" | "udo " | "pill" |
 //! | 1 | processors under the hypervisor | its memory in KiB | 0 | 0 |
-//! | 2 and on | how often the guest was interrupted (a [`Reason`](crate::counts::Reason) each), low half | high half | 0 | 0 |
+//! | 2 and on | how often the guest was interrupted (a [`Reason`] each), low half | high half | 0 | 0 |
 
 use crate::counts::{self, Reason};
 

@@ -5,7 +5,7 @@ use core::ops::Range;
 
 use testudo_arch::Gpa;
 use testudo_arch::memory::GuestRam;
-use testudo_machine::layout::{MemoryRange, MemoryType};
+use testudo_machine::layout::{FIRMWARE_AREA, MemoryRange, MemoryType};
 use testudo_rt::{self as rt, Boot, MemoryKind};
 
 /// Nothing is placed in or read from the first page: its address is a null pointer.
@@ -91,22 +91,19 @@ fn ram(map: &[MemoryRange]) -> GuestRam {
         .collect();
     pieces.sort_unstable_by_key(|piece| core::cmp::Reverse(piece.end - piece.start));
     let mut ram = GuestRam::new();
-    for piece in pieces.into_iter().take(GuestRam::MAX_REGIONS) {
+    let mut add = |piece: Range<u64>, writable| {
+        let (start, len) = (piece.start, piece.end - piece.start);
         // SAFETY: the runtime has all memory mapped where it is, and its allocator has given this
-        // piece up. What the loader left there is read while the kernel is placed, at places that
-        // the kernel's are kept apart from, and never again.
-        let added = unsafe {
-            ram.add(
-                Gpa(piece.start),
-                piece.start as *mut u8,
-                piece.end - piece.start,
-                true,
-            )
-        };
+        // piece up, if it ever was its own. What the loader left there is read while the kernel is
+        // placed, at places that the kernel's are kept apart from, and never again.
+        let added = unsafe { ram.add(Gpa(start), start as *mut u8, len, writable) };
         // A firmware whose usable ranges overlap: the second one is in the first.
-        if added.is_err() {
-            continue;
-        }
+        added.is_ok()
+    };
+    // The firmware's tables can be read.
+    add(FIRMWARE_AREA, false);
+    for piece in pieces.into_iter().take(GuestRam::MAX_REGIONS - 1) {
+        add(piece, true);
     }
     ram
 }

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::IsTerminal;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -39,6 +40,10 @@ pub(crate) struct Bluepill {
     /// Who loads the hypervisor
     #[arg(long, value_enum, default_value = "direct")]
     loader: Loader,
+    /// The system's kernel: a bzImage, which gets the default initial RAM disk, or an ELF file with a PVH note or
+    /// a Multiboot header, which gets none
+    #[arg(long, value_name = "FILE", conflicts_with = "kvm")]
+    kernel: Option<PathBuf>,
     /// The system's command line [default: console=ttyS0, and quiet with --run]
     #[arg(long, value_name = "STR", allow_hyphen_values = true)]
     cmdline: Option<String>,
@@ -83,21 +88,12 @@ impl Bluepill {
             .timeout
             .map(|seconds| Duration::try_from_secs_f64(seconds).context("--timeout takes seconds"))
             .transpose()?;
-        let kernel = debian::kernel()?;
-        let (memory, disk) = if self.kvm {
-            let system = nested::kvm_system(&kernel, self.processors, self.run.as_deref())?;
-            (system.memory, system.disk)
-        } else {
-            (MEMORY, self.disk(&kernel)?)
-        };
-        let payload = payload(&self.words(), fs::read(&kernel.image)?, disk);
+        let (needed, payload) = self.payload()?;
         let machine = Machine {
             cpu: self.backend.cpu()?,
             loader: self.loader,
             processors: self.processors,
-            memory: self
-                .memory
-                .unwrap_or(memory + BESIDE + (payload.size() >> 20)),
+            memory: self.memory.unwrap_or(self::memory(needed, &payload)),
             exact: self.exact,
             input: self.run.is_none(),
             timeout,
@@ -108,6 +104,38 @@ impl Bluepill {
             run::progress("booting to a shell; Ctrl-A X ends the emulator");
         }
         machine.run(&bare::build(PILL)?, &payload)
+    }
+
+    /// The memory in MiB that the system needs, and what the hypervisor is given.
+    fn payload(&self) -> Result<(u64, Payload)> {
+        let mut payload = Payload {
+            command_line: self.words(),
+            modules: Vec::new(),
+        };
+        if let Some(file) = &self.kernel {
+            let image =
+                fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
+            let is_linux = image.get(0x202..0x206) == Some(b"HdrS");
+            payload
+                .modules
+                .push((format!("kernel {}", file.display()), image));
+            if !is_linux {
+                return Ok((MEMORY, payload));
+            }
+        }
+        let kernel = debian::kernel()?;
+        let (memory, disk) = if self.kvm {
+            let system = nested::kvm_system(&kernel, self.processors, self.run.as_deref())?;
+            (system.memory, system.disk)
+        } else {
+            (MEMORY, self.disk(&kernel)?)
+        };
+        if payload.modules.is_empty() {
+            let image = fs::read(&kernel.image)?;
+            payload.modules.push(("kernel vmlinuz".to_owned(), image));
+        }
+        payload.modules.push(("initrd default".to_owned(), disk));
+        Ok((memory, payload))
     }
 
     /// The hypervisor's command line, and after it the system's.
@@ -140,13 +168,7 @@ impl Bluepill {
     }
 }
 
-/// What the hypervisor is given.
-pub(super) fn payload(words: &str, kernel: Vec<u8>, disk: Vec<u8>) -> Payload {
-    Payload {
-        command_line: words.to_owned(),
-        modules: vec![
-            ("kernel vmlinuz".to_owned(), kernel),
-            ("initrd default".to_owned(), disk),
-        ],
-    }
+/// The memory in MiB of a machine whose system has `needed` of it.
+pub(super) fn memory(needed: u64, payload: &Payload) -> u64 {
+    needed + BESIDE + (payload.size() >> 20)
 }

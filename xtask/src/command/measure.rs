@@ -1,11 +1,12 @@
 //! `cargo xtask measure`: what the hypervisor costs, in instructions.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
+use super::bluepill;
 use super::boot::{Backend, HYPERVISOR, Paging, machine_memory};
 use crate::bare::{self, Payload};
 use crate::debian;
@@ -44,6 +45,8 @@ enum What {
         #[arg(long, value_enum, default_value = "nested")]
         paging: Paging,
     },
+    /// A Linux boot to its first process on a machine whose hypervisor started first, against the same without it
+    Bluepill,
 }
 
 impl Measure {
@@ -52,6 +55,7 @@ impl Measure {
         let figures = match self.what {
             What::Exits => self.exits()?,
             What::Boot { paging } => self.boot(paging)?,
+            What::Bluepill => self.bluepill()?,
         };
         if self.json {
             let members: Vec<String> = figures
@@ -97,10 +101,59 @@ impl Measure {
     /// Boots Linux twice, or for shadow paging three times, and compares the instructions that the
     /// emulator executed in all.
     fn boot(&self, paging: Paging) -> Result<Vec<(String, String)>> {
-        const MEMORY: u64 = 512;
+        let boots = self.boots()?;
+        let direct = boots.without()?;
+        let memory = machine_memory(1, LinuxBoots::MEMORY, &boots.payload);
+        let under = |paging: Paging| {
+            let word = paging.word();
+            run::progress(format_args!("booting under the hypervisor,{word}"));
+            let words = format!("memory={} vcpus=1{word} -- ", LinuxBoots::MEMORY);
+            boots.under(HYPERVISOR, &words, memory)
+        };
+        let count = under(paging)?;
+        let mut figures = compared(count, direct);
+        if paging == Paging::Shadow {
+            let nested = under(Paging::Nested)?;
+            figures.push(("ratio_nested".into(), ratio(count, nested)));
+            figures.push(("instructions_nested".into(), nested.to_string()));
+        }
+        Ok(figures)
+    }
+
+    /// The same for a machine whose system runs as the guest of a hypervisor that started before it.
+    fn bluepill(&self) -> Result<Vec<(String, String)>> {
+        let boots = self.boots()?;
+        let direct = boots.without()?;
+        run::progress("booting under the hypervisor");
+        let memory = bluepill::memory(LinuxBoots::MEMORY, &boots.payload);
+        let count = boots.under(bluepill::PILL, "-- ", memory)?;
+        Ok(compared(count, direct))
+    }
+
+    fn boots(&self) -> Result<LinuxBoots> {
         if self.backend.emulator() != Kind::Qemu {
             bail!("instructions are counted on QEMU, and this backend runs on another emulator");
         }
+        LinuxBoots::new()
+    }
+}
+
+/// A Linux that boots to its first process, to be counted.
+struct LinuxBoots {
+    kernel: PathBuf,
+    initrd: PathBuf,
+    payload: Payload,
+    modules: PathBuf,
+    /// Holds the files.
+    _folder: workplace::RunFolder,
+}
+
+impl LinuxBoots {
+    /// Its memory in MiB.
+    const MEMORY: u64 = 512;
+    const COMMAND_LINE: &str = "console=ttyS0 quiet";
+
+    fn new() -> Result<Self> {
         let kernel = debian::kernel()?;
         // The first process says that it runs, ends a guest by its debug-exit port, and otherwise halts.
         let script = format!(
@@ -114,28 +167,10 @@ impl Measure {
             ..Initrd::default()
         }
         .build(&kernel)?;
-        let command_line = "console=ttyS0 quiet";
         let image = fs::read(&kernel.image).context("cannot read the kernel")?;
-
         let folder = workplace::RunFolder::new()?;
-        let initrd = folder.file("initrd");
+        let (initrd, modules) = (folder.file("initrd"), folder.file("modules"));
         fs::write(&initrd, &disk)?;
-        let machine = |memory| Machine {
-            memory,
-            exact: true,
-            timeout: Some(PATIENCE),
-            ..Machine::new(Kind::Qemu)
-        };
-
-        run::progress("booting without the hypervisor");
-        let direct = machine(MEMORY).count(
-            &Program {
-                kernel: kernel.image.clone(),
-                initrd: Some(initrd),
-                command_line: command_line.into(),
-            },
-            MARK,
-        )?;
         let payload = Payload {
             command_line: String::new(),
             modules: vec![
@@ -143,38 +178,57 @@ impl Measure {
                 ("initrd default".into(), disk),
             ],
         };
-        let modules = folder.file("modules");
         fs::write(&modules, payload.container(false))?;
-        let hypervisor = bare::build(HYPERVISOR)?;
-        let under = |paging: Paging| {
-            run::progress(format_args!(
-                "booting under the hypervisor,{}",
-                paging.word()
-            ));
-            let word = paging.word();
-            machine(machine_memory(1, MEMORY, &payload)).count(
-                &Program {
-                    kernel: hypervisor.clone(),
-                    initrd: Some(modules.clone()),
-                    command_line: format!("memory={MEMORY} vcpus=1{word} -- {command_line}"),
-                },
-                MARK,
-            )
-        };
-        let count = under(paging)?;
-        let ratio = |against: u64| format!("{:.3}", count as f64 / against as f64);
-        let mut figures = vec![
-            ("ratio".into(), ratio(direct)),
-            ("instructions".into(), count.to_string()),
-            ("instructions_direct".into(), direct.to_string()),
-        ];
-        if paging == Paging::Shadow {
-            let nested = under(Paging::Nested)?;
-            figures.push(("ratio_nested".into(), ratio(nested)));
-            figures.push(("instructions_nested".into(), nested.to_string()));
-        }
-        Ok(figures)
+        Ok(Self {
+            kernel: kernel.image,
+            initrd,
+            payload,
+            modules,
+            _folder: folder,
+        })
     }
+
+    fn machine(memory: u64) -> Machine {
+        Machine {
+            memory,
+            exact: true,
+            timeout: Some(PATIENCE),
+            ..Machine::new(Kind::Qemu)
+        }
+    }
+
+    /// The instructions of a boot on the machine itself.
+    fn without(&self) -> Result<u64> {
+        run::progress("booting without the hypervisor");
+        let program = Program {
+            kernel: self.kernel.clone(),
+            initrd: Some(self.initrd.clone()),
+            command_line: Self::COMMAND_LINE.into(),
+        };
+        Self::machine(Self::MEMORY).count(&program, MARK)
+    }
+
+    /// The instructions of a boot by a hypervisor, with these words before the kernel's.
+    fn under(&self, hypervisor: &str, words: &str, memory: u64) -> Result<u64> {
+        let program = Program {
+            kernel: bare::build(hypervisor)?,
+            initrd: Some(self.modules.clone()),
+            command_line: format!("{words}{}", Self::COMMAND_LINE),
+        };
+        Self::machine(memory).count(&program, MARK)
+    }
+}
+
+fn ratio(count: u64, against: u64) -> String {
+    format!("{:.3}", count as f64 / against as f64)
+}
+
+fn compared(count: u64, direct: u64) -> Vec<(String, String)> {
+    vec![
+        ("ratio".into(), ratio(count, direct)),
+        ("instructions".into(), count.to_string()),
+        ("instructions_direct".into(), direct.to_string()),
+    ]
 }
 
 /// Runs a program to its end and takes the figures from its output.

@@ -1,5 +1,6 @@
 //! `cargo xtask test`: everything that shows that the project works.
 
+mod bluepill;
 mod boots;
 mod nested;
 mod selftests;
@@ -77,6 +78,7 @@ impl Test {
             boots::run(&mut tally, self.full)?;
             virtio::run(&mut tally, self.full)?;
             nested::run(&mut tally, self.full)?;
+            bluepill::run(&mut tally, self.full)?;
         }
         if !tally.failures.is_empty() {
             println!("\nfailed:");
