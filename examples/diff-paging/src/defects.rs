@@ -1,7 +1,6 @@
 //! Where the emulators differ from the manual: each entry with the manual's sentence.
 
-use testudo_arch::cpuid::Cpuid;
-use testudo_rt::port;
+use testudo_diff::Emulator;
 
 use arrayvec::ArrayVec;
 use testudo_ept::walk::{Access, AccessKind, Mode, Privilege};
@@ -11,30 +10,6 @@ use crate::arena::{PKE, PKS};
 use crate::case::{Case, Instruction, Target};
 use crate::processor::Outcome;
 use crate::words::{Owner, Word, Words};
-
-/// The emulator that this program runs on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Emulator {
-    /// QEMU's TCG, compared with version 7.2.
-    Qemu,
-    /// Bochs, compared with version 2.7.
-    Bochs,
-    /// Something else: a processor perhaps. It has no defects that are known here.
-    Other,
-}
-
-impl Emulator {
-    pub(crate) fn detect(cpuid: &Cpuid) -> Self {
-        let hypervisor = cpuid.query(1, 0)[2] >> 31 != 0;
-        // SAFETY: reading the debug console's port has no effect; without one it reads as ones.
-        let console = unsafe { port::read_u8(0xE9) } == 0xE9;
-        match (hypervisor, console) {
-            (true, _) => Self::Qemu,
-            (false, true) => Self::Bochs,
-            (false, false) => Self::Other,
-        }
-    }
-}
 
 /// What an emulator does otherwise than the manual says.
 pub(crate) enum Kind {

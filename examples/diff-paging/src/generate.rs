@@ -1,12 +1,12 @@
 //! Random cases near the border: each is a function of the seed and its number.
 
 use arrayvec::ArrayVec;
+use testudo_diff::Random;
 use testudo_ept::walk::Mode;
 
 use crate::arena::Arena;
 use crate::case::{Case, Change, DataPlace, Instruction, TablePlace, Target};
 use crate::processor::Offers;
-use crate::random::Random;
 
 const WP: u64 = 1 << 16;
 const PSE: u64 = 1 << 4;

@@ -8,8 +8,8 @@
 //! walkers or of the processor: documented ones of the emulators are listed in `defects`, any other is
 //! minimized and printed.
 //!
-//! Command line: `count=N seed=S only=INDEX trace`. With `trace` each case is printed before it is
-//! tried.
+//! Command line: `count=N seed=S from=INDEX only=INDEX trace`. With `trace` each case is printed before
+//! it is tried.
 #![no_std]
 #![no_main]
 #![allow(unsafe_code, reason = "a bare-metal program")]
@@ -22,7 +22,6 @@ mod defects;
 mod generate;
 mod model;
 mod processor;
-mod random;
 mod words;
 
 use alloc::boxed::Box;
@@ -32,6 +31,7 @@ use core::ptr::NonNull;
 use arrayvec::ArrayVec;
 use testudo_arch::Hpa;
 use testudo_arch::cpuid::Cpuid;
+use testudo_diff::{Args, Emulator};
 use testudo_ept::walk::Mode;
 use testudo_rt::{Boot, memory, println, time};
 use testudo_svm::SvmCaps;
@@ -42,7 +42,7 @@ use testudo_vmx::hw::{RegionFrame, VmcsKind};
 
 use arena::Arena;
 use case::Case;
-use defects::{DEFECTS, Defect, Emulator, Kind};
+use defects::{DEFECTS, Defect, Kind};
 use generate::Generator;
 use model::View;
 use processor::{Outcome, Processor};
@@ -59,35 +59,6 @@ fn main(boot: &'static Boot) -> u8 {
             println!("{error}");
             2
         }
-    }
-}
-
-/// What the command line asks for.
-struct Args {
-    count: u64,
-    seed: u64,
-    only: Option<u64>,
-    trace: bool,
-}
-
-impl Args {
-    fn parse(line: &str) -> Result<Self> {
-        let mut args = Self {
-            count: 10_000,
-            seed: 1,
-            only: None,
-            trace: false,
-        };
-        for word in line.split_ascii_whitespace() {
-            match word.split_once('=') {
-                Some(("count", number)) => args.count = number.parse()?,
-                Some(("seed", number)) => args.seed = number.parse()?,
-                Some(("only", number)) => args.only = Some(number.parse()?),
-                None if word == "trace" => args.trace = true,
-                _ => return Err("write `count=N seed=S only=INDEX trace`".into()),
-            }
-        }
-        Ok(args)
     }
 }
 
@@ -429,10 +400,6 @@ impl<P: Processor> Bench<P> {
     }
 
     fn run(mut self, args: &Args) -> Result<bool> {
-        let indices = match args.only {
-            Some(index) => index..index + 1,
-            None => 0..args.count,
-        };
         let offers = self.processor.offers().clone();
         if args.trace {
             println!("{offers:#x?}");
@@ -441,7 +408,7 @@ impl<P: Processor> Bench<P> {
         let mut uses = [0u64; DEFECTS.len()];
         let (mut cases, mut disagreements, mut explained, mut skipped) = (0u64, 0u64, 0u64, 0u64);
         let start = time::now_ns();
-        for index in indices {
+        for index in args.indices() {
             let generator = Generator {
                 offers: &offers,
                 arena: &self.arena,

@@ -4,40 +4,15 @@
 //! state that it entered although rules are broken, one entry for every broken rule; for a state
 //! that it refused although no rule is broken, an entry for a check of its own.
 
-use testudo_arch::cpuid::Cpuid;
 use testudo_arch::regs::SegmentRegister;
 use testudo_arch::segment::SegmentAttributes;
-use testudo_rt::port;
+use testudo_diff::Emulator;
 use testudo_svm::caps::SvmCaps;
 use testudo_svm::check::{Rule, Violation};
 use testudo_svm::permission::MsrPermissionMap;
 use testudo_svm::vmcb::{NestedControl, Vmcb};
 
 use crate::state::{LME, PAE, PE, PG};
-
-/// The emulator that this program runs on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Emulator {
-    /// QEMU's TCG, compared with version 7.2.
-    Qemu,
-    /// Bochs, compared with version 2.7.
-    Bochs,
-    /// Something else: a processor perhaps. It has no defects that are known here.
-    Other,
-}
-
-impl Emulator {
-    pub(crate) fn detect(cpuid: &Cpuid) -> Self {
-        let hypervisor = cpuid.query(1, 0)[2] >> 31 != 0;
-        // SAFETY: reading the debug console's port has no effect; without one it reads as ones.
-        let console = unsafe { port::read_u8(0xE9) } == 0xE9;
-        match (hypervisor, console) {
-            (true, _) => Self::Qemu,
-            (false, true) => Self::Bochs,
-            (false, false) => Self::Other,
-        }
-    }
-}
 
 /// What an emulator does otherwise than the manual says.
 pub(crate) enum Kind {
@@ -60,14 +35,12 @@ pub(crate) struct Defect {
     pub(crate) kind: Kind,
 }
 
-impl Emulator {
-    /// Whether this emulator stops whenever this rule is broken.
-    pub(crate) fn stops_at(self, rule: Rule) -> bool {
-        DEFECTS.iter().any(|defect| {
-            let whole = matches!(defect.kind, Kind::Stops(Some(all), _) if all == rule);
-            defect.emulator == self && whole
-        })
-    }
+/// Whether an emulator stops whenever this rule is broken.
+pub(crate) fn stops_at(emulator: Emulator, rule: Rule) -> bool {
+    DEFECTS.iter().any(|defect| {
+        let whole = matches!(defect.kind, Kind::Stops(Some(all), _) if all == rule);
+        defect.emulator == emulator && whole
+    })
 }
 
 const fn always(_: &Vmcb, _: &SvmCaps, _: &Violation) -> bool {

@@ -1,57 +1,12 @@
 //! Random states near the border: each is a function of the seed and its number.
 
+use testudo_diff::Random;
 use testudo_svm::caps::{Features, SvmCaps};
 use testudo_svm::check::Rule;
 use testudo_svm::vmcb::{FieldInfo, Vmcb};
 
 use crate::arena::Arena;
 use crate::state::{CD, Change, LMA, LME, Mode, NW, PAE, PE, PG, SVME, State, Target};
-
-/// SplitMix64 (Steele, Lea and Flood, 2014).
-pub(crate) struct Random(u64);
-
-impl Random {
-    /// The numbers of state `index` under `seed`.
-    pub(crate) fn new(seed: u64, index: u64) -> Self {
-        let mut random = Self(seed);
-        let start = random.next() ^ index.wrapping_mul(0x9E37_79B9_7F4A_7C15);
-        Self(start)
-    }
-
-    pub(crate) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
-    }
-
-    /// A number below `limit`.
-    pub(crate) fn below(&mut self, limit: u64) -> u64 {
-        self.next() % limit
-    }
-
-    /// Whether one of `n` equal cases came up.
-    pub(crate) fn one_in(&mut self, n: u64) -> bool {
-        self.below(n) == 0
-    }
-
-    /// One of these.
-    pub(crate) fn pick<T: Copy>(&mut self, items: &[T]) -> T {
-        items[self.below(items.len() as u64) as usize]
-    }
-
-    /// One set bit of `mask`, which has some.
-    pub(crate) fn bit_of(&mut self, mask: u64) -> u64 {
-        let mut which = self.below(u64::from(mask.count_ones().max(1)));
-        let mut rest = mask;
-        while which > 0 {
-            rest &= rest - 1;
-            which -= 1;
-        }
-        rest & rest.wrapping_neg()
-    }
-}
 
 /// A field by its name, found at compile time.
 const fn field(name: &str) -> &'static FieldInfo {

@@ -5,7 +5,7 @@
 //! exits at its first instruction. A disagreement is a defect of the validator or of the processor:
 //! documented ones of the emulators are listed in `defects`, any other is minimized and printed.
 //!
-//! Command line: `count=N seed=S only=INDEX trace`. With `trace` each state is printed before it is
+//! Command line: `count=N seed=S from=INDEX only=INDEX trace`. With `trace` each state is printed before it is
 //! tried, which shows the last one of an emulator that dies.
 #![no_std]
 #![no_main]
@@ -27,6 +27,7 @@ use core::error::Error;
 use arrayvec::ArrayVec;
 use testudo_arch::cpuid::Cpuid;
 use testudo_arch::{FrameAlloc, Hpa};
+use testudo_diff::{Args, Emulator};
 use testudo_rt::{Boot, println, time};
 use testudo_svm::check::{Outside, Rule, Violation, check_pdpes, check_vmrun};
 use testudo_svm::exit::ExitCode;
@@ -35,7 +36,7 @@ use testudo_svm::{SvmCaps, Vmcb};
 
 use arena::{Arena, Frames};
 use coverage::Coverage;
-use defects::{DEFECTS, Defect, Emulator, Kind};
+use defects::{DEFECTS, Defect, Kind, stops_at};
 use generate::Generator;
 use state::State;
 
@@ -48,35 +49,6 @@ fn main(boot: &'static Boot) -> u8 {
             println!("{error}");
             2
         }
-    }
-}
-
-/// What the command line asks for.
-struct Args {
-    count: u64,
-    seed: u64,
-    only: Option<u64>,
-    trace: bool,
-}
-
-impl Args {
-    fn parse(line: &str) -> Result<Self, Box<dyn Error>> {
-        let mut args = Self {
-            count: 10_000,
-            seed: 1,
-            only: None,
-            trace: false,
-        };
-        for word in line.split_ascii_whitespace() {
-            match word.split_once('=') {
-                Some(("count", number)) => args.count = number.parse()?,
-                Some(("seed", number)) => args.seed = number.parse()?,
-                Some(("only", number)) => args.only = Some(number.parse()?),
-                None if word == "trace" => args.trace = true,
-                _ => return Err("write `count=N seed=S only=INDEX trace`".into()),
-            }
-        }
-        Ok(args)
     }
 }
 
@@ -260,23 +232,20 @@ fn run(boot: &'static Boot) -> Result<bool, Box<dyn Error>> {
         held: svm.hold_interrupts(),
         cr0: host_cr0(),
     };
-    let reachable = |rule: &Rule| generate::is_reachable(*rule, &caps) && !emulator.stops_at(*rule);
+    let reachable =
+        |rule: &Rule| generate::is_reachable(*rule, &caps) && !stops_at(emulator, *rule);
     let rules: Vec<Rule> = Rule::ALL.iter().copied().filter(reachable).collect();
     let generator = Generator {
         caps: &caps,
         arena: &arena,
         rules: &rules,
     };
-    let indices = match args.only {
-        Some(index) => index..index + 1,
-        None => 0..args.count,
-    };
 
     let mut coverage = Coverage::new();
     let mut uses = [0; DEFECTS.len()];
     let (mut states, mut explained, mut disagreements, mut skipped) = (0u64, 0u64, 0u64, 0u64);
     let start = time::now_ns();
-    for index in indices {
+    for index in args.indices() {
         let state = generator.state(args.seed, index);
         if args.trace {
             println!("trying {index}: {state}");
@@ -316,5 +285,5 @@ fn run(boot: &'static Boot) -> Result<bool, Box<dyn Error>> {
          skipped={skipped} rules={} rules_both_ways={both_ways} rate={rate}",
         rules.len()
     );
-    Ok(disagreements == 0 && (args.only.is_some() || both_ways == rules.len()))
+    Ok(disagreements == 0 && (args.is_single() || both_ways == rules.len()))
 }

@@ -29,6 +29,7 @@ use core::ptr::NonNull;
 
 use arrayvec::ArrayVec;
 use testudo_arch::Hpa;
+use testudo_diff::Args;
 use testudo_rt::{Boot, println, time};
 use testudo_vmx::check::{
     EntryContext, Outcome, Rule, Violation, Violations, check_entry_from, check_memory, samples,
@@ -57,38 +58,6 @@ fn main(boot: &'static Boot) -> u8 {
             println!("{error}");
             2
         }
-    }
-}
-
-/// What the command line asks for.
-struct Args {
-    count: u64,
-    seed: u64,
-    from: u64,
-    only: Option<u64>,
-    trace: bool,
-}
-
-impl Args {
-    fn parse(line: &str) -> Result<Self> {
-        let mut args = Self {
-            count: 10_000,
-            seed: 1,
-            from: 0,
-            only: None,
-            trace: false,
-        };
-        for word in line.split_ascii_whitespace() {
-            match word.split_once('=') {
-                Some(("count", number)) => args.count = number.parse()?,
-                Some(("seed", number)) => args.seed = number.parse()?,
-                Some(("from", number)) => args.from = number.parse()?,
-                Some(("only", number)) => args.only = Some(number.parse()?),
-                None if word == "trace" => args.trace = true,
-                _ => return Err("write `count=N seed=S from=INDEX only=INDEX trace`".into()),
-            }
-        }
-        Ok(args)
     }
 }
 
@@ -438,16 +407,12 @@ fn run(boot: &'static Boot) -> Result<bool> {
         arena: &arena,
         rules: &rules,
     };
-    let indices = match args.only {
-        Some(index) => index..index + 1,
-        None => args.from..args.from.saturating_add(args.count),
-    };
 
     let mut coverage = Coverage::new();
     let mut uses = [0; DEFECTS.len()];
     let (mut states, mut explained, mut disagreements, mut skipped) = (0u64, 0u64, 0u64, 0u64);
     let start = time::now_ns();
-    for index in indices {
+    for index in args.indices() {
         let state = generator.state(args.seed, index);
         if args.trace {
             println!("trying {index}: {state}");
@@ -486,5 +451,5 @@ fn run(boot: &'static Boot) -> Result<bool> {
          skipped={skipped} rules={} rules_both_ways={both_ways} rate={rate}",
         rules.len()
     );
-    Ok(disagreements == 0 && (args.only.is_some() || both_ways == rules.len()))
+    Ok(disagreements == 0 && (args.is_single() || both_ways == rules.len()))
 }
