@@ -156,9 +156,18 @@ impl Archive {
                 .with_context(|| format!("cannot make {}", folder.display()))?;
         }
         let sources = folder.join("sources.list");
-        let line = format!(
-            "deb [signed-by={KEYS}] http://deb.debian.org/debian {codename}-backports main\n"
-        );
+        // From where the system has its own release.
+        let known = run::output(Command::new("apt-get").args([
+            "indextargets",
+            "--format",
+            "$(CODENAME) $(REPO_URI)",
+            "Created-By: Packages",
+        ]))?;
+        let place = known
+            .lines()
+            .find_map(|line| line.strip_prefix(codename)?.strip_prefix(' '))
+            .with_context(|| format!("apt knows no source of {codename}"))?;
+        let line = format!("deb [signed-by={KEYS}] {place} {codename}-backports main\n");
         fs::write(&sources, line).with_context(|| format!("cannot write {}", sources.display()))?;
         let settings = [
             ("Dir::Etc::sourcelist", &sources),
@@ -261,12 +270,11 @@ impl Archive {
         Ok(folder)
     }
 
-    /// The kernel for virtual machines: Debian's, or Ubuntu's.
-    fn kernel(&self) -> Result<Kernel> {
-        const META: [&str; 2] = ["linux-image-cloud-amd64", "linux-image-virtual"];
+    /// The kernel that the first package names, or the second where there is no such.
+    fn kernel(&self, metas: [&str; 2]) -> Result<Kernel> {
         let meta = self
-            .find(META[0])
-            .or_else(|error| self.find(META[1]).map_err(|_| error))?;
+            .find(metas[0])
+            .or_else(|error| self.find(metas[1]).map_err(|_| error))?;
         let package = meta
             .depends
             .iter()
@@ -301,6 +309,11 @@ pub(crate) fn unpacked(package: &str) -> Result<PathBuf> {
     Archive::SYSTEM.unpacked(package)
 }
 
+/// The packages that one depends on, by the first choice of each.
+pub(crate) fn dependencies(package: &str) -> Result<Vec<String>> {
+    Ok(Archive::SYSTEM.find(package)?.depends)
+}
+
 fn sha256(file: &Path) -> Result<String> {
     let digest = Sha256::digest(fs::read(file)?);
     Ok(digest.iter().map(|byte| format!("{byte:02x}")).collect())
@@ -316,9 +329,19 @@ pub(crate) struct Kernel {
     pub(crate) release: String,
 }
 
+/// The packages that name the kernel for virtual machines, Debian's and Ubuntu's.
+const VIRTUAL: [&str; 2] = ["linux-image-cloud-amd64", "linux-image-virtual"];
+/// Those for everything else.
+const SERVER: [&str; 2] = ["linux-image-amd64", "linux-image-generic"];
+
 /// The kernel for virtual machines.
 pub(crate) fn kernel() -> Result<Kernel> {
-    Archive::SYSTEM.kernel()
+    Archive::SYSTEM.kernel(VIRTUAL)
+}
+
+/// The kernel for everything else, which can also be Xen's first domain.
+pub(crate) fn server_kernel() -> Result<Kernel> {
+    Archive::SYSTEM.kernel(SERVER)
 }
 
 /// A kernel for virtual machines that has a driver: the usual one, or if that lacks it a later one.
@@ -329,7 +352,7 @@ pub(crate) fn kernel_with(driver: &str) -> Result<Kernel> {
     }
     let lacking = || format!("{} has no {driver}", usual.release);
     let later = Archive::backports()
-        .and_then(|archive| archive.kernel())
+        .and_then(|archive| archive.kernel(VIRTUAL))
         .with_context(lacking)?;
     if !initrd::has_module(&later, driver)? {
         bail!(

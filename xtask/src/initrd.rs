@@ -4,12 +4,17 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
 use crate::bare;
 use crate::cpio::Archive;
 use crate::debian::{self, Kernel};
+use crate::run;
+
+/// A file of the disk: its path, its permissions and its contents.
+pub(crate) type File = (String, u32, Vec<u8>);
 
 /// What goes into the disk.
 #[derive(Default)]
@@ -22,8 +27,44 @@ pub(crate) struct Initrd {
     pub(crate) load: Vec<String>,
     /// Kernel modules that are only there for `modprobe`.
     pub(crate) carry: Vec<String>,
-    /// Further files: path in the disk, permissions, contents.
-    pub(crate) files: Vec<(String, u32, Vec<u8>)>,
+    /// Further files.
+    pub(crate) files: Vec<File>,
+}
+
+/// Adds a program with the libraries that it needs at run time, some of which are in `folders` and not
+/// installed.
+pub(crate) fn add_program(
+    files: &mut Vec<File>,
+    program: &Path,
+    place: &str,
+    folders: &[PathBuf],
+) -> Result<()> {
+    let mut ldd = Command::new("ldd");
+    ldd.arg(program);
+    if !folders.is_empty() {
+        ldd.env("LD_LIBRARY_PATH", std::env::join_paths(folders)?);
+    }
+    let read =
+        |path: &Path| fs::read(path).with_context(|| format!("cannot read {}", path.display()));
+    for word in run::output(&mut ldd)?.split_whitespace() {
+        let library = Path::new(word);
+        if !library.is_absolute() {
+            continue;
+        }
+        // The loader looks for those that are not installed where their package would have put them.
+        let inside = match folders
+            .iter()
+            .find_map(|folder| library.strip_prefix(folder).ok())
+        {
+            Some(name) => format!("usr/lib/x86_64-linux-gnu/{}", name.display()),
+            None => word.trim_start_matches('/').to_owned(),
+        };
+        if files.iter().all(|(path, ..)| *path != inside) {
+            files.push((inside, 0o755, read(library)?));
+        }
+    }
+    files.push((place.to_owned(), 0o755, read(program)?));
+    Ok(())
 }
 
 impl Initrd {

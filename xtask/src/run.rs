@@ -55,6 +55,11 @@ pub(crate) fn check(command: &mut Command) -> Result<()> {
 
 /// Runs a program and takes what it writes; its complaints are shown only if it fails.
 pub(crate) fn output(command: &mut Command) -> Result<String> {
+    Ok(String::from_utf8_lossy(&bytes(command)?).into_owned())
+}
+
+/// The same for what is no text.
+pub(crate) fn bytes(command: &mut Command) -> Result<Vec<u8>> {
     show(command);
     let output = command
         .stdin(Stdio::null())
@@ -69,7 +74,7 @@ pub(crate) fn output(command: &mut Command) -> Result<String> {
             complaint.trim_end()
         );
     }
-    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    Ok(output.stdout)
 }
 
 /// Whether a program of this name is on the path.

@@ -4,6 +4,8 @@
 //! The policy is a list. A register on it reads and writes as stated there; any other raises #GP
 //! on both, as on a processor without it. Linux, Xen and the BSDs probe with that in mind.
 
+use core::ops::RangeInclusive;
+
 use testudo_arch::Msr;
 
 /// The variable-range MTRR pairs offered.
@@ -16,6 +18,9 @@ const FIXED_RANGES: [u32; 11] = [
 ];
 /// IA32_MTRR_DEF_TYPE as firmware leaves it: enabled, fixed ranges enabled, write-back.
 const MTRR_DEFAULT: u64 = 0xC06;
+/// AMD's event selects and counters of old, which every processor of theirs has and which therefore Xen sets
+/// without asking (APM vol. 2, 13.2.1).
+const LEGACY_COUNTERS: RangeInclusive<u32> = 0xC001_0000..=0xC001_0007;
 /// A microcode revision that no guest tries to replace.
 const MICROCODE_REVISION: u64 = 0xFFFF_FFFF << 32;
 
@@ -121,23 +126,24 @@ fn is_memory_type(value: u64) -> bool {
 }
 
 /// Machine check with no banks, configuration registers that hold nothing a guest may change, and
-/// counters that are not there.
+/// counters that count nothing.
 fn reads_as_zero(msr: Msr) -> bool {
-    matches!(
-        msr,
-        Msr::PLATFORM_ID
-            | Msr::MCG_CAP
-            | Msr::MCG_STATUS
-            | Msr::MCG_CTL
-            | Msr::DEBUG_CTL
-            | Msr::SYSCFG
-            | Msr::HWCR
-            | Msr::NB_CFG
-            | Msr::LS_CFG
-            | Msr::DE_CFG
-            | Msr::INT_PENDING_MSG
-            | Msr::SMM_MONITOR_CTL
-    )
+    LEGACY_COUNTERS.contains(&msr.0)
+        || matches!(
+            msr,
+            Msr::PLATFORM_ID
+                | Msr::MCG_CAP
+                | Msr::MCG_STATUS
+                | Msr::MCG_CTL
+                | Msr::DEBUG_CTL
+                | Msr::SYSCFG
+                | Msr::HWCR
+                | Msr::NB_CFG
+                | Msr::LS_CFG
+                | Msr::DE_CFG
+                | Msr::INT_PENDING_MSG
+                | Msr::SMM_MONITOR_CTL
+        )
 }
 
 /// Those and the microcode trigger take any value and keep none.
@@ -177,6 +183,9 @@ mod tests {
         assert_eq!(msrs.write(Msr::VMX_BASIC, 0), Err(Refused(Msr::VMX_BASIC)));
         assert_eq!(msrs.write(Msr::HWCR, 1 << 24), Ok(()));
         assert_eq!(msrs.read(Msr::HWCR), Ok(0));
+        assert_eq!(msrs.write(Msr(0xC001_0007), 0xFFFF), Ok(()));
+        assert_eq!(msrs.read(Msr(0xC001_0007)), Ok(0));
+        assert_eq!(msrs.read(Msr(0xC001_0008)), Err(Refused(Msr(0xC001_0008))));
     }
 
     proptest! {

@@ -8,3 +8,4 @@ pub(crate) mod diff;
 pub(crate) mod measure;
 pub(crate) mod nested;
 pub(crate) mod test;
+mod xen;

@@ -2,16 +2,16 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
 use super::boot::{Backend, HYPERVISOR, limit, machine_memory};
+use super::xen::Xen;
 use crate::bare::{self, Payload};
 use crate::debian::{self, Kernel, Tool};
 use crate::emulator::Machine;
-use crate::initrd::Initrd;
+use crate::initrd::{File, Initrd, add_program};
 use crate::run;
 
 /// MiB of memory of the innermost guest.
@@ -30,6 +30,8 @@ const FIRMWARE: [(&str, &str); 3] = [
 enum Guest {
     /// Debian's Linux with KVM and QEMU
     Kvm,
+    /// Debian's Xen, with a Linux as its first domain and another as its PVH guest
+    Xen,
 }
 
 /// Run an unmodified hypervisor as the guest, and Linux as its guest.
@@ -96,6 +98,14 @@ pub(super) fn kvm_system(kernel: &Kernel, vcpus: u32, run: Option<&str>) -> Resu
     nested.around(&nested.innermost(kernel)?, kernel, 1)
 }
 
+/// The guest of our hypervisor.
+struct Outermost {
+    /// In MiB.
+    memory: u64,
+    command_line: String,
+    modules: Vec<(String, Vec<u8>)>,
+}
+
 impl Nested {
     pub(crate) fn run(&self) -> Result<u8> {
         run::set_verbose(self.verbose);
@@ -105,17 +115,17 @@ impl Nested {
         if self.vcpus == 0 || self.guests == 0 {
             bail!("a system has at least one processor");
         }
-        let Guest::Kvm = self.guest;
+        if self.guest == Guest::Xen && (self.depth != 2 || self.shadow) {
+            bail!("with Xen there are two systems, and their page tables are nested");
+        }
         let timeout = self
             .timeout
             .map(|seconds| Duration::try_from_secs_f64(seconds).context("--timeout takes seconds"))
             .transpose()?;
-        let kernel = debian::kernel()?;
-        let mut system = self.innermost(&kernel)?;
-        for level in (1..self.depth).rev() {
-            run::progress(format_args!("packing the hypervisor of level {level}"));
-            system = self.around(&system, &kernel, level)?;
-        }
+        let outermost = match self.guest {
+            Guest::Kvm => self.kvm()?,
+            Guest::Xen => self.xen()?,
+        };
         let mut machine = Machine {
             cpu: self.backend.cpu()?,
             processors: self.vcpus.saturating_mul(self.guests),
@@ -129,11 +139,25 @@ impl Nested {
         let payload = Payload {
             command_line: format!(
                 "guests={} memory={} vcpus={} nested{limit}{stats} -- {}",
-                self.guests,
-                system.memory,
-                self.vcpus,
-                self.command_line()
+                self.guests, outermost.memory, self.vcpus, outermost.command_line,
             ),
+            modules: outermost.modules,
+        };
+        machine.memory = machine_memory(self.guests, outermost.memory, &payload);
+        machine.run(&bare::build(HYPERVISOR)?, &payload)
+    }
+
+    /// Linux with KVM, with as many more between it and the innermost Linux as the depth asks for.
+    fn kvm(&self) -> Result<Outermost> {
+        let kernel = debian::kernel()?;
+        let mut system = self.innermost(&kernel)?;
+        for level in (1..self.depth).rev() {
+            run::progress(format_args!("packing the hypervisor of level {level}"));
+            system = self.around(&system, &kernel, level)?;
+        }
+        Ok(Outermost {
+            memory: system.memory,
+            command_line: self.command_line().to_owned(),
             modules: vec![
                 (
                     format!("kernel {}", kernel.image.display()),
@@ -141,9 +165,22 @@ impl Nested {
                 ),
                 ("initrd level-1".to_owned(), system.disk),
             ],
-        };
-        machine.memory = machine_memory(self.guests, system.memory, &payload);
-        machine.run(&bare::build(HYPERVISOR)?, &payload)
+        })
+    }
+
+    fn xen(&self) -> Result<Outermost> {
+        run::progress("packing Xen and its domains");
+        let xen = Xen::pack(self.run.as_deref(), self.vcpus)?;
+        let quiet = if self.run.is_some() { " quiet" } else { "" };
+        Ok(Outermost {
+            memory: xen.memory,
+            command_line: xen.command_line(self.run.is_some()),
+            modules: vec![
+                ("kernel xen".to_owned(), xen.hypervisor),
+                (format!("initrd vmlinuz console=hvc0{quiet}"), xen.kernel),
+                ("initrd disk".to_owned(), xen.disk),
+            ],
+        })
     }
 
     fn command_line(&self) -> &'static str {
@@ -218,25 +255,13 @@ fn reporting(commands: &str) -> String {
 }
 
 /// Adds QEMU with everything that it needs at run time.
-fn add_qemu(files: &mut Vec<(String, u32, Vec<u8>)>) -> Result<()> {
+fn add_qemu(files: &mut Vec<File>) -> Result<()> {
     debian::require(&[Tool {
         program: "qemu-system-x86_64",
         package: "qemu-system-x86",
     }])?;
     let qemu = Path::new("/usr/bin/qemu-system-x86_64");
-    files.push(("bin/qemu-system-x86_64".to_owned(), 0o755, fs::read(qemu)?));
-    let libraries = run::output(Command::new("ldd").arg(qemu))?;
-    for path in libraries
-        .split_whitespace()
-        .filter(|word| word.starts_with('/'))
-    {
-        let inside = path.trim_start_matches('/').to_owned();
-        files.push((
-            inside,
-            0o755,
-            fs::read(path).with_context(|| format!("cannot read {path}"))?,
-        ));
-    }
+    add_program(files, qemu, "bin/qemu-system-x86_64", &[])?;
     for (folder, name) in FIRMWARE {
         let places =
             [folder, "qemu", "seabios"].map(|f| PathBuf::from("/usr/share").join(f).join(name));

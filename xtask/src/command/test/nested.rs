@@ -11,25 +11,26 @@ use crate::run;
 pub(super) fn run(tally: &mut Tally, full: bool) -> Result<()> {
     if full {
         run::progress("hypervisors in guests");
-        tally.check("nested::kvm_runs_linux", status_of(&[]));
+        tally.check("nested::kvm_runs_linux", status_of("kvm", &[]));
+        tally.check("nested::xen_runs_linux", status_of("xen", &[]));
         tally.check(
             "nested::kvm_with_shadow_paging_runs_linux",
-            status_of(&["--shadow"]),
+            status_of("kvm", &["--shadow"]),
         );
         tally.check(
             "nested::two_kvms_side_by_side",
-            status_of(&["--guests", "2"]),
+            status_of("kvm", &["--guests", "2"]),
         );
     }
     Ok(())
 }
 
 /// The innermost system's status comes out.
-fn status_of(arguments: &[&str]) -> Result<()> {
+fn status_of(hypervisor: &str, arguments: &[&str]) -> Result<()> {
     let output = Command::new(std::env::current_exe()?)
         .args([
             "nested",
-            "kvm",
+            hypervisor,
             "--exact",
             "--timeout",
             "200",
