@@ -150,15 +150,8 @@ pub enum VcpuError {
     VmEntry(crate::backend::vmx::Refusal),
     /// The guest did what this backend does not support.
     #[cfg(feature = "vmx")]
-    #[error(
-        "the guest exited by «{reason}» (qualification {qualification:#x}), which is not supported"
-    )]
-    Unsupported {
-        /// The reason.
-        reason: testudo_vmx::exit::ExitReason,
-        /// Its qualification.
-        qualification: u64,
-    },
+    #[error("{0}")]
+    Unsupported(crate::backend::vmx::UnsupportedExit),
     /// VMREAD or VMWRITE failed.
     #[cfg(feature = "vmx")]
     #[error(transparent)]

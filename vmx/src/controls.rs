@@ -498,6 +498,18 @@ impl ActivityState {
     }
 }
 
+impl fmt::Display for ActivityState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Active => f.write_str("active"),
+            Self::Hlt => f.write_str("halted"),
+            Self::Shutdown => f.write_str("shut down"),
+            Self::WaitForSipi => f.write_str("waiting for a start-up IPI"),
+            Self::Unknown(number) => write!(f, "unknown ({number})"),
+        }
+    }
+}
+
 bitflags! {
     /// Pending debug exceptions (25.4.2).
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -519,6 +531,12 @@ bitflags! {
         /// The exception occurred inside a restricted transactional region.
         const RTM = 1 << 16;
         const _ = !0;
+    }
+}
+
+impl fmt::Display for PendingDebug {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write_flags(self, f)
     }
 }
 
@@ -554,6 +572,18 @@ mod tests {
         let pin = PinControls::NMI_EXITING | PinControls::from_bits_retain(0x16);
         assert_eq!(std::format!("{pin}"), "NMI_EXITING, bits 0x16");
         assert_eq!(std::format!("{}", PinControls::empty()), "none");
+    }
+
+    #[test]
+    fn guest_state_reads_as_words() {
+        let states = [0, 1, 2, 3, 9].map(|n| std::format!("{}", ActivityState::from_number(n)));
+        assert_eq!(states[..2], ["active", "halted"]);
+        assert_eq!(
+            states[2..],
+            ["shut down", "waiting for a start-up IPI", "unknown (9)"]
+        );
+        let pending = PendingDebug::BS | PendingDebug::B0;
+        assert_eq!(std::format!("{pending}"), "B0, BS");
     }
 
     #[test]

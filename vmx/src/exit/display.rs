@@ -3,9 +3,12 @@
 use core::fmt;
 
 use super::{
-    CrAccess, DrAccess, EntryFailure, EptQualification, EptViolation, Exit, GuestStateFailure,
-    IoAccess, TaskSwitch,
+    ApicAccess, ApicAccessKind, CrAccess, DebugQualification, DrAccess, EntryFailure,
+    EptQualification, EptViolation, Exit, GuestStateFailure, IoAccess, TaskSwitch,
+    TaskSwitchSource,
 };
+use testudo_arch::Gva;
+
 use crate::event::EventType;
 
 impl fmt::Display for Exit {
@@ -17,7 +20,14 @@ impl fmt::Display for Exit {
                 qualification,
             } => match information.event(*error_code, 0) {
                 Some(event) if information.event_type() == EventType::Nmi => write!(f, "{event}"),
-                Some(event) => write!(f, "{event}, qualification {qualification:#x}"),
+                Some(event) => match information.vector() {
+                    1 => {
+                        let cause = DebugQualification::from_bits_retain(*qualification);
+                        write!(f, "{event}, cause: {cause}")
+                    }
+                    14 => write!(f, "{event}, at {}", Gva(*qualification)),
+                    _ => write!(f, "{event}"),
+                },
                 None => write!(f, "exception, information {:#x}", information.0),
             },
             Self::ExternalInterrupt { vector: None } => f.write_str("external interrupt"),
@@ -26,15 +36,15 @@ impl fmt::Display for Exit {
             } => write!(f, "external interrupt {vector:#04x}"),
             Self::Sipi { vector } => write!(f, "start-up IPI {vector:#04x}"),
             Self::TaskSwitch(TaskSwitch { selector, source }) => {
-                write!(f, "task switch by {source:?} to {selector:#06x}")
+                write!(f, "task switch by {source} to {selector:#06x}")
             }
             Self::Invlpg { address } => write!(f, "INVLPG of {address}"),
             Self::ControlRegister(access) => write!(f, "{access}"),
             Self::DebugRegister(access) => write!(f, "{access}"),
             Self::Io(access, _) => write!(f, "{access}"),
             Self::EntryFailure(failure) => write!(f, "VM entry failed: {failure}"),
-            Self::ApicAccess(access) => {
-                write!(f, "APIC access at {:#x}: {:?}", access.offset, access.kind)
+            Self::ApicAccess(ApicAccess { offset, kind, .. }) => {
+                write!(f, "APIC access at {offset:#x}: {kind}")
             }
             Self::VirtualizedEoi { vector } => write!(f, "virtualized EOI of {vector:#04x}"),
             Self::GdtrIdtr(access) => write!(f, "{:?}", access.instruction),
@@ -51,6 +61,37 @@ impl fmt::Display for Exit {
             Self::Unknown(reason) => write!(f, "{reason}"),
             other => write!(f, "{}", other.reason()),
         }
+    }
+}
+
+impl fmt::Display for TaskSwitchSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Call => "CALL",
+            Self::Iret => "IRET",
+            Self::Jmp => "JMP",
+            Self::TaskGate => "a task gate in the IDT",
+        })
+    }
+}
+
+impl fmt::Display for ApicAccessKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Read => "read",
+            Self::Write => "write",
+            Self::Fetch => "instruction fetch",
+            Self::EventDelivery => "event delivery",
+            Self::PhysicalEventDelivery => "event delivery, by a guest-physical address",
+            Self::Physical => "an instruction, by a guest-physical address",
+            Self::Unknown(kind) => return write!(f, "unknown kind {kind}"),
+        })
+    }
+}
+
+impl fmt::Display for DebugQualification {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        crate::controls::write_flags(self, f)
     }
 }
 

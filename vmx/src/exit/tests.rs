@@ -184,6 +184,14 @@ fn exits_read_in_words() {
     assert_eq!(text(33, &[]), "VM entry failed: invalid guest state");
     let information = fields::EXIT_INTERRUPTION_INFORMATION.encoding();
     let fault = [(information, 0x8000_0B0D)];
-    assert_eq!(text(0, &fault), "#GP(0x0), qualification 0x0");
+    assert_eq!(text(0, &fault), "#GP(0x0)");
+    let page = [(information, 0x8000_0B0E), (qualification, 0x7000)];
+    assert_eq!(text(0, &page), "#PF(0x0), at 0x7000");
+    let step = [(information, 0x8000_0301), (qualification, 0x4001)];
+    assert_eq!(text(0, &step), "#DB, cause: B0, BS");
+    let switch = [(qualification, 1 << 30 | 0x18)];
+    assert_eq!(text(9, &switch), "task switch by IRET to 0x0018");
+    let apic = [(qualification, 0x1390)];
+    assert_eq!(text(44, &apic), "APIC access at 0x390: write");
     assert_eq!(text(99, &[]), "unknown exit reason 99");
 }

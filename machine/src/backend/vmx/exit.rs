@@ -16,7 +16,7 @@ use testudo_vmx::{fields, state};
 use super::apic::APIC_PAGE;
 use super::cache::{self, Cached};
 use super::mode::{LMA, pdptes_are_valid};
-use super::{Processor, Refusal, VmxVcpu};
+use super::{Processor, Refusal, UnsupportedExit, VmxVcpu};
 use crate::vcpu::{MemoryAccess, PortAccess, Vcpu, VcpuError, VmExit};
 
 /// DR7.GD, which a #DB clears (SDM vol. 3B, 18.2.4).
@@ -112,22 +112,11 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
             | Exit::Rsm
             | Exit::Seamcall
             | Exit::Tdcall => VmExit::Forbidden,
-            // A hardware task switch, and what no control asked for.
-            _ if !matches!(self.reason.basic(), BasicReason::Unknown(_)) => {
-                return Err(VcpuError::Unsupported {
-                    reason: self.reason,
-                    qualification: self.processor.get(fields::EXIT_QUALIFICATION)?,
-                });
+            // A hardware task switch, what no control asked for, and what is newer than this.
+            other => {
+                let unsupported = UnsupportedExit::read(other, self.reason, &self.processor)?;
+                return Err(VcpuError::Unsupported(unsupported));
             }
-            _ => VmExit::Unknown {
-                code: u64::from(self.reason.0),
-                info: [
-                    self.processor.get(fields::EXIT_QUALIFICATION)?,
-                    self.processor
-                        .get(fields::IDT_VECTORING_INFORMATION)?
-                        .into(),
-                ],
-            },
         }))
     }
 

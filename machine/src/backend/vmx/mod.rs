@@ -50,6 +50,7 @@ mod shadow;
 #[cfg(test)]
 mod tests;
 mod timer;
+mod unsupported;
 mod vcpu;
 
 use core::cell::Cell;
@@ -74,6 +75,7 @@ use cache::{Cache, Cached};
 use mode::{Imposed, LMA, Mode, PE, read_pdptes};
 use nested::Nested;
 use timer::PreemptionTimer;
+pub use unsupported::UnsupportedExit;
 
 pub use nested::{Flusher, NestedParts};
 pub use processor::{Level, Processor, ResidentMsrs, ThisProcessor};

@@ -642,7 +642,7 @@ fn int1_and_alignment_checks_go_back_as_they_were() {
     vcpu.run_out();
     assert_eq!(vcpu.last_injected(), 0x8000_0501);
     assert_eq!(vcpu.hardware(fields::ENTRY_INSTRUCTION_LENGTH), 1);
-    let mut vcpu = super::tests::vcpu();
+    let mut vcpu = vcpu_on(&fixtures::skylake_sp());
     vcpu.guest_moves_to(0, 0x11);
     vcpu.will(|vmcs, _| exception(vmcs, 0x8000_0B11, 0));
     vcpu.run_out();
@@ -786,7 +786,7 @@ fn a_refused_entry_names_the_rule() {
     );
     assert!(text.ends_with("but GUEST_RFLAGS is 0x0"), "{text}");
     // The processor itself finds it after the checks of controls.
-    let mut vcpu = super::tests::vcpu();
+    let mut vcpu = vcpu_on(&fixtures::skylake_sp());
     vcpu.will(|vmcs, _| {
         vmcs.preset(fields::EXIT_REASON, 0x8000_0021);
         vmcs.preset(fields::VMCS_LINK_POINTER, 1);
@@ -794,17 +794,6 @@ fn a_refused_entry_names_the_rule() {
     let error = vcpu.run(&AtomicU32::new(0)).unwrap_err().to_string();
     assert!(error.contains("invalid guest state"), "{error}");
     assert!(error.contains("VMCS_LINK_POINTER is 0x1"), "{error}");
-}
-
-#[test]
-fn a_task_switch_is_an_error_in_words() {
-    let mut vcpu = vcpu();
-    vcpu.will_exit(BasicReason::TaskSwitch, 0x28);
-    let error = vcpu.run(&AtomicU32::new(0)).unwrap_err();
-    assert_eq!(
-        error.to_string(),
-        "the guest exited by «Task switch» (qualification 0x28), which is not supported"
-    );
 }
 
 #[test]
@@ -852,11 +841,31 @@ fn exits_have_the_machines_names() {
     ] {
         assert_eq!(exit_of(reason, 0), VmExit::Forbidden, "{reason}");
     }
-    let unknown = VmExit::Unknown {
-        code: 300,
-        info: [9, 0],
-    };
-    assert_eq!(exit_of(R::Unknown(300), 9), unknown);
+}
+
+#[test]
+fn what_is_not_supported_is_said_in_words() {
+    let mut vcpu = vcpu();
+    vcpu.will(|vmcs, _| {
+        vmcs.preset(fields::GUEST_INTERRUPTIBILITY, 1 << 3);
+        vmcs.preset(fields::IDT_VECTORING_INFORMATION, 0x8000_0202);
+        exit(vmcs, BasicReason::TaskSwitch, 3 << 30 | 0x28);
+    });
+    let error = vcpu.run(&AtomicU32::new(0)).unwrap_err().to_string();
+    for words in [
+        "task switch by a task gate in the IDT to 0x0028",
+        "while NMI was being delivered",
+        "activity: active; blocking: BLOCKING_BY_NMI; pending debug exceptions: none",
+    ] {
+        assert!(error.contains(words), "{error}");
+    }
+    let mut vcpu = vcpu_on(&fixtures::skylake_sp());
+    vcpu.will_exit(BasicReason::Unknown(300), 9);
+    let error = vcpu.run(&AtomicU32::new(0)).unwrap_err().to_string();
+    assert!(
+        error.contains("0x12c") && error.contains("qualification 0x9"),
+        "{error}"
+    );
 }
 
 /// A task priority is one register, whether the guest reaches it as CR8 or through its local APIC.
