@@ -184,6 +184,21 @@ impl Cpuid {
     }
 }
 
+/// The name that a hypervisor, or an emulator, gives itself on the processor that this program runs
+/// on (CPUID 1 ECX bit 31, and leaf 4000_0000h).
+#[cfg(feature = "hw")]
+pub fn hypervisor_signature() -> Option<[u8; 12]> {
+    let leaf = |leaf| raw_cpuid::native_cpuid::cpuid_count(leaf, 0);
+    (leaf(1).ecx >> 31 != 0).then(|| {
+        let name = leaf(0x4000_0000);
+        let mut signature = [0; 12];
+        for (to, from) in signature.chunks_mut(4).zip([name.ebx, name.ecx, name.edx]) {
+            to.copy_from_slice(&from.to_le_bytes());
+        }
+        signature
+    })
+}
+
 impl CpuIdReader for Cpuid {
     fn cpuid2(&self, leaf: u32, subleaf: u32) -> CpuIdResult {
         let [eax, ebx, ecx, edx] = self.query(leaf, subleaf);

@@ -19,9 +19,9 @@ pub enum VmExit {
     Interrupted,
     /// The guest can take the interrupt for which a window was requested.
     InterruptWindow,
-    /// An event is about to be delivered to a guest of the guest's, and an interrupt that ends that
-    /// guest's turn is to follow at once: the host's timer shall fire now, so that the next entry
-    /// delivers the one and is ended by the other.
+    /// An event is about to be delivered, to the guest or to a guest of its own, and an exit is to
+    /// follow at once: the host's timer shall fire now, so that the next entry delivers the event
+    /// and is ended by the interrupt.
     DeliveryDue,
     /// A guest of the guest's was entered in the state that HLT makes: it waits for an event.
     EnteredHalted,

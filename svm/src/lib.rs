@@ -34,6 +34,7 @@ extern crate std;
 pub mod asid;
 pub mod caps;
 pub mod check;
+pub mod defects;
 pub mod event;
 pub mod exit;
 #[cfg(feature = "hw")]
@@ -44,5 +45,6 @@ pub mod vmcb;
 
 pub use asid::Asid;
 pub use caps::SvmCaps;
+pub use defects::Defects;
 pub use exit::Exit;
 pub use vmcb::Vmcb;

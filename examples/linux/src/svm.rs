@@ -5,7 +5,7 @@ use alloc::string::{String, ToString};
 use alloc::sync::Arc;
 use core::fmt;
 
-use testudo_arch::cpuid::Cpuid;
+use testudo_arch::cpuid::{Cpuid, hypervisor_signature};
 use testudo_arch::memory::GuestRam;
 use testudo_arch::{FrameAlloc, Hpa, PageSize};
 use testudo_ept::format::npt::{Npt, NptFlags};
@@ -19,6 +19,7 @@ use testudo_machine::policy::cpuid::XCR0_ALLOWED;
 use testudo_nested::svm::{
     ComposedParts, ComposedStage, Host as NestedHost, NestedSvm, Pages, leaf_8000_000a, offer,
 };
+use testudo_svm::Defects;
 use testudo_svm::caps::{Features, SvmCaps, SvmUnavailable};
 use testudo_svm::hw::{
     EnableError, HeldInterrupts, HostFrames, ResidentRegisters, ResidentUnsupported, Svm, VmcbFrame,
@@ -209,6 +210,7 @@ impl SvmBackend {
             number: number as u32,
             xcr0_valid: (u64::from(high) << 32 | u64::from(low)) & XCR0_ALLOWED,
             has_predictor_barrier: cpuid.query(0x8000_0008, 0)[1] & 1 << 12 != 0,
+            defects: Defects::of(hypervisor_signature().as_ref()),
         };
         // SAFETY: `new` made the tables, which reach `ram` only, and this value keeps them; each
         // vCPU has its processor to itself.

@@ -1,6 +1,6 @@
 //! The local APIC's timer: one interrupt at a time of the TSC.
 
-use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 
 use crate::apic::{self, Register};
 use crate::cpu::{self, features};
@@ -12,8 +12,9 @@ const MASKED: u32 = 1 << 16;
 const MODE_DEADLINE: u32 = 2 << 17;
 const DIVIDE_BY_1: u32 = 0b1011;
 
-/// All processors use the same mode.
+/// All processors use the same mode, and the same vector.
 static DEADLINE: AtomicBool = AtomicBool::new(false);
+static VECTOR: AtomicU8 = AtomicU8::new(0);
 
 /// The deadline of one processor's timer; [`NEVER`] when it has none.
 #[repr(align(64))]
@@ -43,6 +44,7 @@ pub fn start(vector: u8) {
 /// As [`start`], in one-shot mode whatever else the processor has.
 pub fn start_one_shot(vector: u8) {
     DEADLINE.store(false, Ordering::Relaxed);
+    VECTOR.store(vector, Ordering::Relaxed);
     apic::write(Register::Divide, DIVIDE_BY_1);
     apic::write(Register::LvtTimer, u32::from(vector));
 }
@@ -69,7 +71,12 @@ fn set(deadline: u64) {
         // SAFETY: `start` found the mode, and the register only raises the timer's vector.
         unsafe { msr::write(TSC_DEADLINE, deadline.max(1)) };
     } else {
-        let ticks = time::tsc_to_apic(deadline.saturating_sub(time::tsc()));
+        let Some(left) = deadline.checked_sub(time::tsc()) else {
+            // The counter would take a moment.
+            apic::write(Register::InitialCount, 0);
+            return apic::send_ipi(cpu::current_id(), VECTOR.load(Ordering::Relaxed));
+        };
+        let ticks = time::tsc_to_apic(left);
         apic::write(
             Register::InitialCount,
             ticks.clamp(1, u64::from(u32::MAX)) as u32,

@@ -26,6 +26,8 @@ use testudo_nested::svm::{NoSecondStage, PhysicalEvent, SecondStage};
 use testudo_svm::Vmcb;
 use testudo_svm::asid::{AsidPool, AsidSlot};
 use testudo_svm::caps::{Features, SvmCaps};
+use testudo_svm::defects::Defects;
+use testudo_svm::event::RawEvent;
 use testudo_svm::exit::ExitCode;
 use testudo_svm::hw::{GuestRegisters, HeldInterrupts, VmcbFrame};
 use testudo_svm::intercept::{CrIntercepts, ExceptionIntercepts, Misc1, Misc2, Misc3};
@@ -118,8 +120,13 @@ pub struct SvmVcpu<'a, M, S = NoSecondStage> {
     unmasking_iret: Option<u64>,
     /// The interrupt that the machine wants a window for.
     window: Option<AwaitedInterrupt>,
-    /// L2's next entry delivers an event, and is to end right after it.
+    /// The next entry delivers an event, and is to end right after it.
     delivery_due: bool,
+    /// The machine has been told so, and an interrupt of the host's waits for the entry.
+    ends_next: bool,
+    /// Every entry that delivers an interrupt is such a one
+    /// ([`Defects::REPEATS_INTERRUPTS`]).
+    ends_deliveries: bool,
 }
 
 /// The processor that a vCPU runs on, and what it may use there.
@@ -138,6 +145,8 @@ pub struct SvmPlace<'a> {
     pub xcr0_valid: u64,
     /// Whether the processor has IBPB (CPUID 8000_0008h EBX bit 12).
     pub has_predictor_barrier: bool,
+    /// What the processor does wrong.
+    pub defects: Defects,
 }
 
 impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
@@ -198,6 +207,8 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
             unmasking_iret: None,
             window: None,
             delivery_due: false,
+            ends_next: false,
+            ends_deliveries: place.defects.contains(Defects::REPEATS_INTERRUPTS),
         };
         vcpu.set_system(&SystemRegisters::reset());
         vcpu
@@ -219,6 +230,15 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
             Some(nested) if nested.state.is_guest() => nested.state.vmcb02_mut(),
             _ => &mut self.vmcb01,
         }
+    }
+
+    /// Whether the machine is to be told first that the next entry delivers an event and ends.
+    #[inline]
+    fn is_delivery_due(&mut self) -> bool {
+        let wanted = core::mem::take(&mut self.delivery_due)
+            || self.ends_deliveries && is_interrupt(self.vmcb().event_inj());
+        self.ends_next = wanted && !self.ends_next;
+        self.ends_next
     }
 
     /// EFER as the guest writes it: LMA stays what the processor made it, and LME cannot change
@@ -300,15 +320,14 @@ impl<M: GuestMemory, S: SecondStage> Vcpu for SvmVcpu<'_, M, S> {
         loop {
             // Interrupts are held back: what comes after this test makes the guest exit at once.
             if requests.load(Ordering::Acquire) != 0 {
+                self.ends_next = false;
                 return Ok(VmExit::Interrupted);
             }
+            if self.is_delivery_due() {
+                return Ok(VmExit::DeliveryDue);
+            }
             let exit = match &self.nested {
-                Some(nested) if nested.state.is_guest() => {
-                    if core::mem::take(&mut self.delivery_due) {
-                        return Ok(VmExit::DeliveryDue);
-                    }
-                    self.run_l2()
-                }
+                Some(nested) if nested.state.is_guest() => self.run_l2(),
                 _ => {
                     if self.shadow.is_some() {
                         self.shadow_failure()?;
@@ -581,6 +600,13 @@ impl<M: GuestMemory, S: SecondStage> Vcpu for SvmVcpu<'_, M, S> {
             vmcb02.set_tsc_offset(vmcb02.tsc_offset().wrapping_add(moved));
         }
     }
+}
+
+/// Whether an event to inject is an external interrupt.
+#[inline]
+fn is_interrupt(event: RawEvent) -> bool {
+    const TYPE: u64 = 7 << 8;
+    event.is_valid() && event.0 & TYPE == 0
 }
 
 /// Whether nothing stands in the way of an event: no shadow, and no other event.

@@ -17,6 +17,12 @@ pub(super) fn run(tally: &mut Tally, full: bool) -> Result<()> {
             "nested::kvm_with_shadow_paging_runs_linux",
             status_of("kvm", &["--shadow"]),
         );
+        // An interrupt that is delivered twice, or a timer that comes early and is forgotten, shows
+        // only with several processors.
+        tally.check(
+            "nested::kvm_with_two_processors_runs_linux",
+            status_of(&["--vcpus", "2"]),
+        );
         tally.check(
             "nested::two_kvms_side_by_side",
             status_of("kvm", &["--guests", "2"]),

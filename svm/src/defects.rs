@@ -1,0 +1,42 @@
+//! What processors do otherwise than the manual says, where a hypervisor must know it to be right or
+//! safe on them. So far these are emulated processors.
+
+use bitflags::bitflags;
+
+bitflags! {
+    /// Defects of a processor.
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+    pub struct Defects: u8 {
+        /// An external interrupt that VMRUN injects (EVENTINJ, type 0) can be delivered a second
+        /// time, whatever RFLAGS.IF says then, unless the guest exits at once after the first.
+        ///
+        /// QEMU's `helper_vmrun` delivers it itself and leaves its number behind as an exception that
+        /// is still to be raised. An exit, or another event, takes it back; what raises it is the end
+        /// of the emulator's own turn for the processor, so it is seen with several processors.
+        const REPEATS_INTERRUPTS = 1;
+    }
+}
+
+impl Defects {
+    /// Those of the processor on which a hypervisor or an emulator has this name; of a processor
+    /// itself none are known.
+    pub const fn of(signature: Option<&[u8; 12]>) -> Self {
+        match signature {
+            // Seen in version 7.2, and in the sources of later ones.
+            Some(b"TCGTCGTCGTCG") => Self::REPEATS_INTERRUPTS,
+            _ => Self::empty(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn defects_go_by_the_name() {
+        assert!(Defects::of(Some(b"TCGTCGTCGTCG")).contains(Defects::REPEATS_INTERRUPTS));
+        assert!(Defects::of(Some(b"KVMKVMKVM\0\0\0")).is_empty());
+        assert!(Defects::of(None).is_empty());
+    }
+}
