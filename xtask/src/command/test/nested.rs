@@ -21,7 +21,7 @@ pub(super) fn run(tally: &mut Tally, full: bool) -> Result<()> {
         // only with several processors.
         tally.check(
             "nested::kvm_with_two_processors_runs_linux",
-            status_of(&["--vcpus", "2"]),
+            status_of("kvm", &["--vcpus", "2"]),
         );
         tally.check(
             "nested::two_kvms_side_by_side",
