@@ -1,6 +1,8 @@
 //! How everything reaches memory: guest memory by copy, table frames by atomic entry.
 
+use core::fmt;
 use core::ops::Range;
+use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use arrayvec::ArrayVec;
@@ -89,6 +91,12 @@ pub trait GuestMemory {
     /// Whether all of `len` bytes at `gpa` are memory that can be read.
     fn contains(&self, gpa: Gpa, len: u64) -> bool;
 
+    /// Brings in the page at `gpa`, where the guest has memory that is away at the moment.
+    fn bring_in(&self, gpa: Gpa) -> BroughtIn {
+        let _ = gpa;
+        BroughtIn::NothingAway
+    }
+
     /// The aligned 64-bit word at `gpa`, to be looked at again and again; `None` if there is no
     /// memory, it is misaligned, or this kind of memory has no such words.
     ///
@@ -160,7 +168,43 @@ pub trait GuestMemory {
     }
 }
 
+/// What came of [`GuestMemory::bring_in`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BroughtIn {
+    /// No memory of the guest's is away there: what stopped an access is something else.
+    NothingAway,
+    /// The page is there: an access to it is to be tried again.
+    Present,
+    /// It is the guest's to use, and the host has none to give.
+    NoneLeft,
+}
+
+/// Finds the pages of a range of guest memory that come and go: a balloon's, a memory device's.
+///
+/// # Safety
+///
+/// What [`Self::page`] returns is the first of [`PAGE_SIZE`] bytes, aligned to as many, which can be read
+/// and written until the processor that asked next says that it has no such address any more (a
+/// vCPU's loop says so between two exits, see the machine's `Shootdown`). No reference into the
+/// page exists.
+#[allow(
+    unsafe_code,
+    reason = "memory is dereferenced on an implementation's word"
+)]
+pub unsafe trait Pager: Send + Sync {
+    /// Where the page at `gpa` is, which is brought in if it is away. `None` if the guest has no
+    /// memory there, or the host has none left.
+    fn page(&self, gpa: Gpa) -> Option<NonNull<u8>>;
+
+    /// Whether the guest has memory at `gpa`, here or away.
+    fn is_memory(&self, gpa: Gpa) -> bool;
+}
+
 impl<M: GuestMemory + ?Sized> GuestMemory for &M {
+    #[inline]
+    fn bring_in(&self, gpa: Gpa) -> BroughtIn {
+        (**self).bring_in(gpa)
+    }
     #[inline]
     fn read(&self, gpa: Gpa, buf: &mut [u8]) -> Result<(), MemoryFault> {
         (**self).read(gpa, buf)
@@ -355,7 +399,25 @@ impl Region {
     }
 }
 
-/// Guest memory made of a few ranges that this program has mapped, looked up in order.
+/// A range of guest memory whose pages come and go.
+#[derive(Clone, Copy)]
+struct Paged {
+    gpa: u64,
+    len: u64,
+    pager: &'static dyn Pager,
+}
+
+impl fmt::Debug for Paged {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Paged")
+            .field("gpa", &self.gpa)
+            .field("len", &self.len)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Guest memory made of a few ranges that this program has mapped, looked up in order, and of
+/// others whose pages come and go.
 ///
 /// ```
 /// use testudo_arch::memory::{GuestMemory, GuestRam};
@@ -372,6 +434,7 @@ impl Region {
 #[derive(Clone, Debug, Default)]
 pub struct GuestRam {
     regions: ArrayVec<Region, { GuestRam::MAX_REGIONS }>,
+    paged: ArrayVec<Paged, { GuestRam::MAX_PAGED }>,
 }
 
 /// A range that cannot be added to a [`GuestRam`].
@@ -405,11 +468,14 @@ mod ram {
     impl GuestRam {
         /// The largest number of ranges.
         pub const MAX_REGIONS: usize = 8;
+        /// The largest number of ranges whose pages come and go.
+        pub const MAX_PAGED: usize = 4;
 
         /// Guest memory without any range.
         pub const fn new() -> Self {
             Self {
                 regions: ArrayVec::new_const(),
+                paged: ArrayVec::new_const(),
             }
         }
 
@@ -432,11 +498,7 @@ mod ram {
             len: u64,
             writable: bool,
         ) -> Result<(), AddRegionError> {
-            let end = gpa.checked_add(len).ok_or(AddRegionError::Overlap(gpa))?.0;
-            let overlaps = |r: &Region| gpa.0 < r.gpa + r.len && r.gpa < end;
-            if len == 0 || self.regions.iter().any(overlaps) {
-                return Err(AddRegionError::Overlap(gpa));
-            }
+            self.check_room(gpa, len)?;
             if (pointer as u64 ^ gpa.0) & 7 != 0 {
                 return Err(AddRegionError::Misaligned(gpa));
             }
@@ -451,7 +513,45 @@ mod ram {
                 .map_err(|_| AddRegionError::TooMany)
         }
 
-        /// The ranges as (first address, length in bytes, writable), in the order of addition.
+        /// Adds `len` bytes at `gpa` whose pages `pager` finds.
+        ///
+        /// Accesses take longer than to other ranges, and [`GuestMemory::word`] finds none here.
+        ///
+        /// # Errors
+        ///
+        /// The range overlaps another, is empty, wraps, or is not made of whole pages; or there
+        /// are [`Self::MAX_PAGED`] already.
+        pub fn add_paged(
+            &mut self,
+            gpa: Gpa,
+            len: u64,
+            pager: &'static dyn Pager,
+        ) -> Result<(), AddRegionError> {
+            self.check_room(gpa, len)?;
+            if (gpa.0 | len) & (PAGE_SIZE - 1) != 0 {
+                return Err(AddRegionError::Misaligned(gpa));
+            }
+            let range = Paged {
+                gpa: gpa.0,
+                len,
+                pager,
+            };
+            let added = self.paged.try_push(range);
+            added.map_err(|_| AddRegionError::TooMany)
+        }
+
+        fn check_room(&self, gpa: Gpa, len: u64) -> Result<(), AddRegionError> {
+            let end = gpa.checked_add(len).ok_or(AddRegionError::Overlap(gpa))?.0;
+            let fixed = self.regions.iter().map(|r| (r.gpa, r.len));
+            let mut all = fixed.chain(self.paged.iter().map(|r| (r.gpa, r.len)));
+            if len == 0 || all.any(|(first, len)| gpa.0 < first + len && first < end) {
+                return Err(AddRegionError::Overlap(gpa));
+            }
+            Ok(())
+        }
+
+        /// The ranges as (first address, length in bytes, writable), in the order of addition,
+        /// without those whose pages come and go.
         pub fn ranges(&self) -> impl Iterator<Item = (Gpa, u64, bool)> + '_ {
             self.regions.iter().map(|r| (Gpa(r.gpa), r.len, r.writable))
         }
@@ -476,6 +576,23 @@ mod ram {
 
         #[inline(never)]
         fn search(&self, gpa: Gpa, len: u64, write: bool) -> Result<*mut u8, MemoryFault> {
+            match self.search_fixed(gpa, len, write) {
+                Err(MemoryFault {
+                    kind: FaultKind::NotMemory,
+                    ..
+                }) if !self.paged.is_empty() => match self.locate_part(gpa, len, write)? {
+                    (place, part) if part == len => Ok(place),
+                    _ => Err(MemoryFault {
+                        gpa,
+                        len,
+                        kind: FaultKind::NotMemory,
+                    }),
+                },
+                found => found,
+            }
+        }
+
+        fn search_fixed(&self, gpa: Gpa, len: u64, write: bool) -> Result<*mut u8, MemoryFault> {
             let found = self
                 .regions
                 .iter()
@@ -497,7 +614,14 @@ mod ram {
             }
         }
 
-        /// Where `len` bytes from `gpa` begin here, and how many of them lie in one range.
+        /// The range of pages that come and go in which `gpa` lies.
+        fn paged_at(&self, gpa: Gpa) -> Option<&Paged> {
+            let mut ranges = self.paged.iter();
+            ranges.find(|r| gpa.0.wrapping_sub(r.gpa) < r.len)
+        }
+
+        /// Where `len` bytes from `gpa` begin here, and how many of them lie in one range, or in
+        /// one page if it comes and goes.
         fn locate_part(
             &self,
             gpa: Gpa,
@@ -518,6 +642,12 @@ mod ram {
                     return Ok((region.pointer.wrapping_add(offset as usize), part));
                 }
             }
+            let offset = gpa.0 & (PAGE_SIZE - 1);
+            let page = self.paged_at(gpa).map(|range| range.pager);
+            if let Some(page) = page.and_then(|pager| pager.page(Gpa(gpa.0 - offset))) {
+                let part = len.min(PAGE_SIZE - offset);
+                return Ok((page.as_ptr().wrapping_add(offset as usize), part));
+            }
             Err(MemoryFault {
                 gpa,
                 len,
@@ -534,21 +664,33 @@ mod ram {
             write: bool,
             mut copy: impl FnMut(*mut u8, usize, usize),
         ) -> Result<(), MemoryFault> {
-            let mut parts = ArrayVec::<_, { GuestRam::MAX_REGIONS }>::new();
+            self.walk(gpa, len, |at, left| {
+                self.locate_part(at, left, write).map(|(_, part)| part)
+            })?;
+            let mut start = 0;
+            self.walk(gpa, len, |at, left| {
+                let (place, part) = self.locate_part(at, left, write)?;
+                copy(place, start as usize, part as usize);
+                start += part;
+                Ok(part)
+            })
+        }
+
+        /// Visits an access part by part: `part` is given the rest and says how much of it it took.
+        fn walk(
+            &self,
+            gpa: Gpa,
+            len: u64,
+            mut part: impl FnMut(Gpa, u64) -> Result<u64, MemoryFault>,
+        ) -> Result<(), MemoryFault> {
             let mut done = 0;
             while done < len {
-                let at = gpa.checked_add(done);
-                let at = at.ok_or(MemoryFault {
+                let at = gpa.checked_add(done).ok_or(MemoryFault {
                     gpa,
                     len,
                     kind: FaultKind::NotMemory,
                 })?;
-                let part = self.locate_part(at, len - done, write)?;
-                done += part.1;
-                parts.push((part.0, done - part.1, part.1));
-            }
-            for (pointer, start, len) in parts {
-                copy(pointer, start as usize, len as usize);
+                done += part(at, len - done)?;
             }
             Ok(())
         }
@@ -648,14 +790,33 @@ mod ram {
 
         #[inline]
         fn word(&self, gpa: Gpa) -> Option<&AtomicU64> {
-            let pointer = self.atomic::<u64>(gpa, false).ok()?;
-            // SAFETY: as for a load; the memory stays as long as this value, whose lifetime the
+            // What may go must be looked up each time.
+            if gpa.0 & 7 != 0 {
+                return None;
+            }
+            let pointer = self.search_fixed(gpa, 8, false).ok()?.cast();
+            // SAFETY: as for a load, alignment included; the memory stays as long as this value, whose lifetime the
             // reference has.
             Some(unsafe { AtomicU64::from_ptr(pointer) })
         }
 
+        fn bring_in(&self, gpa: Gpa) -> BroughtIn {
+            let page = Gpa(gpa.0 & !(PAGE_SIZE - 1));
+            match self.paged_at(page) {
+                Some(range) if range.pager.page(page).is_some() => BroughtIn::Present,
+                Some(range) if range.pager.is_memory(page) => BroughtIn::NoneLeft,
+                _ => BroughtIn::NothingAway,
+            }
+        }
+
         fn contains(&self, gpa: Gpa, len: u64) -> bool {
-            len == 0 || self.for_each_part(gpa, len, false, |_, _, _| {}).is_ok()
+            let parts = self.walk(gpa, len, |at, left| match self.paged_at(at) {
+                Some(range) if range.pager.is_memory(Gpa(at.0 & !(PAGE_SIZE - 1))) => {
+                    Ok(left.min(PAGE_SIZE - (at.0 & (PAGE_SIZE - 1))))
+                }
+                _ => self.locate_part(at, left, false).map(|(_, part)| part),
+            });
+            parts.is_ok()
         }
 
         #[inline(always)]

@@ -25,6 +25,7 @@ pub mod host;
 pub mod irq;
 pub mod layout;
 pub mod machine;
+pub mod paged;
 pub mod paging;
 pub mod policy;
 pub mod run;

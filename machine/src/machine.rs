@@ -18,13 +18,15 @@ use crate::emulate;
 use crate::host::Host;
 use crate::irq::{Irqchip, Lapic, LapicFeatures, request};
 use crate::layout::{Layout, LayoutError};
+use crate::paged::{FORGET, Shootdown};
 use crate::policy::cpuid::{CpuidConfig, CpuidTable, for_guest};
 use crate::stop::Stop;
 use crate::virtio::{AttachError, Devices};
 
 /// The request by which a machine that stops makes its vCPUs look up.
 const STOP: u32 = 1 << 31;
-const _: () = assert!(STOP & request::MACHINE != 0 && STOP != request::DEVICE_TIMERS);
+const _: () =
+    assert!(STOP & request::MACHINE != 0 && STOP & (request::DEVICE_TIMERS | FORGET) == 0);
 
 /// What a machine is to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,6 +60,14 @@ pub enum BuildError {
     /// A virtio device that finds no place.
     #[error(transparent)]
     Attach(#[from] AttachError),
+    /// Memory that comes and goes is another machine's.
+    #[error("the shootdown is for {expected} vCPUs, the machine has {vcpus}")]
+    Shootdown {
+        /// The vCPUs that it is for.
+        expected: usize,
+        /// The machine's.
+        vcpus: usize,
+    },
     /// The ACPI tables do not fit.
     #[error(transparent)]
     Acpi(#[from] acpi::AcpiError),
@@ -75,6 +85,8 @@ pub struct Machine<M> {
     pub(crate) power: Arc<PowerSignal>,
     pub(crate) cpuid: CpuidTable,
     guest_cpuid: Cpuid,
+    /// What tells the vCPUs to forget translations, if any of the memory comes and goes.
+    pub(crate) shootdown: Option<Arc<Shootdown>>,
     /// When the time is up, in the host's nanoseconds.
     pub(crate) end: Option<u64>,
     pub(crate) physical_bits: u8,
@@ -171,6 +183,7 @@ impl<M: GuestMemory> Machine<M> {
             power,
             cpuid: CpuidTable::new(&guest_cpuid),
             guest_cpuid,
+            shootdown: None,
             end,
             physical_bits,
             console: board.console,
@@ -180,6 +193,22 @@ impl<M: GuestMemory> Machine<M> {
             stop: spin::Mutex::new(None),
         };
         Ok((machine, lapics))
+    }
+
+    /// Has the vCPUs forget translations when pages of [`PagedMemory`](crate::paged::PagedMemory)
+    /// go.
+    ///
+    /// # Errors
+    ///
+    /// It was made for another number of vCPUs.
+    pub fn with_shootdown(mut self, shootdown: Arc<Shootdown>) -> Result<Self, BuildError> {
+        let (expected, vcpus) = (shootdown.vcpus(), self.irqchip.vcpus());
+        if expected != vcpus {
+            return Err(BuildError::Shootdown { expected, vcpus });
+        }
+        shootdown.connect(&self.irqchip);
+        self.shootdown = Some(shootdown);
+        Ok(self)
     }
 
     /// Places a kernel in memory; vCPU 0 then begins in the state that this gives.

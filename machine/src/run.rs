@@ -4,6 +4,7 @@
 //! its model-specific registers. Before each entry the loop looks at one atomic word; if it is
 //! zero and nothing happened that could matter, it enters at once.
 
+use testudo_arch::memory::BroughtIn;
 use testudo_arch::regs::{Gprs, SystemRegisters};
 use testudo_arch::segment::SegmentAttributes;
 use testudo_arch::{Event, Gpa, GuestMemory, Msr, Segment};
@@ -15,6 +16,7 @@ use crate::guest_cpu::GuestCpu;
 use crate::host::Host;
 use crate::irq::{Lapic, request};
 use crate::machine::Machine;
+use crate::paged::FORGET;
 use crate::policy::cpuid::CpuidState;
 use crate::policy::msr::MsrPolicy;
 use crate::stats::ExitStats;
@@ -159,11 +161,12 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
     fn service(&mut self) {
         self.attention = false;
         self.lapic.sync();
+        let handled = request::DEVICE_TIMERS | FORGET;
         let requests = self.lapic.requests();
-        requests.fetch_and(
-            !request::DEVICE_TIMERS,
-            core::sync::atomic::Ordering::Acquire,
-        );
+        let requests = requests.fetch_and(!handled, core::sync::atomic::Ordering::Acquire);
+        if requests & FORGET != 0 {
+            self.forget_memory();
+        }
         self.poll_timers();
         if self.lapic.take_init() {
             self.init();
@@ -178,6 +181,20 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
             self.deliver();
         }
         self.set_timer();
+    }
+
+    /// Memory was taken from the guest: neither this vCPU nor its processor knows it any more.
+    #[cold]
+    fn forget_memory(&mut self) {
+        let Some(shootdown) = &self.machine.shootdown else {
+            return;
+        };
+        // What is forgotten is everything from before this number.
+        let last = shootdown.last();
+        match self.vcpu.forget_memory() {
+            Ok(()) => shootdown.acknowledge(self.index, last),
+            Err(error) => self.fail(StopReason::Backend(error)),
+        }
     }
 
     /// Lets due timers fire, and finds out when the next is due.
@@ -484,6 +501,12 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
     }
 
     fn memory(&mut self, access: MemoryAccess) {
+        let away = self.vcpu.translate(access.gpa);
+        match away.map(|gpa| (gpa, self.machine.memory.bring_in(gpa))) {
+            None | Some((_, BroughtIn::NothingAway)) => {}
+            Some((_, BroughtIn::Present)) => return,
+            Some((gpa, BroughtIn::NoneLeft)) => return self.fail(StopReason::OutOfMemory(gpa)),
+        }
         if access.fetch && !self.machine.mmio.claims(access.gpa.0) {
             return self.fail(StopReason::FetchOutsideMemory(access.gpa));
         }

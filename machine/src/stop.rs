@@ -35,6 +35,9 @@ pub enum StopReason {
     /// Code was to be fetched from where no memory is.
     #[error("the guest executes at {0}, where no memory is")]
     FetchOutsideMemory(Gpa),
+    /// The guest touched memory that is its own, and the host has none left for it.
+    #[error("the host has no memory left for the guest's page at {0}")]
+    OutOfMemory(Gpa),
     /// An instruction accessed a device in a way that the emulator does not know.
     #[error("the instruction at RIP accesses a device and cannot be emulated: {bytes:02x?}")]
     Unemulated {

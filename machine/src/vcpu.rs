@@ -289,6 +289,15 @@ pub trait Vcpu {
     /// INVLPG, on a backend that intercepts it.
     fn invalidate_page(&mut self, _address: Gva) {}
 
+    /// Has the processor forget all translations of guest-physical addresses, those for guests of
+    /// the guest's included, before the guest runs again: memory was taken away. Others may get
+    /// that memory on the strength of this.
+    ///
+    /// # Errors
+    ///
+    /// The processor refuses: the guest must not run again.
+    fn forget_memory(&mut self) -> Result<(), VcpuError>;
+
     /// CR8 as the guest left it: the task priority, 0 to 15.
     fn task_priority(&self) -> u8;
 

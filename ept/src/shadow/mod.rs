@@ -78,6 +78,13 @@ impl<F: Format<Input = Gpa>, M: FrameAlloc + FrameMem> Backing for PageTable<F, 
     }
 }
 
+impl<B: Backing + ?Sized> Backing for &B {
+    #[inline]
+    fn find(&self, gpa: Gpa) -> Option<Backed> {
+        (**self).find(gpa)
+    }
+}
+
 impl<B: Backing + ?Sized> Backing for Arc<B> {
     #[inline]
     fn find(&self, gpa: Gpa) -> Option<Backed> {

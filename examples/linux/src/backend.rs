@@ -8,6 +8,8 @@ use core::fmt;
 use testudo_arch::apic::ApicPage;
 use testudo_arch::cpuid::Cpuid;
 use testudo_arch::memory::GuestRam;
+use testudo_arch::{Gpa, Hpa};
+use testudo_machine::paged::{Managed, PagedError, Shootdown};
 use testudo_machine::paging::Paging;
 use testudo_machine::{Host, Stop, Vcpu};
 use testudo_svm::caps::SvmUnavailable;
@@ -27,6 +29,10 @@ pub(crate) enum BackendError {
     Vmx(#[from] VmxError),
     #[error("a guest on shadow paging cannot be a hypervisor itself")]
     NoNestingOnShadow,
+    #[error(transparent)]
+    Memory(#[from] PagedError),
+    #[error("memory that comes and goes needs nested paging")]
+    NoManagedMemory,
 }
 
 /// What the processor has.
@@ -103,6 +109,23 @@ impl Backend {
             Self::Svm(svm) => svm.shadow_figures(),
             Self::Vmx(vmx) => vmx.shadow_figures(),
         }
+    }
+
+    /// Guest memory that comes and goes: all there, in frames from `first` on, or none yet.
+    pub(crate) fn manage(
+        &mut self,
+        start: Gpa,
+        len: u64,
+        first: Option<Hpa>,
+        shootdown: Arc<Shootdown>,
+    ) -> Result<&'static dyn Managed, BackendError> {
+        if self.paging() == Paging::Shadow {
+            return Err(BackendError::NoManagedMemory);
+        }
+        Ok(match self {
+            Self::Svm(svm) => svm.manage(start, len, first, shootdown)?,
+            Self::Vmx(vmx) => vmx.manage(start, len, first, shootdown)?,
+        })
     }
 
     /// Puts into `processor` what a guest hypervisor may know of the extension.

@@ -15,6 +15,7 @@ mod backend;
 mod devices;
 mod frames;
 mod host;
+mod memory;
 mod output;
 mod shadow;
 mod svm;
@@ -33,15 +34,17 @@ use testudo_arch::cpuid::Cpuid;
 use testudo_arch::memory::GuestRam;
 use testudo_machine::boot::{BootState, Module};
 use testudo_machine::irq::Lapic;
+use testudo_machine::paged::Shootdown;
 use testudo_machine::paging::{self, Paging};
 use testudo_machine::stats::ExitStats;
-use testudo_machine::{Host, Machine, MachineConfig, Stop, Vcpu, VcpuLoop, layout};
+use testudo_machine::{Host, Machine, MachineConfig, Stop, Vcpu, VcpuLoop};
 use testudo_rt::{self as rt, Boot, println};
 
 use crate::args::Args;
 use crate::backend::{Backend, Work};
 use crate::devices::{Backends, Ethernet, Outside};
 use crate::host::BareMetal;
+use crate::memory::Memory;
 use crate::output::Output;
 
 rt::entry!(main);
@@ -108,8 +111,11 @@ fn prepare(
         return Err("a disk's file belongs to one guest only".into());
     }
     let cpuid = Cpuid::of_this_processor();
-    let ram = reserve(args.memory_mib << 20, &cpuid)?;
-    let mut backend = Backend::new(&cpuid, &ram, args.paging).map_err(|e| e.to_string())?;
+    let mut memory = Memory::reserve(args, &cpuid)?;
+    let mut backend = Backend::new(&cpuid, &memory.ram, args.paging).map_err(|e| e.to_string())?;
+    let shootdown = Shootdown::new(args.vcpus);
+    let managed = memory.manage(&mut backend, args, &shootdown)?;
+    let ram = memory.ram;
     let mut processor = cpuid.clone();
     let shadow = backend.paging() == Paging::Shadow;
     if let Some(lack) = backend.lack() {
@@ -139,7 +145,7 @@ fn prepare(
     let (devices, backends) = devices::build(
         boot,
         args,
-        &ram,
+        managed,
         &Outside {
             guest,
             output: &output,
@@ -155,6 +161,9 @@ fn prepare(
         devices,
     )
     .map_err(|e| e.to_string())?;
+    let machine = machine
+        .with_shootdown(shootdown)
+        .map_err(|e| e.to_string())?;
     if shadow {
         backend.enable_shadow(host, machine.cpuid(), &ram, args.vcpus);
     }
@@ -194,29 +203,6 @@ fn prepare(
         output,
         stop: Mutex::new(None),
     })
-}
-
-/// Takes zeroed memory for the guest, in pieces that large pages can map.
-fn reserve(bytes: u64, cpuid: &Cpuid) -> Result<GuestRam, String> {
-    let width = (cpuid.query(0x8000_0008, 0)[0] as u8).clamp(36, 52);
-    let map = layout::Layout::new(bytes, width).map_err(|e| e.to_string())?;
-    let mut ram = GuestRam::new();
-    for (gpa, len) in map.ram() {
-        let place = [30, 21]
-            .into_iter()
-            .find_map(|shift| rt::memory::reserve_zeroed(len, 1 << shift));
-        let place = place.ok_or_else(|| {
-            format!(
-                "the guest's {} MiB do not fit: {} MiB are free in one piece",
-                bytes >> 20,
-                rt::memory::largest(1 << 21) >> 20
-            )
-        })?;
-        // SAFETY: the range is the guest's for good; nothing here keeps a reference into it.
-        let added = unsafe { ram.add(gpa, place as *mut u8, len, true) };
-        added.map_err(|e| e.to_string())?;
-    }
-    Ok(ram)
 }
 
 /// Runs all vCPUs until their machines stop; the status is that of the first guest that did not end well.

@@ -12,8 +12,8 @@ use testudo_machine::paging::{self, ShadowPaging, ShadowPlace};
 use crate::frames::{FrameStack, Frames};
 
 /// The shadow tables of a guest, and what they cannot know by themselves.
-pub(crate) struct Shadow<F: Format<Input = Gpa>> {
-    pub(crate) tables: ShadowPaging<FrameStack, GuestRam, Arc<PageTable<F, Frames>>>,
+pub(crate) struct Shadow<F: Format<Input = Gpa> + 'static> {
+    pub(crate) tables: ShadowPaging<FrameStack, GuestRam, &'static PageTable<F, Frames>>,
     cr4: u64,
     physical_bits: u8,
 }
@@ -24,7 +24,7 @@ impl<F: Format<Input = Gpa> + Send + Sync> Shadow<F> {
         host: Arc<dyn Host>,
         guest: &Cpuid,
         ram: &GuestRam,
-        table: Arc<PageTable<F, Frames>>,
+        table: &'static PageTable<F, Frames>,
         vcpus: usize,
     ) -> Self {
         let (frames, limit) = (FrameStack::default(), paging::table_limit(ram));

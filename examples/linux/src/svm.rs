@@ -7,13 +7,14 @@ use core::fmt;
 
 use testudo_arch::cpuid::{Cpuid, hypervisor_signature};
 use testudo_arch::memory::GuestRam;
-use testudo_arch::{FrameAlloc, Hpa, PageSize};
+use testudo_arch::{FrameAlloc, Gpa, Hpa, PageSize};
 use testudo_ept::format::npt::{Npt, NptFlags};
 use testudo_ept::{Format, PageTable, Rights};
 use testudo_machine::Host;
 use testudo_machine::backend::svm::{
     Flusher, NestedParts, SvmPlace, SvmTables, SvmVcpu, open_direct_msrs,
 };
+use testudo_machine::paged::{Managed, PagedError, PagedMemory, Shootdown};
 use testudo_machine::paging::Paging;
 use testudo_machine::policy::cpuid::XCR0_ALLOWED;
 use testudo_nested::svm::{
@@ -53,7 +54,8 @@ pub(crate) struct SvmBackend {
     caps: SvmCaps,
     /// What a nested guest hypervisor is told that its processor offers.
     nested_caps: Option<SvmCaps>,
-    table: Arc<PageTable<Npt, Frames>>,
+    table: &'static PageTable<Npt, Frames>,
+    flags: NptFlags,
     paging: Paging,
     /// Whether shadow paging was taken for want of nested paging.
     substituted: bool,
@@ -79,6 +81,7 @@ impl SvmBackend {
         let format = Npt::new(caps.physical_address_bits);
         let flags = format.flags(Rights::all()).unwrap_or(NptFlags::empty());
         let table = PageTable::new(format, Frames).ok_or(SvmError::NoMemory)?;
+        let table: &'static _ = Box::leak(Box::new(table));
         for (gpa, len, _) in ram.ranges() {
             let host = ram.host_pointer(gpa, len).ok_or(SvmError::NoMemory)?;
             let mapped = table.map(gpa, len, Hpa(host as u64), flags);
@@ -95,7 +98,8 @@ impl SvmBackend {
         Ok(Self {
             caps,
             nested_caps: None,
-            table: Arc::new(table),
+            table,
+            flags,
             paging,
             substituted,
             shadow: None,
@@ -124,13 +128,33 @@ impl SvmBackend {
         ram: &GuestRam,
         vcpus: usize,
     ) {
-        let table = self.table.clone();
+        let table = self.table;
         self.shadow = Some(Shadow::new(host, guest, ram, table, vcpus));
     }
 
     /// What shadow paging did, if it was used.
     pub(crate) fn shadow_figures(&self) -> Option<&dyn fmt::Display> {
         self.shadow.as_ref().map(|shadow| &shadow.tables as _)
+    }
+
+    /// Guest memory that comes and goes: all there, in frames from `first` on, or none yet.
+    pub(crate) fn manage(
+        &self,
+        start: Gpa,
+        len: u64,
+        first: Option<Hpa>,
+        shootdown: Arc<Shootdown>,
+    ) -> Result<&'static dyn Managed, PagedError> {
+        let (table, flags) = (self.table, self.flags);
+        // SAFETY: the table is one guest's, whose machine has the shootdown, and the layout gives
+        // each range once; the frames are the guest's, and `Frames` takes any.
+        let pages = unsafe {
+            match first {
+                Some(first) => PagedMemory::resident_at(table, flags, start, len, first, shootdown),
+                None => PagedMemory::unplugged(table, flags, start, len, shootdown),
+            }
+        };
+        Ok(pages?.leak())
     }
 
     /// Puts into `processor` what a guest hypervisor may know of SVM.
@@ -163,7 +187,7 @@ impl SvmBackend {
         let bytes: u64 = ram.ranges().map(|(_, len, _)| len).sum();
         let parts = ComposedParts {
             memory: ram,
-            inner: &*self.table,
+            inner: self.table,
             frames: Frames,
             format: Npt::new(self.caps.physical_address_bits),
             l1_format: Npt::new(l1_caps.physical_address_bits),

@@ -9,13 +9,14 @@ use core::ptr::NonNull;
 use testudo_arch::apic::ApicPage;
 use testudo_arch::cpuid::Cpuid;
 use testudo_arch::memory::GuestRam;
-use testudo_arch::{FrameAlloc, Hpa, PAGE_SIZE, PageSize};
+use testudo_arch::{FrameAlloc, Gpa, Hpa, PAGE_SIZE, PageSize};
 use testudo_ept::format::ept::{Ept, EptFlags};
 use testudo_ept::{Format, PageTable, Rights};
 use testudo_machine::backend::vmx::{
     APIC_PAGE, ApicTables, Controls, Flusher, NestedParts, ThisProcessor, Unsuitable, VmxPlace,
     VmxTables, VmxVcpu, open_direct_msrs, open_x2apic_msrs,
 };
+use testudo_machine::paged::{Managed, PagedError, PagedMemory, Shootdown};
 use testudo_machine::paging::Paging;
 use testudo_machine::policy::cpuid::XCR0_ALLOWED;
 use testudo_machine::{Host, VcpuError};
@@ -68,7 +69,8 @@ pub(crate) struct VmxBackend {
     nested_caps: Option<Box<VmxCaps>>,
     controls: Controls,
     tables: VmxTables,
-    table: Arc<PageTable<Ept, Frames>>,
+    table: &'static PageTable<Ept, Frames>,
+    flags: EptFlags,
     /// Why shadow paging was taken, though nobody asked for it.
     lack: Option<Unsuitable>,
     shadow: Option<Shadow<Ept>>,
@@ -139,7 +141,8 @@ impl VmxBackend {
             // Only software looks at the table.
             Ept::new(caps.processor.physical_address_bits)
         };
-        let table = map(format, ram)?;
+        let flags = format.flags(Rights::all()).unwrap_or(EptFlags::empty());
+        let table: &'static _ = Box::leak(Box::new(map(format, ram)?));
         let mut msr_bitmap = Box::new(MsrBitmap::all_exit());
         open_direct_msrs(&mut msr_bitmap);
         let apic = match controls.virtual_apic {
@@ -156,7 +159,8 @@ impl VmxBackend {
             nested_caps: None,
             controls,
             tables,
-            table: Arc::new(table),
+            table,
+            flags,
             lack,
             shadow: None,
             msr_bitmap,
@@ -186,7 +190,7 @@ impl VmxBackend {
         let bytes: u64 = ram.ranges().map(|(_, len, _)| len).sum();
         let parts = ComposedParts {
             memory: ram,
-            inner: &*self.table,
+            inner: self.table,
             frames: Frames,
             format: format(&self.caps),
             l1_format: format(caps),
@@ -229,13 +233,35 @@ impl VmxBackend {
         ram: &GuestRam,
         vcpus: usize,
     ) {
-        let table = self.table.clone();
+        let table = self.table;
         self.shadow = Some(Shadow::new(host, guest, ram, table, vcpus));
     }
 
     /// What shadow paging did, if it was used.
     pub(crate) fn shadow_figures(&self) -> Option<&dyn fmt::Display> {
         self.shadow.as_ref().map(|shadow| &shadow.tables as _)
+    }
+
+    /// Guest memory that comes and goes: all there, in frames from `first` on, or none yet.
+    pub(crate) fn manage(
+        &mut self,
+        start: Gpa,
+        len: u64,
+        first: Option<Hpa>,
+        shootdown: Arc<Shootdown>,
+    ) -> Result<&'static dyn Managed, PagedError> {
+        // The tables for a guest whose local APIC the processor virtualizes do not follow.
+        self.controls.virtual_apic = false;
+        let (table, flags) = (self.table, self.flags);
+        // SAFETY: the table is one guest's, whose machine has the shootdown, and the layout gives
+        // each range once; the frames are the guest's, and `Frames` takes any.
+        let pages = unsafe {
+            match first {
+                Some(first) => PagedMemory::resident_at(table, flags, start, len, first, shootdown),
+                None => PagedMemory::unplugged(table, flags, start, len, shootdown),
+            }
+        };
+        Ok(pages?.leak())
     }
 
     /// Turns VMX on for this processor and makes a vCPU on it, whose local APIC has this page.

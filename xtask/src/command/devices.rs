@@ -48,7 +48,12 @@ pub(crate) struct Devices {
     /// Random numbers; there are some in any case, but with --no-virtio
     #[arg(long)]
     rng: bool,
-    /// A memory balloon, which asks for so many MiB at the start
+    /// Memory that can be plugged while the guest runs, all of which it is asked to take at the start; with
+    /// --vsock, a line "mem MIB" to the host's port 9 asks for another amount
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
+    mem: Option<u64>,
+    /// A memory balloon, which asks for so many MiB at the start; with --vsock, a line "balloon MIB" to the
+    /// host's port 9 asks for another amount, and a line "report" says what the guest has
     #[arg(long, value_name = "MIB", num_args = 0..=1, default_missing_value = "0")]
     balloon: Option<u64>,
     /// Sockets between guest and host: the host is number 2 and echoes on port 7
@@ -165,6 +170,10 @@ impl Devices {
             let bytes: usize = shared.iter().map(|(_, data)| data.len()).sum();
             memory += (bytes as u64 >> 20) + 1;
         }
+        if let Some(mib) = self.mem {
+            device(&format!(" mem={mib}"), "virtio_mem");
+            memory += mib;
+        }
         if let Some(mib) = self.balloon {
             device(&format!(" balloon={mib}"), "virtio_balloon");
         }
@@ -188,6 +197,7 @@ impl Devices {
     pub(crate) fn asked_for(&self) -> bool {
         !self.disks.is_empty()
             || self.balloon.is_some()
+            || self.mem.is_some()
             || self.share.is_some()
             || self.vsock
             || self.rng
@@ -307,6 +317,11 @@ mod tests {
         );
         assert!(words(&["--balloon", "64", "--queues", "2"]).ends_with(" balloon=64 queues=2"));
         assert!(!words(&["--net", "none"]).contains(" net"));
+        let with_mem = plan(&["--no-virtio", "--mem", "128"]);
+        assert_eq!(
+            (with_mem.memory, &*with_mem.words),
+            (128, " transport=pci mem=128 queues=1")
+        );
         let with_iommu = plan(&["--iommu"]);
         assert!(
             with_iommu

@@ -27,12 +27,14 @@ pub(crate) struct DeviceArgs {
     pub(crate) iommu: bool,
     /// `scratch=MIB`: an empty disk of this size.
     pub(crate) scratch_mib: Option<u64>,
+    /// `mem=MIB`: memory that can be plugged, all of which the guest is asked to take at the start.
+    pub(crate) mem_mib: Option<u64>,
     /// `balloon=MIB`: a balloon, and what the guest is asked to give up at the start.
     pub(crate) balloon_mib: Option<u64>,
 }
 
 impl DeviceArgs {
-    pub(crate) const USAGE: &str = "transport=mmio|pci packed queues=N console rng net switch vsock share iommu scratch=MIB balloon=MIB";
+    pub(crate) const USAGE: &str = "transport=mmio|pci packed queues=N console rng net switch vsock share iommu scratch=MIB mem=MIB balloon=MIB";
     /// The most queues of a device.
     const MAX_QUEUES: u16 = 32;
 
@@ -49,6 +51,7 @@ impl DeviceArgs {
         share: false,
         iommu: false,
         scratch_mib: None,
+        mem_mib: None,
         balloon_mib: None,
     };
 
@@ -72,6 +75,10 @@ impl DeviceArgs {
             },
             ("scratch", size) => match mib(size) {
                 Some(size) if size > 0 => self.scratch_mib = Some(size),
+                _ => return false,
+            },
+            ("mem", size) => match mib(size) {
+                Some(size) if size > 0 => self.mem_mib = Some(size),
                 _ => return false,
             },
             ("balloon", size) => match mib(size) {

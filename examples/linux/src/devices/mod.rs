@@ -5,16 +5,15 @@ mod console;
 mod disk;
 mod entropy;
 mod ethernet;
+mod memory;
 
 use alloc::boxed::Box;
 use alloc::format;
 use alloc::string::String;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
-use core::sync::atomic::{AtomicU64, Ordering};
 
 use testudo_arch::memory::GuestRam;
-use testudo_arch::{Gpa, PAGE_SIZE};
 use testudo_machine::virtio::{DeviceHandle, Devices, IommuRef};
 use testudo_rt::{self as rt, Boot, println};
 use testudo_virtio::Device;
@@ -22,8 +21,7 @@ use testudo_virtio::backend::{
     BlockBackend, EchoHost, MemoryTree, ReadOnlyImage, UserHost, UserOptions,
 };
 use testudo_virtio::device::{
-    Balloon, BalloonBackend, BalloonControl, Blk, BlkOptions, Console, Fs, IommuMemory, Net,
-    NetOptions, Rng, Vsock,
+    Blk, BlkOptions, Console, Fs, IommuMemory, Net, NetOptions, Rng, Vsock,
 };
 use testudo_virtio::transport::Options;
 
@@ -31,7 +29,9 @@ use self::args::DeviceArgs;
 use self::console::Keyboard;
 use self::disk::Disk;
 pub(crate) use self::ethernet::Ethernet;
+use self::memory::{Operator, Services};
 use crate::args::Args;
+use crate::memory::ManagedMemory;
 use crate::output::Output;
 
 /// Memory that changed blocks of disks leave to the rest of this program.
@@ -42,8 +42,6 @@ const GUEST_CID: u64 = 3;
 const ECHO_PORT: u32 = 7;
 /// The name by which the guest mounts what is shared with it.
 const SHARE_TAG: &str = "host";
-/// The statistics of a balloon that are shown (VIRTIO 1.3, 5.5.6.3).
-const FREE_MEMORY: u16 = 4;
 
 /// The devices' other side.
 pub(crate) struct Backends {
@@ -52,7 +50,7 @@ pub(crate) struct Backends {
     disks: Vec<(usize, Disk)>,
     keyboard: Option<Keyboard>,
     iommu: Option<IommuRef>,
-    balloon: Option<(BalloonControl, Account)>,
+    operator: Option<Arc<Operator>>,
 }
 
 /// What a guest's devices reach outside its machine.
@@ -69,7 +67,7 @@ pub(crate) struct Outside<'a> {
 pub(crate) fn build(
     boot: &'static Boot,
     args: &Args<'_>,
-    ram: &GuestRam,
+    memory: ManagedMemory,
     outside: &Outside<'_>,
 ) -> (Devices<GuestRam>, Backends) {
     // What is typed goes to the guest's console, which may be either.
@@ -83,7 +81,7 @@ pub(crate) fn build(
             disks: Vec::new(),
             keyboard: None,
             iommu: None,
-            balloon: None,
+            operator: None,
         },
     };
     if args.iommu {
@@ -116,20 +114,24 @@ pub(crate) fn build(
         let handle = plan.add("console", Console::new(Box::new(terminal)));
         plan.backends.keyboard = virtio_console.then(|| keyboard(handle));
     }
-    if args.vsock {
-        let host = EchoHost { port: ECHO_PORT };
-        plan.add("vsock", Vsock::new(host, GUEST_CID));
+    let mut operator = Operator::new(memory);
+    if let Some(mib) = args.balloon_mib {
+        operator.add_balloon(mib, |balloon| plan.add_direct("balloon", balloon));
     }
+    if let Some(mib) = args.mem_mib {
+        operator.add_mem(mib, |mem| plan.add_direct("mem", mem));
+    }
+    let operator = Arc::new(operator);
+    if args.vsock {
+        let services = Services {
+            echo: EchoHost { port: ECHO_PORT },
+            operator: operator.clone(),
+        };
+        plan.add("vsock", Vsock::new(services, GUEST_CID));
+    }
+    plan.backends.operator = Some(operator);
     if args.share {
         plan.add("share", Fs::new(shared_tree(boot), SHARE_TAG));
-    }
-    if let Some(mib) = args.balloon_mib {
-        let account = Account::new(ram);
-        let (balloon, control) = Balloon::new(account.clone());
-        control.set_target(mib << 20);
-        control.request_stats();
-        plan.add_direct("balloon", Box::new(balloon));
-        plan.backends.balloon = Some((control, account));
     }
     (plan.devices, plan.backends)
 }
@@ -253,49 +255,6 @@ impl Plan<'_> {
     }
 }
 
-/// Which pages the guest has given back, a bit for each. It has all of this machine, so nobody else
-/// could use the memory: it stays where it is.
-#[derive(Clone)]
-struct Account(Arc<[AtomicU64]>);
-
-impl Account {
-    fn new(ram: &GuestRam) -> Self {
-        let ends = ram.ranges().map(|(gpa, len, _)| gpa.0 + len);
-        let pages = ends.max().unwrap_or(0) / PAGE_SIZE;
-        Self((0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect())
-    }
-
-    fn pages(&self, gpa: Gpa, len: u64) -> impl Iterator<Item = (&AtomicU64, u64)> {
-        let first = gpa.0 / PAGE_SIZE;
-        (first..first + len / PAGE_SIZE)
-            .filter_map(|page| Some((self.0.get((page / 64) as usize)?, 1 << (page % 64))))
-    }
-
-    /// The bytes of all pages given back.
-    fn held(&self) -> u64 {
-        let words = self.0.iter().map(|word| word.load(Ordering::Relaxed));
-        words
-            .map(|word| u64::from(word.count_ones()) * PAGE_SIZE)
-            .sum()
-    }
-}
-
-impl BalloonBackend for Account {
-    fn reclaim(&mut self, gpa: Gpa, len: u64) {
-        for (word, bit) in self.pages(gpa, len) {
-            word.fetch_or(bit, Ordering::Relaxed);
-        }
-    }
-
-    fn restore(&mut self, gpa: Gpa, len: u64) {
-        for (word, bit) in self.pages(gpa, len) {
-            word.fetch_and(!bit, Ordering::Relaxed);
-        }
-    }
-
-    fn report_free(&mut self, _: Gpa, _: u64) {}
-}
-
 impl Backends {
     /// Gives a character to the virtio console; false if that is not the guest's console.
     pub(crate) fn type_character(&self, byte: u8) -> bool {
@@ -323,15 +282,10 @@ impl Backends {
                 state.refused()
             );
         }
-        if let (Some((control, account)), true) = (&self.balloon, stats) {
-            let of_guest = control.stats();
-            let free = of_guest.iter().find(|stat| stat.tag == FREE_MEMORY);
-            println!(
-                "balloon: {} MiB held, {} MiB by the guest's account, {} MiB free in the guest at first",
-                account.held() >> 20,
-                control.actual() >> 20,
-                free.map_or(0, |stat| stat.value >> 20),
-            );
+        if let (Some(operator), true) = (&self.operator, stats) {
+            for line in operator.report() {
+                println!("{line}");
+            }
         }
         for (number, disk) in &self.disks {
             disk.save(*number);

@@ -471,6 +471,15 @@ impl<M: GuestMemory, S: SecondStage> Vcpu for SvmVcpu<'_, M, S> {
         self.processor.release(work)
     }
 
+    fn forget_memory(&mut self) -> Result<(), VcpuError> {
+        self.l1_asid.flush();
+        if let Some(nested) = &mut self.nested {
+            nested.stage.flush();
+            nested.state.flush_translations();
+        }
+        Ok(())
+    }
+
     fn translate(&mut self, gpa: Gpa) -> Option<Gpa> {
         match &mut self.nested {
             Some(nested) if nested.state.is_nested_paging() => nested.stage.translate(gpa),

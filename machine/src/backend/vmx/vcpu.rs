@@ -174,6 +174,14 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> Vcpu for VmxVcpu<'_, P, M, S>
         true
     }
 
+    fn forget_memory(&mut self) -> Result<(), VcpuError> {
+        if let Some(nested) = &mut self.nested {
+            nested.stage.flush(None);
+        }
+        let forgotten = self.processor.forget_ept();
+        forgotten.map_err(VcpuError::Invalidation)
+    }
+
     #[inline]
     fn task_priority(&self) -> u8 {
         self.apic_page.task_priority()

@@ -91,6 +91,10 @@ pub(super) fn run(tally: &mut Tally, full: bool) -> Result<()> {
     if full {
         tally.check("virtio::iommu_on_mmio", iommu(true));
     }
+    memory(tally, &[], "svm")?;
+    if full {
+        memory(tally, &["--backend", "vmx"], "vmx")?;
+    }
     tally.check("virtio::balloon_deflates", balloon_deflates());
     tally.check("virtio::broken_disk_is_an_error", broken_disk());
     tally.check("virtio::two_guests_on_a_switch", two_guests_on_a_switch());
@@ -219,6 +223,45 @@ fn iommu(mmio: bool) -> Result<()> {
     }
     for words in wanted {
         ensure!(output.contains(words), "nothing says «{words}»:\n{output}");
+    }
+    Ok(())
+}
+
+/// Memory comes and goes, as the guest sees it and as the host counts it.
+fn memory(tally: &mut Tally, backend: &[&str], name: &str) -> Result<()> {
+    const CHECKS: [&str; 6] = [
+        "mem_goes",
+        "mem_comes",
+        "free_pages_go",
+        "balloon_inflates",
+        "balloon_deflates",
+        "memory_returns",
+    ];
+    let mut arguments = vec![
+        "--vsock",
+        "--mem",
+        "256",
+        "--balloon",
+        "--stats",
+        "--vcpus",
+        "2",
+    ];
+    arguments.extend(backend);
+    let output = match boot(&arguments, include_str!("virtio-memory.sh")) {
+        Ok(output) => output,
+        Err(error) => {
+            tally.check(&format!("virtio::memory_on_{name}"), Err(error));
+            return Ok(());
+        }
+    };
+    for what in CHECKS {
+        let passed = output.contains(&format!("check {what} ok"));
+        let result = if passed {
+            Ok(())
+        } else {
+            Err(anyhow!("the output was:\n{output}"))
+        };
+        tally.check(&format!("virtio::memory_on_{name}::{what}"), result);
     }
     Ok(())
 }

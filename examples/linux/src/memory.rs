@@ -1,0 +1,154 @@
+//! The guest's memory: reserved for good, or with a balloon or a memory device page by page.
+
+use alloc::format;
+use alloc::string::{String, ToString};
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+
+use testudo_arch::cpuid::Cpuid;
+use testudo_arch::memory::GuestRam;
+use testudo_arch::{Gpa, Hpa, PAGE_SIZE};
+use testudo_machine::layout::Layout;
+use testudo_machine::paged::{Managed, Shootdown};
+use testudo_rt as rt;
+
+use crate::args::Args;
+use crate::backend::Backend;
+use crate::frames;
+
+/// What a memory device's blocks and place are multiples of: what Linux makes a memory block.
+const PLUG_ALIGN: u64 = 128 << 20;
+
+/// Memory that is there and not mapped yet.
+struct Piece {
+    gpa: Gpa,
+    len: u64,
+    place: u64,
+}
+
+/// A range of guest memory whose pages come and go.
+#[derive(Clone, Copy)]
+pub(crate) struct ManagedRange {
+    pub(crate) gpa: Gpa,
+    pub(crate) len: u64,
+    pub(crate) pages: &'static dyn Managed,
+}
+
+/// The guest's memory while the guest is being built.
+pub(crate) struct Memory {
+    /// All of it.
+    pub(crate) ram: GuestRam,
+    layout: Layout,
+    pieces: Vec<Piece>,
+    /// The host's free frames before the guest had any.
+    free_before: u64,
+}
+
+/// The parts of the memory that come and go.
+pub(crate) struct ManagedMemory {
+    /// The guest's own, which it may give back.
+    pub(crate) main: Vec<ManagedRange>,
+    /// What can be plugged.
+    pub(crate) pluggable: Option<ManagedRange>,
+    /// The host's free frames before the guest had any, and when it starts.
+    pub(crate) free_before: u64,
+    pub(crate) free_at_start: u64,
+}
+
+impl Memory {
+    /// Takes zeroed memory for the guest, in pieces that large pages can map.
+    pub(crate) fn reserve(args: &Args<'_>, cpuid: &Cpuid) -> Result<Self, String> {
+        let bytes = args.memory_mib << 20;
+        let width = (cpuid.query(0x8000_0008, 0)[0] as u8).clamp(36, 52);
+        let layout = Layout::new(bytes, width).map_err(|e| e.to_string())?;
+        let mut memory = Self {
+            ram: GuestRam::new(),
+            layout,
+            pieces: Vec::new(),
+            free_before: frames::free(),
+        };
+        for (gpa, len) in layout.ram() {
+            let place = [30, 21]
+                .into_iter()
+                .find_map(|shift| rt::memory::reserve_zeroed(len, 1 << shift));
+            let place = place.ok_or_else(|| {
+                format!(
+                    "the guest's {} MiB do not fit: {} MiB are free in one piece",
+                    bytes >> 20,
+                    rt::memory::largest(1 << 21) >> 20
+                )
+            })?;
+            if args.devices.balloon_mib.is_some() {
+                memory.pieces.push(Piece { gpa, len, place });
+                continue;
+            }
+            // SAFETY: the range is the guest's for good; nothing here keeps a reference into it.
+            let added = unsafe { memory.ram.add(gpa, place as *mut u8, len, true) };
+            added.map_err(|e| e.to_string())?;
+        }
+        Ok(memory)
+    }
+
+    /// Where `len` bytes of memory that the map does not have can be: behind all memory and before the
+    /// devices' windows.
+    fn room(&self, len: u64) -> Option<Gpa> {
+        let start = self
+            .layout
+            .high_ram_end()
+            .0
+            .checked_next_multiple_of(PLUG_ALIGN)?;
+        let end = start.checked_add(len)?;
+        (end <= self.layout.pci_mmio64().start).then_some(Gpa(start))
+    }
+
+    /// Maps what comes and goes in the guest's table.
+    pub(crate) fn manage(
+        &mut self,
+        backend: &mut Backend,
+        args: &Args<'_>,
+        shootdown: &Arc<Shootdown>,
+    ) -> Result<ManagedMemory, String> {
+        let mut add = |ram: &mut GuestRam, gpa, len, first| {
+            let pages = backend
+                .manage(gpa, len, first, shootdown.clone())
+                .map_err(|e| e.to_string())?;
+            ram.add_paged(gpa, len, pages).map_err(|e| e.to_string())?;
+            Ok::<_, String>(ManagedRange { gpa, len, pages })
+        };
+        let mut main = Vec::new();
+        for Piece { gpa, len, place } in self.pieces.drain(..) {
+            main.push(add(&mut self.ram, gpa, len, Some(Hpa(place)))?);
+        }
+        let mut pluggable = None;
+        if let Some(mib) = args.devices.mem_mib {
+            let len = (mib << 20).next_multiple_of(PLUG_ALIGN);
+            let start = self
+                .room(len)
+                .ok_or_else(|| format!("there is no room for {mib} MiB of memory to plug"))?;
+            pluggable = Some(add(&mut self.ram, start, len, None)?);
+        }
+        Ok(ManagedMemory {
+            main,
+            pluggable,
+            free_before: self.free_before,
+            free_at_start: frames::free(),
+        })
+    }
+}
+
+impl ManagedMemory {
+    /// Says how many frames the guest and the host have.
+    pub(crate) fn report(&self) -> String {
+        let ranges = || self.main.iter().chain(&self.pluggable);
+        let resident: u64 = ranges().map(|range| range.pages.resident()).sum();
+        let waiting: u64 = ranges().map(|range| range.pages.in_limbo()).sum();
+        format!(
+            "memory: the guest has {} frames, {} are on their way back; the host has {} free of {}, and had {} when the guest started",
+            resident / PAGE_SIZE,
+            waiting / PAGE_SIZE,
+            frames::free(),
+            self.free_before,
+            self.free_at_start,
+        )
+    }
+}
