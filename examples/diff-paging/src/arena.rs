@@ -435,6 +435,7 @@ impl Arena {
                 pkru,
                 pkrs,
                 pdptes,
+                data: Gpa(Self::data_gib(case) * GIB + self.host(Frame::Data)),
                 stage: self.stage_frame(StageFrame::Root),
                 system,
             },

@@ -243,6 +243,8 @@ pub(crate) struct Case {
     pub(crate) marks: bool,
     /// EPT with mode-based execute control.
     pub(crate) mode_based: bool,
+    /// EPT with sub-page permissions: the pieces of the data's page that may be written.
+    pub(crate) pieces: Option<u32>,
     pub(crate) changes: ArrayVec<Change, { Case::MAX_CHANGES }>,
 }
 
@@ -282,6 +284,9 @@ impl fmt::Display for Case {
         }
         if self.mode_based {
             f.write_str(", EPT with mode-based execution")?;
+        }
+        if let Some(pieces) = self.pieces {
+            write!(f, ", EPT with sub-page permissions {pieces:#x}")?;
         }
         for change in &self.changes {
             write!(f, ", {change}")?;

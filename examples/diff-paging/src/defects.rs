@@ -19,6 +19,8 @@ pub(crate) enum Kind {
     Sees(fn(&Case, &mut Words)),
     /// It sets accessed and dirty bits of the guest's entries without asking the second stage.
     UpdatesUnchecked,
+    /// It lets pages that may not be read ask for the permissions of their pieces.
+    UnreadablePieces,
     /// So much is otherwise that such cases are not compared.
     NotCompared(fn(&Case) -> bool),
     /// It reports otherwise, or changes entries otherwise.
@@ -60,7 +62,7 @@ fn explicit(access: &mut Access) {
 }
 
 use Emulator::{Bochs, Qemu};
-use Kind::{Accesses, Answers, NotCompared, Sees, UpdatesUnchecked};
+use Kind::{Accesses, Answers, NotCompared, Sees, UnreadablePieces, UpdatesUnchecked};
 
 pub(crate) const DEFECTS: &[Defect] = &[
     Defect {
@@ -215,5 +217,12 @@ pub(crate) const DEFECTS: &[Defect] = &[
                 *gpa &= !0x1F;
             }
         }),
+    },
+    Defect {
+        emulator: Bochs,
+        name: "a page that may not be read is eligible for sub-page write permissions",
+        manual: "SDM vol. 3C, 29.3.4.1: a write is eligible only if the guest-physical address is \
+                 readable, which it is if bit 0 is set in every EPT entry that translates it",
+        kind: UnreadablePieces,
     },
 ];

@@ -2,6 +2,7 @@
 
 use arrayvec::ArrayVec;
 use testudo_diff::Random;
+use testudo_ept::format::ept::EptFlags;
 use testudo_ept::walk::Mode;
 
 use crate::arena::Arena;
@@ -55,6 +56,7 @@ impl Generator<'_> {
             table: None,
             marks: false,
             mode_based: false,
+            pieces: None,
             changes: ArrayVec::new(),
         }
     }
@@ -95,6 +97,16 @@ impl Generator<'_> {
             mode_based: self.offers.mode_based && random.one_in(2),
             ..Self::plain(mode)
         };
+        let small = matches!(case.data, DataPlace::Near(1) | DataPlace::Far(1));
+        if self.offers.sub_pages && small && random.one_in(3) {
+            case.pieces = Some(random.next() as u32);
+            let target = Target::Data(1);
+            case.changes.push(Change {
+                target,
+                clear: EptFlags::WRITE.bits(),
+                set: EptFlags::SUB_PAGE_WRITE.bits(),
+            });
+        }
         for _ in 0..random.below(Case::MAX_CHANGES as u64 - 4) {
             if let Some(change) = self.change(&mut random, &case) {
                 case.changes.push(change);

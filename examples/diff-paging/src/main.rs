@@ -246,12 +246,14 @@ impl<P: Processor> Bench<P> {
         let mut view = View {
             accesses: case.instruction.accesses(case.user),
             checks_updates: true,
+            unreadable_pieces: false,
         };
         let mut seen = prepared.words.clone();
         for defect in defects {
             match defect.kind {
                 Kind::Accesses(change) => change(case, &mut view.accesses),
                 Kind::UpdatesUnchecked => view.checks_updates = false,
+                Kind::UnreadablePieces => view.unreadable_pieces = true,
                 Kind::Sees(see) => see(case, &mut seen),
                 Kind::Answers(_) | Kind::NotCompared(_) => {}
             }
@@ -277,6 +279,7 @@ impl<P: Processor> Bench<P> {
     /// Asks both sides; `None` if the case cannot be tried.
     fn ask(&mut self, case: &Case) -> Option<Trial> {
         let prepared = self.arena.prepare(case, &self.processor);
+        self.processor.prepare(case, &prepared.start);
         let expected = self.expect(case, &prepared, &[]);
         let trial = expected.map(|expected| {
             self.arena.store(&prepared.words);
@@ -357,11 +360,12 @@ impl<P: Processor> Bench<P> {
                 i += 1;
             }
         }
-        let simplifications: [fn(&mut Case); 5] = [
+        let simplifications: [fn(&mut Case); 6] = [
             |case| case.table = None,
             |case| case.data = case::DataPlace::Plain,
             |case| case.marks = false,
             |case| case.mode_based = false,
+            |case| case.pieces = None,
             |case| (case.upper, case.offset) = (0, 0),
         ];
         for simplify in simplifications {

@@ -1,7 +1,9 @@
 //! What the walkers of `testudo-ept` say becomes of an access.
 
 use arrayvec::ArrayVec;
+use testudo_arch::memory::GuestRam;
 use testudo_arch::{Gpa, GuestMemory, Gva};
+use testudo_ept::format::{Format, Rights};
 use testudo_ept::guest_table::{GuestTable, TableFault};
 use testudo_ept::walk::{Access, AccessKind, TableUse, WalkError, walk_nested};
 
@@ -16,6 +18,8 @@ pub(crate) struct View {
     pub(crate) accesses: ArrayVec<Access, 2>,
     /// The second stage is asked before the processor marks the guest's entries, as it must be.
     pub(crate) checks_updates: bool,
+    /// Pages that may not even be read ask for their pieces too, as they must not.
+    pub(crate) unreadable_pieces: bool,
 }
 
 /// What becomes of a case whose words are in place; it does to memory what the instruction does.
@@ -131,10 +135,37 @@ fn translate<P: Processor>(
     match stage.translate(page.gpa, processor.page_rights(access, &page)) {
         Ok(found) => Some(Ok(found.gpa)),
         Err(why) => {
+            if access.kind == AccessKind::Write
+                && let Some(at) = write_piece(processor, arena, case, view, &stage, page.gpa)
+            {
+                return Some(Ok(at));
+            }
             let refused = refused(why, page.gpa, Ok(&page));
             processor.report(case, &refused).map(Err)
         }
     }
+}
+
+/// Where a write goes that the page forbids and the piece of the page allows.
+fn write_piece<P: Processor>(
+    processor: &P,
+    arena: &Arena,
+    case: &Case,
+    view: &View,
+    stage: &GuestTable<'_, P::Stage, GuestRam>,
+    gpa: Gpa,
+) -> Option<Gpa> {
+    let found = stage.look_up(gpa, Rights::empty()).ok()?;
+    let readable = view.unreadable_pieces || found.rights.contains(Rights::READ);
+    if found.shift != 12 || !readable || !processor.allows_piece(case, gpa, found.flags) {
+        return None;
+    }
+    let found = stage.translate(gpa, Rights::empty()).ok()?;
+    let leaf = found.steps.last()?;
+    let entry = arena.memory.load_u64(leaf.at).ok()?;
+    let dirty = entry | stage.format().dirty_bit();
+    arena.memory.store_u64(leaf.at, dirty).ok()?;
+    Some(found.gpa)
 }
 
 /// Makes the access; gives what the guest then has in AL, or the second byte of its instruction.

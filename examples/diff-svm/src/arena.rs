@@ -4,10 +4,9 @@
 //! Whatever mode a mutated state enters, its first instruction is VMMCALL or cannot be fetched, and
 //! every event and every exception exits: nothing ever runs that could go astray.
 
-use core::sync::atomic::{AtomicU64, Ordering};
-
 use testudo_arch::memory::GuestRam;
-use testudo_arch::{FrameAlloc, FrameMem, Gpa, Hpa};
+use testudo_arch::{FrameMem, Gpa, Hpa};
+use testudo_diff::Frames;
 use testudo_ept::PageTable;
 use testudo_ept::format::npt::{Npt, NptFlags};
 use testudo_rt::memory;
@@ -156,38 +155,4 @@ fn filled(bytes: u64, value: u8) -> Option<u64> {
     // SAFETY: the range is identity-mapped and ours.
     unsafe { core::ptr::write_bytes(start as *mut u8, value, bytes as usize) };
     Some(start)
-}
-
-/// The runtime's frames, which it has mapped at their own addresses.
-pub(crate) struct Frames;
-
-// SAFETY: the runtime hands out each frame once, zeroed.
-unsafe impl FrameAlloc for Frames {
-    fn alloc(&self) -> Option<Hpa> {
-        memory::alloc_frame().map(Hpa)
-    }
-
-    fn free(&self, frame: Hpa) {
-        // SAFETY: `frame` came from `alloc`, and nobody refers to it, says the trait.
-        unsafe { memory::release(frame.0, PAGE) };
-    }
-}
-
-impl FrameMem for Frames {
-    fn load(&self, entry: Hpa) -> u64 {
-        at(entry).load(Ordering::Acquire)
-    }
-
-    fn store(&self, entry: Hpa, value: u64) {
-        at(entry).store(value, Ordering::Release);
-    }
-
-    fn compare_exchange(&self, entry: Hpa, current: u64, new: u64) -> Result<u64, u64> {
-        at(entry).compare_exchange(current, new, Ordering::AcqRel, Ordering::Acquire)
-    }
-}
-
-fn at(entry: Hpa) -> &'static AtomicU64 {
-    // SAFETY: an aligned entry of a frame from `alloc` or of the arena, identity-mapped for good.
-    unsafe { AtomicU64::from_ptr(entry.0 as *mut u64) }
 }

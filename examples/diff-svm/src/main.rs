@@ -27,14 +27,14 @@ use core::error::Error;
 use arrayvec::ArrayVec;
 use testudo_arch::cpuid::Cpuid;
 use testudo_arch::{FrameAlloc, Hpa};
-use testudo_diff::{Args, Emulator};
+use testudo_diff::{Args, Emulator, Frames};
 use testudo_rt::{Boot, println, time};
 use testudo_svm::check::{Outside, Rule, Violation, check_pdpes, check_vmrun};
 use testudo_svm::exit::ExitCode;
 use testudo_svm::hw::{GuestRegisters, HeldInterrupts, HostFrames, Svm, VmcbFrame};
 use testudo_svm::{SvmCaps, Vmcb};
 
-use arena::{Arena, Frames};
+use arena::Arena;
 use coverage::Coverage;
 use defects::{DEFECTS, Defect, Kind, stops_at};
 use generate::Generator;

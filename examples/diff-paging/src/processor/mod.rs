@@ -37,6 +37,8 @@ pub(crate) struct Offers {
     pub(crate) marks: bool,
     /// The second stage can have mode-based execute control.
     pub(crate) mode_based: bool,
+    /// The second stage can have permissions for pieces of pages.
+    pub(crate) sub_pages: bool,
 }
 
 /// How the guest starts.
@@ -49,6 +51,8 @@ pub(crate) struct Start {
     pub(crate) pkru: Option<u32>,
     pub(crate) pkrs: Option<u32>,
     pub(crate) pdptes: Option<[u64; 4]>,
+    /// Where the data lies in guest-physical memory, before any change.
+    pub(crate) data: Gpa,
     /// The root of the second stage.
     pub(crate) stage: Hpa,
 }
@@ -166,8 +170,15 @@ pub(crate) trait Processor {
     /// What it must allow for an access to the page that was found.
     fn page_rights(&self, access: Access, page: &GuestTranslation) -> Rights;
 
+    /// Whether a write to this address is allowed although its small page, which has these flags, is
+    /// not writable.
+    fn allows_piece(&self, case: &Case, gpa: Gpa, flags: <Self::Stage as Format>::Flags) -> bool;
+
     /// How the second stage's refusal is reported. `None` if nothing is.
     fn report(&self, case: &Case, refused: &Refused<'_>) -> Option<Outcome>;
+
+    /// Puts in place what a case wants beside its tables, before either side is asked.
+    fn prepare(&mut self, case: &Case, start: &Start);
 
     /// Runs the access, without any translation from before.
     fn run(&mut self, case: &Case, start: &Start) -> Outcome;

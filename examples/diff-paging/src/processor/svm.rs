@@ -3,9 +3,9 @@
 use core::arch::asm;
 
 use testudo_arch::cpuid::Cpuid;
-use testudo_arch::{Hpa, Msr};
+use testudo_arch::{Gpa, Hpa, Msr};
 use testudo_ept::format::Rights;
-use testudo_ept::format::npt::Npt;
+use testudo_ept::format::npt::{Npt, NptFlags};
 use testudo_ept::guest_table::TableFault;
 use testudo_ept::walk::{Access, AccessKind, GuestTranslation, Mode, TableUse};
 use testudo_rt::msr;
@@ -81,6 +81,7 @@ impl<'a> Svm<'a> {
                 stage_bits: 0xFFF | 1 << 63,
                 marks: false,
                 mode_based: false,
+                sub_pages: false,
             },
             npt,
             vmcb,
@@ -115,6 +116,10 @@ impl Processor for Svm<'_> {
         }
     }
 
+    fn allows_piece(&self, _: &Case, _: Gpa, _: NptFlags) -> bool {
+        false
+    }
+
     /// APM vol. 2, 15.25.6.
     fn report(&self, _: &Case, refused: &Refused<'_>) -> Option<Outcome> {
         use NestedFaultBits as B;
@@ -136,6 +141,8 @@ impl Processor for Svm<'_> {
             gpa: refused.gpa.0,
         })
     }
+
+    fn prepare(&mut self, _: &Case, _: &Start) {}
 
     fn run(&mut self, _: &Case, start: &Start) -> Outcome {
         let vmcb = &mut self.vmcb;

@@ -4,10 +4,12 @@ use alloc::boxed::Box;
 use core::error::Error;
 
 use testudo_arch::cpuid::Cpuid;
-use testudo_arch::{EferFlags, PageSize};
+use testudo_arch::{EferFlags, Gpa, PageSize};
+use testudo_diff::Frames;
 use testudo_ept::format::Rights;
 use testudo_ept::format::ept::{Ept, EptFlags};
 use testudo_ept::guest_table::TableFault;
+use testudo_ept::sub_page::SubPageTable;
 use testudo_ept::walk::{Access, AccessKind, GuestTranslation, Mode, TableUse};
 use testudo_vmx::caps::EptVpidCaps;
 use testudo_vmx::controls::{
@@ -29,6 +31,7 @@ const LA57: u64 = 1 << 12;
 pub(crate) struct Vmx<'a> {
     offers: Offers,
     ept: Ept,
+    sub_pages: SubPageTable<Frames>,
     caps: &'a VmxCaps,
     secondary: SecondaryControls,
     entry: EntryControls,
@@ -103,8 +106,12 @@ impl<'a> Vmx<'a> {
                 mode_based: caps
                     .secondary
                     .allows(SecondaryControls::MODE_BASED_EXECUTE_CONTROL),
+                sub_pages: caps
+                    .secondary
+                    .allows(SecondaryControls::SUB_PAGE_WRITE_PERMISSIONS),
             },
             ept,
+            sub_pages: SubPageTable::new(Frames).ok_or("too little memory")?,
             caps,
             secondary,
             entry,
@@ -124,7 +131,12 @@ impl<'a> Vmx<'a> {
             SecondaryControls::MODE_BASED_EXECUTE_CONTROL,
             case.mode_based,
         );
+        let sub_pages = SecondaryControls::SUB_PAGE_WRITE_PERMISSIONS;
+        secondary.set(sub_pages, case.pieces.is_some());
         let vmcs = &mut self.vmcs;
+        if self.offers.sub_pages {
+            vmcs.set(fields::SPP_TABLE_POINTER, self.sub_pages.root().0)?;
+        }
         vmcs.set(fields::ENTRY_CONTROLS, entry.bits())?;
         vmcs.set(fields::SECONDARY_CONTROLS, secondary.bits())?;
         vmcs.set(fields::EPT_POINTER, pointer)?;
@@ -229,6 +241,14 @@ impl Processor for Vmx<'_> {
         }
     }
 
+    /// SDM vol. 3C, 29.3.4.1: a write is eligible for sub-page write permissions if the address is readable
+    /// and not writable, and the entry that maps the 4-KByte page has bit 61 set.
+    fn allows_piece(&self, case: &Case, gpa: Gpa, flags: EptFlags) -> bool {
+        let eligible = case.pieces.is_some() && flags.contains(EptFlags::SUB_PAGE_WRITE);
+        let pieces = self.sub_pages.pieces(gpa).filter(|_| eligible);
+        pieces.is_some_and(|pieces| pieces >> (gpa.0 >> 7 & 31) & 1 != 0)
+    }
+
     /// SDM vol. 3C, table 28-7.
     fn report(&self, case: &Case, refused: &Refused<'_>) -> Option<Outcome> {
         use EptQualification as Q;
@@ -269,6 +289,14 @@ impl Processor for Vmx<'_> {
             gpa: refused.gpa.0,
             linear: refused.linear.0,
         })
+    }
+
+    fn prepare(&mut self, case: &Case, start: &Start) {
+        let Some(pieces) = case.pieces else { return };
+        if let Ok(flush) = self.sub_pages.set_pieces(start.data, pieces) {
+            // SAFETY: INVEPT of all contexts comes before the next entry.
+            unsafe { flush.assume_flushed() };
+        }
     }
 
     fn run(&mut self, case: &Case, start: &Start) -> Outcome {
