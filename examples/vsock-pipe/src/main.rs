@@ -2,15 +2,14 @@
 //! and host: `vsock-pipe CID PORT`, where the host's CID is 2. It ends when the other side has closed
 //! the connection, after its own input has ended.
 //!
-//! No shell's tools know this family of sockets. The program needs no libc and thus runs in any
-//! initial RAM disk.
+//! No shell's tools know this family of sockets.
 #![no_std]
 #![no_main]
 #![allow(unsafe_code)]
 
-use core::arch::{asm, naked_asm};
 use core::cell::UnsafeCell;
-use core::panic::PanicInfo;
+
+use testudo_user::{Arguments, STANDARD_OUTPUT, exit};
 
 const SYS_READ: usize = 0;
 const SYS_WRITE: usize = 1;
@@ -19,7 +18,6 @@ const SYS_SOCKET: usize = 41;
 const SYS_CONNECT: usize = 42;
 const SYS_SENDTO: usize = 44;
 const SYS_SHUTDOWN: usize = 48;
-const SYS_EXIT: usize = 60;
 
 const AF_VSOCK: u16 = 40;
 const SOCK_STREAM: usize = 1;
@@ -70,27 +68,12 @@ impl Buffer {
 static OUT: Buffer = Buffer::new();
 static IN: Buffer = Buffer::new();
 
-/// Linux starts a program here, with the argument count and the arguments on the stack (System V ABI,
-/// x86-64 supplement, 3.4.1).
-#[unsafe(no_mangle)]
-#[unsafe(naked)]
-unsafe extern "C" fn _start() -> ! {
-    naked_asm!("mov rdi, rsp", "and rsp, -16", "call {start}", "ud2", start = sym start)
-}
+testudo_user::entry!(main);
 
-extern "C" fn start(stack: *const usize) -> ! {
-    // SAFETY: the kernel put the count there, as many pointers to terminated strings, and a null pointer.
-    let arguments = unsafe {
-        match stack.read() {
-            3 => (
-                number(stack.add(2).read() as *const u8),
-                number(stack.add(3).read() as *const u8),
-            ),
-            _ => (None, None),
-        }
-    };
-    let (Some(cid), Some(port)) = arguments else {
-        exit(2)
+fn main(mut arguments: Arguments) -> u8 {
+    let numbers = (arguments.next_number(), arguments.next_number());
+    let ((Some(cid), Some(port)), None) = (numbers, arguments.next()) else {
+        return 2;
     };
     let socket = demand(system_call(
         SYS_SOCKET,
@@ -112,7 +95,7 @@ extern "C" fn start(stack: *const usize) -> ! {
 }
 
 /// Moves bytes both ways until the other side has closed.
-fn pipe(socket: usize) -> ! {
+fn pipe(socket: usize) -> u8 {
     let (mut from, mut len) = (0, 0);
     let mut ended = false;
     loop {
@@ -153,36 +136,16 @@ fn pipe(socket: usize) -> ! {
         if both.found & (POLLIN | POLLHUP | POLLERR) != 0 {
             let got = demand(system_call(SYS_READ, [socket, IN.at(0), Buffer::LEN, 0]));
             if got == 0 {
-                exit(u8::from(!ended));
+                return u8::from(!ended);
             }
             let mut done = 0;
             while done < got {
-                done += demand(system_call(SYS_WRITE, [1, IN.at(done), got - done, 0]));
+                done += demand(system_call(
+                    SYS_WRITE,
+                    [STANDARD_OUTPUT, IN.at(done), got - done, 0],
+                ));
             }
         }
-    }
-}
-
-/// The decimal number of a terminated string, if it is one.
-///
-/// # Safety
-/// The string must be readable up to its terminating zero.
-unsafe fn number(mut text: *const u8) -> Option<u32> {
-    let mut value = None;
-    loop {
-        // SAFETY: the caller vouches for the bytes up to the zero, and the loop ends there.
-        let byte = unsafe { text.read() };
-        if byte == 0 {
-            return value;
-        }
-        let digit = byte.checked_sub(b'0').filter(|digit| *digit < 10)?;
-        value = Some(
-            value
-                .unwrap_or(0_u32)
-                .checked_mul(10)?
-                .checked_add(digit.into())?,
-        );
-        text = text.wrapping_add(1);
     }
 }
 
@@ -192,34 +155,8 @@ fn demand(result: isize) -> usize {
 }
 
 fn system_call(number: usize, arguments: [usize; 4]) -> isize {
-    let result;
+    let [a, b, c, d] = arguments;
     // SAFETY: what the kernel is given to write to is a buffer of this program's, or the answer of
-    // `poll`, which the caller reads only afterwards.
-    unsafe {
-        asm!(
-            "syscall",
-            inout("rax") number => result,
-            in("rdi") arguments[0], in("rsi") arguments[1], in("rdx") arguments[2],
-            // The fifth and sixth are the address of SENDTO: none.
-            in("r10") arguments[3], in("r8") 0, in("r9") 0,
-            out("rcx") _, out("r11") _,
-            options(nostack),
-        );
-    }
-    result
+    // `poll`, which the caller reads only afterwards. The fifth and sixth are the address of SENDTO: none.
+    unsafe { testudo_user::system_call(number, [a, b, c, d, 0, 0]) }
 }
-
-fn exit(status: u8) -> ! {
-    loop {
-        system_call(SYS_EXIT, [usize::from(status), 0, 0, 0]);
-    }
-}
-
-#[panic_handler]
-fn panic(_: &PanicInfo<'_>) -> ! {
-    exit(101)
-}
-
-/// `core` was compiled to unwind and refers to this; with `panic = "abort"` nobody calls it.
-#[unsafe(no_mangle)]
-extern "C" fn rust_eh_personality() {}
