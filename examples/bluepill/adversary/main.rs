@@ -17,8 +17,9 @@ use core::arch::x86_64::__cpuid_count;
 use core::ops::Range;
 use core::sync::atomic::{AtomicU64, Ordering};
 
+use spin::Once;
 use testudo_arch::Msr;
-use testudo_rt::{self as rt, Boot, MemoryKind, cpu, msr, println, time};
+use testudo_rt::{self as rt, Boot, MemoryKind, cpu, msr, port, println, time};
 
 rt::entry!(main);
 
@@ -36,16 +37,18 @@ pub(crate) const INIT: u32 = 5 << 8 | 1 << 14;
 /// Start-up, at the page where the runtime starts processors.
 const STARTUP: u32 = 6 << 8 | 1 << 14 | 8;
 
+static BOOT: Once<&'static Boot> = Once::new();
 /// What the other processor does as long as it runs.
 static BEATS: AtomicU64 = AtomicU64::new(0);
 
 type Attempt = fn(&[Range<u64>]) -> Result<(), &'static str>;
 
-const ATTEMPTS: [(&str, Attempt); 8] = [
+const ATTEMPTS: [(&str, Attempt); 9] = [
     ("sees_the_signature", sees_the_signature),
     ("reads_its_memory", reads_its_memory),
     ("writes_its_memory", writes_its_memory),
     ("moves_what_decides_over_addresses", moves_addresses),
+    ("has_the_machine_sleep", has_the_machine_sleep),
     (
         "names_its_memory_in_svm_instructions",
         inner::names_its_memory,
@@ -59,6 +62,7 @@ const ATTEMPTS: [(&str, Attempt); 8] = [
 ];
 
 fn main(boot: &'static Boot) -> u8 {
+    BOOT.call_once(|| boot);
     let secret = reserved(boot);
     if cpu::start_all(|_| beat()).is_err() {
         println!("adversary: the other processor does not start");
@@ -201,6 +205,27 @@ fn moves_addresses(_: &[Range<u64>]) -> Result<(), &'static str> {
     check(efer & 1 << 12 == 0, "EFER shows the hypervisor's SVM")?;
     // VMRUN with SVM off.
     check(!survives_vmrun(0x1000), "VMRUN runs with EFER.SVME clear")?;
+    check(lives(), "it is gone")
+}
+
+/// Sleep that ends without a hypervisor. Where it begins, this attempt never ends.
+fn has_the_machine_sleep(_: &[Range<u64>]) -> Result<(), &'static str> {
+    let boot = BOOT.get().ok_or("nothing is known of the machine")?;
+    let tables = rt::acpi::Tables::of(boot);
+    let fadt = tables.table(b"FACP").ok_or("there is no FADT")?;
+    let block = fadt.get(64..).and_then(|bytes| bytes.first_chunk());
+    let control = block.map_or(0, |block| u32::from_le_bytes(*block) as u16);
+    check(control != 0, "there is no control block")?;
+    // SLP_EN with each type but that of soft off, which is 0 on QEMU.
+    for kind in 1..8_u16 {
+        let value = 1 << 13 | kind << 10;
+        // SAFETY: the registers of power management touch no memory.
+        unsafe {
+            port::write_u16(control, value);
+            port::write_u8(control + 1, (value >> 8) as u8);
+            port::write_u32(control, u32::from(value));
+        }
+    }
     check(lives(), "it is gone")
 }
 

@@ -16,8 +16,8 @@
 //! what it puts into control blocks is only ever taken as its own addresses. A *device* that the guest
 //! programs is not bound by that. It can write to any memory by DMA, and some can send INIT as an
 //! interrupt message. Only an IOMMU that is set up before the guest closes that door, and this program sets
-//! none up. The same holds for firmware that runs beside all of this (SMM), and for the sleep state S3, from
-//! which the machine wakes up without a hypervisor.
+//! none up. The same holds for firmware that runs beside all of this (SMM). The sleep state S3, from which the
+//! machine would wake up without a hypervisor, is not to be had: see [`sleep`].
 #![no_std]
 #![no_main]
 #![allow(unsafe_code, reason = "a bare-metal program")]
@@ -30,6 +30,7 @@ mod counts;
 mod frames;
 mod processors;
 mod signature;
+mod sleep;
 mod svm;
 mod territory;
 
@@ -48,6 +49,7 @@ use testudo_machine::layout::MemoryType;
 use testudo_rt::{self as rt, Boot, println};
 
 use crate::args::Args;
+use crate::sleep::SleepControl;
 use crate::territory::Territory;
 
 rt::entry!(main);
@@ -63,6 +65,7 @@ pub(crate) struct Pill {
     cpuid: Cpuid,
     territory: Territory,
     tables: svm::Tables,
+    sleep: SleepControl,
 }
 
 static PILL: Once<Pill> = Once::new();
@@ -100,14 +103,16 @@ fn take_over(boot: &'static Boot, args: &Args<'_>) -> Result<core::convert::Infa
         drop(Vec::<u8>::with_capacity(processors * svm::HEAP_FOR_NESTING));
     }
     emulate::prepare();
+    let sleep = SleepControl::of(&rt::acpi::Tables::of(boot));
     let cpuid = Cpuid::of_this_processor();
-    let tables =
-        svm::Tables::new(&cpuid, &territory, args.nesting).map_err(|error| error.to_string())?;
+    let tables = svm::Tables::new(&cpuid, &territory, &sleep, args.nesting)
+        .map_err(|error| error.to_string())?;
     let start = load(boot, &territory, args.guest)?;
     let pill = PILL.call_once(|| Pill {
         cpuid,
         territory,
         tables,
+        sleep,
     });
     processors::prepare();
     if processors > 1 {

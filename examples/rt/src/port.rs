@@ -28,6 +28,32 @@ pub unsafe fn write_u8(port: u16, value: u8) {
     }
 }
 
+/// Reads a 16-bit word from an I/O port.
+///
+/// # Safety
+/// As for [`read_u8`].
+#[inline]
+pub unsafe fn read_u16(port: u16) -> u16 {
+    let value: u16;
+    // SAFETY: the caller vouches for the device behind the port; IN touches no memory.
+    unsafe {
+        asm!("in ax, dx", in("dx") port, out("ax") value, options(nomem, nostack, preserves_flags));
+    }
+    value
+}
+
+/// Writes a 16-bit word to an I/O port.
+///
+/// # Safety
+/// As for [`read_u8`].
+#[inline]
+pub unsafe fn write_u16(port: u16, value: u16) {
+    // SAFETY: the caller vouches for the device behind the port; OUT touches no memory.
+    unsafe {
+        asm!("out dx, ax", in("dx") port, in("ax") value, options(nomem, nostack, preserves_flags));
+    }
+}
+
 /// Reads a 32-bit word from an I/O port.
 ///
 /// # Safety

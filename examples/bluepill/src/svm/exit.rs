@@ -6,10 +6,10 @@ use testudo_arch::regs::CpuMode;
 use testudo_arch::{Cr4Flags, Event, Exception, Gprs, Gva};
 use testudo_machine::emulate::{self, Cpu, EmulateError};
 use testudo_nested::svm::{Handled, Instruction, Outcome};
-use testudo_rt::{self as rt, println};
+use testudo_rt::{self as rt, port, println};
 use testudo_svm::Exit;
 use testudo_svm::event::RawEvent;
-use testudo_svm::exit::ExitCode;
+use testudo_svm::exit::{ExitCode, PortAccess};
 use testudo_svm::hw::instructions::ibpb;
 use testudo_svm::vmcb::InterruptState;
 
@@ -85,6 +85,7 @@ impl Guest<'_> {
             Exit::Rdmsr => self.read_msr(),
             Exit::Wrmsr => self.write_msr(),
             Exit::NestedPageFault(_) => self.emulate(),
+            Exit::Port(access) => self.access_port(access),
             // The processor lets it in for a moment, and the handler notes it; INIT comes as #SX.
             Exit::Nmi | Exit::Init { .. } => {
                 self.held.take_nmi();
@@ -185,6 +186,31 @@ impl Guest<'_> {
         self.advance();
     }
 
+    /// An access to ports of which one is watched. The processor has tested whether the program may
+    /// make it.
+    fn access_port(&mut self, access: PortAccess) {
+        // No system writes its power management's registers so.
+        if access.string {
+            return self.inject(Event::GP0);
+        }
+        let (port, size) = (access.port, access.size);
+        let rax = self.registers.gprs.rax;
+        if access.input {
+            let value = read_port(port, size);
+            self.registers.gprs.rax = match size {
+                1 => rax & !0xFF | u64::from(value),
+                2 => rax & !0xFFFF | u64::from(value),
+                _ => u64::from(value),
+            };
+        } else {
+            write_port(port, size, self.pill.sleep.filter(port, size, rax as u32));
+        }
+        let vmcb = self.vmcb_mut();
+        vmcb.set_rip(access.next_rip);
+        let state = vmcb.interrupt_state() - InterruptState::INTERRUPT_SHADOW;
+        vmcb.set_interrupt_state(state);
+    }
+
     /// An access that the nested table does not allow: a write to the local APIC, or something beyond
     /// all memory and devices.
     fn emulate(&mut self) {
@@ -282,5 +308,30 @@ impl Guest<'_> {
         // The processor decoded it a moment ago: only another processor that changes the code can lead here,
         // and then the guest goes on at whatever it put there.
         rip
+    }
+}
+
+/// Reads a port for the guest.
+fn read_port(port: u16, size: u8) -> u32 {
+    // SAFETY: ports are the guest's, and none makes a device write memory that the guest could not have it
+    // write anyway.
+    unsafe {
+        match size {
+            1 => u32::from(port::read_u8(port)),
+            2 => u32::from(port::read_u16(port)),
+            _ => port::read_u32(port),
+        }
+    }
+}
+
+/// Writes to a port for the guest.
+fn write_port(port: u16, size: u8, value: u32) {
+    // SAFETY: as for `read_port`.
+    unsafe {
+        match size {
+            1 => port::write_u8(port, value as u8),
+            2 => port::write_u16(port, value as u16),
+            _ => port::write_u32(port, value),
+        }
     }
 }

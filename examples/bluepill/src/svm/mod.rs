@@ -1,14 +1,14 @@
 //! The guest on AMD-V: one processor of the machine in guest mode.
 //!
 //! Nested paging gives it all memory but the hypervisor's, its own devices interrupt it without an exit
-//! (neither INTR nor ports are intercepted, and without V_INTR_MASKING its own RFLAGS.IF and CR8 hold
+//! (INTR is not intercepted, and without V_INTR_MASKING its own RFLAGS.IF and CR8 hold
 //! interrupts back), and it has the registers of its processor to itself. What is intercepted:
 //!
 //! - CPUID, which always could be, for the signature;
 //! - the SVM instructions and the MSRs of [`msr`], for the nested layer and the hypervisor's safety;
 //! - NMI, by which processors call one another out of the guest; the guest's own go back to it;
 //! - INIT, SHUTDOWN, and INVD, which would throw away what the hypervisor has not yet written to memory;
-//! - writes to the local APIC's page, by the nested page table.
+//! - writes to the local APIC's page, by the nested page table, and the port that puts the machine to sleep.
 //!
 //! While the guest's own GIF is clear it must not be interrupted whatever its RFLAGS say: then
 //! V_INTR_MASKING is set, and the hypervisor's IF, which is clear, holds interrupts back.
@@ -65,6 +65,7 @@ const INTERCEPTS_1: Misc1 = Misc1::NMI
     .union(Misc1::CPUID)
     .union(Misc1::INVD)
     .union(Misc1::INVLPGA)
+    .union(Misc1::IOIO)
     .union(Misc1::MSR)
     .union(Misc1::SHUTDOWN);
 const INTERCEPTS_2: Misc2 = Misc2::VMRUN

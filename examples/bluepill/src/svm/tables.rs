@@ -13,6 +13,7 @@ use testudo_svm::permission::{IoPermissionMap, MsrAccess, MsrPermissionMap};
 use super::msr;
 use crate::apic;
 use crate::frames::Frames;
+use crate::sleep::SleepControl;
 use crate::territory::{Territory, without};
 
 /// Why there is no guest.
@@ -60,6 +61,7 @@ impl Tables {
     pub(crate) fn new(
         cpuid: &Cpuid,
         territory: &Territory,
+        sleep: &SleepControl,
         nesting: bool,
     ) -> Result<Self, SvmError> {
         let mut caps = SvmCaps::from_cpuid(cpuid)?;
@@ -77,12 +79,16 @@ impl Tables {
         let gigabyte_pages = cpuid.query(0x8000_0001, 0)[3] & 1 << 26 != 0;
         let mut msr_permissions = Box::new(MsrPermissionMap::intercept_none());
         msr::close(&mut msr_permissions);
+        let mut io_permissions = Box::new(IoPermissionMap::intercept_none());
+        for port in sleep.ports() {
+            io_permissions.set(port, true);
+        }
         Ok(Self {
             nested: nested_table(&caps, gigabyte_pages, territory)?,
             caps,
             guest_caps,
             msr_permissions,
-            io_permissions: Box::new(IoPermissionMap::intercept_none()),
+            io_permissions,
         })
     }
 

@@ -46,6 +46,11 @@ pub(crate) fn mapped_end() -> u64 {
     *MAPPED_END.lock()
 }
 
+/// The end of the physical addresses that are mapped, all from zero on.
+pub fn mapped() -> u64 {
+    mapped_end()
+}
+
 /// Maps the first 512 GiB where the processor has 1 GiB pages, and otherwise all that the memory map
 /// mentions.
 ///
