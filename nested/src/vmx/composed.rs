@@ -84,17 +84,25 @@ mod qualification {
     pub(super) const FINAL: u64 = 1 << 8;
 }
 
-/// What an access needs. With accessed and dirty flags in L1's EPT, the processor's accesses to L2's
-/// paging structures count as writes (28.3.3.2 of SDM vol. 3C, "EPT Violations").
-fn rights_of(bits: u64, accessed_dirty: bool) -> Rights {
+/// How the access was made, as a processor with L1's EPT would report it. With accessed and dirty flags in it,
+/// the processor's accesses to L2's paging structures count as writes, and are reported as both a read and a
+/// write (SDM vol. 3C, 29.3.3.2 and table 28-7).
+fn as_l1_sees(bits: u64, accessed_dirty: bool) -> u64 {
     use qualification as q;
     let walk = bits & q::LINEAR_VALID != 0 && bits & q::FINAL == 0;
+    if walk && accessed_dirty {
+        bits | q::READ | q::WRITE
+    } else {
+        bits
+    }
+}
+
+/// What an access needs.
+fn rights_of(bits: u64) -> Rights {
+    use qualification as q;
     let mut rights = Rights::empty();
     rights.set(Rights::READ, bits & q::READ != 0);
-    rights.set(
-        Rights::WRITE,
-        bits & q::WRITE != 0 || (walk && accessed_dirty),
-    );
+    rights.set(Rights::WRITE, bits & q::WRITE != 0);
     rights.set(Rights::EXECUTE, bits & q::FETCH != 0);
     if rights.is_empty() {
         rights = Rights::READ;
@@ -151,11 +159,12 @@ where
         Some(page.gpa)
     }
 
-    fn fault(&mut self, fault: EptFault) -> EptHandled {
+    fn fault(&mut self, mut fault: EptFault) -> EptHandled {
         let Some((outer, accessed_dirty)) = self.outer() else {
             return EptHandled::Host(fault.gpa);
         };
-        let access = rights_of(fault.qualification, accessed_dirty);
+        fault.qualification = as_l1_sees(fault.qualification, accessed_dirty);
+        let access = rights_of(fault.qualification);
         match self
             .tables
             .fill(&outer, self.parts.inner, fault.gpa, access)
@@ -164,5 +173,32 @@ where
             Err(Stopped::ByL1(why)) => reflect(fault, why),
             Err(Stopped::ByL0(gpa)) => EptHandled::Host(gpa),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_table_walk_is_a_read_and_a_write_where_l1_has_accessed_and_dirty_flags() {
+        let walk = qualification::LINEAR_VALID | qualification::READ;
+        assert_eq!(as_l1_sees(walk, false), walk);
+        assert_eq!(as_l1_sees(walk, true), walk | qualification::WRITE);
+        let page = walk | qualification::FINAL;
+        assert_eq!(as_l1_sees(page, true), page);
+        assert_eq!(
+            rights_of(as_l1_sees(walk, true)),
+            Rights::READ | Rights::WRITE
+        );
+        let fault = EptFault {
+            qualification: as_l1_sees(walk, true),
+            gpa: Gpa(0x1000),
+        };
+        let denied = TableFault::Denied {
+            rights: Rights::READ,
+        };
+        let expected = walk | qualification::WRITE | 1 << 3;
+        assert_eq!(reflect(fault, denied), EptHandled::Violation(expected));
     }
 }
