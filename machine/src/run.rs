@@ -99,8 +99,12 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
     }
 
     /// What the exits cost, if it was counted.
-    pub fn stats(&self) -> Option<&ExitStats> {
-        self.stats.as_ref()
+    pub fn stats(&self) -> Option<ExitStats> {
+        let mut stats = self.stats?;
+        if let Some(settled) = self.vcpu.settled() {
+            stats.add_settled(&settled);
+        }
+        Some(stats)
     }
 
     /// Runs until the machine stops.

@@ -6,6 +6,7 @@ use testudo_arch::regs::SystemRegisters;
 use testudo_arch::{Event, Gpa, Gprs, Gva, Msr};
 
 use crate::irq::ApicState;
+use crate::stats::Settled;
 
 /// Why a vCPU stopped, in one vocabulary for all backends.
 ///
@@ -249,6 +250,11 @@ pub trait Vcpu {
     /// Tells a processor that [delivers interrupts](Self::delivers_interrupts) what it must know of
     /// the local APIC besides the page.
     fn set_apic(&mut self, _state: &ApicState) {}
+
+    /// How many exits the backend settled by itself, if it counts them.
+    fn settled(&self) -> Option<Settled> {
+        None
+    }
 
     /// Whether an event has ended the turn of a guest of the guest's since the last call: if that
     /// one had halted, the guest runs all the same.

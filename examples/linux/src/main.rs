@@ -298,7 +298,7 @@ impl Work for Guest {
         }
         let stop = vcpu.run();
         if let Some(stats) = vcpu.stats() {
-            shared.stats.lock().add(stats);
+            shared.stats.lock().add(&stats);
         }
         stop
     }

@@ -13,15 +13,15 @@ use testudo_arch::{FrameAlloc, Gpa, Hpa, PAGE_SIZE, PageSize};
 use testudo_ept::format::ept::{Ept, EptFlags};
 use testudo_ept::{Format, PageTable, Rights};
 use testudo_machine::backend::vmx::{
-    APIC_PAGE, ApicTables, Controls, Flusher, NestedParts, ThisProcessor, Unsuitable, VmxPlace,
-    VmxTables, VmxVcpu, open_direct_msrs, open_x2apic_msrs,
+    APIC_PAGE, ApicTables, Controls, Flusher, NestedParts, ShadowBitmaps, ThisProcessor,
+    Unsuitable, VmxPlace, VmxTables, VmxVcpu, offers_shadowing, open_direct_msrs, open_x2apic_msrs,
 };
 use testudo_machine::paged::{Managed, PagedError, PagedMemory, Shootdown};
 use testudo_machine::paging::Paging;
 use testudo_machine::policy::cpuid::XCR0_ALLOWED;
 use testudo_machine::{Host, VcpuError};
-use testudo_nested::vmx::{ComposedParts, ComposedStage, Offer, offer};
-use testudo_vmx::bitmap::MsrBitmap;
+use testudo_nested::vmx::{ComposedParts, ComposedStage, Offer, offer, shadow_bitmaps};
+use testudo_vmx::bitmap::{FieldBitmap, MsrBitmap};
 use testudo_vmx::caps::{EptVpidCaps, NoVmx, Processor};
 use testudo_vmx::hw::{
     EnableError, RegionFrame, ResidentRegisters, ResidentUnsupported, VmcsKind, Vmx,
@@ -67,6 +67,8 @@ pub(crate) struct VmxBackend {
     caps: VmxCaps,
     /// What a guest hypervisor is told that its processor offers.
     nested_caps: Option<Box<VmxCaps>>,
+    /// Which fields its VMREAD and VMWRITE reach without an exit, where the processor has that.
+    shadowing: Option<Box<(FieldBitmap, FieldBitmap)>>,
     controls: Controls,
     tables: VmxTables,
     table: &'static PageTable<Ept, Frames>,
@@ -157,6 +159,7 @@ impl VmxBackend {
         Ok(Self {
             caps,
             nested_caps: None,
+            shadowing: None,
             controls,
             tables,
             table,
@@ -177,6 +180,7 @@ impl VmxBackend {
         };
         self.controls = self.controls.for_hypervisors();
         self.nested_caps = Some(Box::new(offer(&self.caps, l1, all)));
+        self.shadowing = offers_shadowing(&self.caps).then(|| Box::new(shadow_bitmaps()));
     }
 
     /// What one vCPU needs to be a hypervisor's.
@@ -205,6 +209,13 @@ impl VmxBackend {
             tables: &self.tables,
             l1_msr_bitmap: &self.msr_bitmap,
             msr_bitmap: (bitmap, at),
+            shadowing: self
+                .shadowing
+                .as_deref()
+                .map(|(reads, writes)| ShadowBitmaps {
+                    reads: address(reads),
+                    writes: address(writes),
+                }),
             stage: ComposedStage::new(parts, flusher.clone()),
             flusher,
             has_predictor_barrier: cpuid.query(7, 0)[3] & 1 << 26 != 0,
@@ -288,13 +299,15 @@ impl VmxBackend {
         let mut vmx = unsafe { Vmx::enable(&self.caps, region()?)? };
         let vmcs = vmx.create_vmcs(region()?, VmcsKind::Ordinary);
         let mut vmcs = vmcs.map_err(VmxError::Vmcs)?;
-        let mut vmcs02 = match self.nested_caps {
-            Some(_) => Some(
-                vmx.create_vmcs(region()?, VmcsKind::Ordinary)
-                    .map_err(VmxError::Vmcs)?,
-            ),
-            None => None,
+        let mut another = |wanted: bool, kind| match wanted {
+            true => {
+                let vmcs = vmx.create_vmcs(region()?, kind);
+                vmcs.map(Some).map_err(VmxError::Vmcs)
+            }
+            false => Ok(None),
         };
+        let mut vmcs02 = another(self.nested_caps.is_some(), VmcsKind::Ordinary)?;
+        let mut shadow = another(self.shadowing.is_some(), VmcsKind::Shadow)?;
         let resident = ResidentRegisters::reset(cpuid)?;
         let held = vmx.hold_interrupts();
         let current = vmx.load(&mut vmcs).map_err(VmxError::Vmcs)?;
@@ -319,9 +332,9 @@ impl VmxBackend {
         let mut vcpu = unsafe { VmxVcpu::new(place, ram)? };
         if let (Some(caps), Some(vmcs02)) = (&self.nested_caps, &mut vmcs02) {
             let parts = self.nested(ram, caps, cpuid);
-            // SAFETY: the bitmap is where it is; the compositions are with `table`, which reaches
+            // SAFETY: the bitmaps are where they are; the compositions are with `table`, which reaches
             // `ram` only; and no other guest has the VPID.
-            vcpu = unsafe { vcpu.with_nested(parts, vmcs02)? };
+            vcpu = unsafe { vcpu.with_nested(parts, vmcs02, shadow.as_mut())? };
         }
         Ok(work(vcpu))
     }

@@ -175,7 +175,12 @@ impl NestedVmx {
         }
         self.check_mode(instruction, &cx.vmcs.l1())?;
         cx.gprs.rsp = cx.vmcs.l1().get(fields::GUEST_RSP)?;
-        let uses_copy = !matches!(instruction, I::Vmxon | I::Vmptrst | I::Invept | I::Invvpid);
+        // What ends the copy's time as the current one, or uses it as a whole. Fields that are in the
+        // shadow do not come here one by one.
+        let uses_copy = matches!(
+            instruction,
+            I::Vmclear | I::Vmptrld | I::Vmxoff | I::Vmlaunch | I::Vmresume
+        );
         if uses_copy {
             self.take_from_shadow(cx)?;
         }
@@ -195,7 +200,7 @@ impl NestedVmx {
             },
         };
         self.finish(ending, &mut cx.vmcs.l1())?;
-        if uses_copy {
+        if instruction == I::Vmptrld {
             self.give_to_shadow(cx)?;
         }
         Ok(Outcome::Done)

@@ -12,11 +12,22 @@ use super::guest_fields::{Slot, slots};
 use super::{Context, NestedVmx, VmcsPair, guest_fields};
 
 /// What L1 reads at nearly every exit and can not write.
-const READ_ONLY: [Slot; 9] = guest_fields::EXIT_INFORMATION;
+const READ_ONLY: [Slot; 10] = slots([
+    f::EXIT_REASON.encoding(),
+    f::EXIT_QUALIFICATION.encoding(),
+    f::EXIT_INTERRUPTION_INFORMATION.encoding(),
+    f::EXIT_INTERRUPTION_ERROR_CODE.encoding(),
+    f::IDT_VECTORING_INFORMATION.encoding(),
+    f::IDT_VECTORING_ERROR_CODE.encoding(),
+    f::EXIT_INSTRUCTION_LENGTH.encoding(),
+    f::EXIT_INSTRUCTION_INFORMATION.encoding(),
+    f::GUEST_LINEAR_ADDRESS.encoding(),
+    f::GUEST_PHYSICAL_ADDRESS.encoding(),
+]);
 
 /// What L1 reads and writes at many exits. None of them is one of the seldom-used guest fields, whose
 /// changes L0 must notice.
-const READ_WRITE: [Slot; 16] = slots([
+const READ_WRITE: [Slot; 22] = slots([
     f::GUEST_RIP.encoding(),
     f::GUEST_RSP.encoding(),
     f::GUEST_RFLAGS.encoding(),
@@ -33,6 +44,13 @@ const READ_WRITE: [Slot; 16] = slots([
     f::ENTRY_INTERRUPTION_INFORMATION.encoding(),
     f::ENTRY_EXCEPTION_ERROR_CODE.encoding(),
     f::ENTRY_INSTRUCTION_LENGTH.encoding(),
+    f::CR0_GUEST_HOST_MASK.encoding(),
+    f::PREEMPTION_TIMER_VALUE.encoding(),
+    // What a hypervisor that runs its guests in threads changes with the thread.
+    f::HOST_FS_SELECTOR.encoding(),
+    f::HOST_GS_SELECTOR.encoding(),
+    f::HOST_FS_BASE.encoding(),
+    f::HOST_GS_BASE.encoding(),
 ]);
 
 /// The bitmaps for VMREAD and VMWRITE of L1: what exits all the same.

@@ -469,6 +469,19 @@ impl<'a> CurrentVmcs<'a> {
         self.vmx.current = self.vmcs.frame.address;
         Ok(())
     }
+
+    /// Has the processor write a VMCS that is not current back to its memory: due for a shadow VMCS
+    /// between its use and the entry of a guest whose VMREAD and VMWRITE are to reach it.
+    ///
+    /// # Errors
+    ///
+    /// The processor does not take the address.
+    pub fn write_back(&mut self, other: &mut Vmcs) -> Result<(), VmFail> {
+        other.launched = false;
+        // SAFETY: VMX root operation; a `Vmcs` is active on this processor or nowhere, and this one
+        // is not current, since two references to one cannot be.
+        unsafe { raw::vmclear(other.frame.address) }
+    }
 }
 
 impl CurrentVmcs<'_> {

@@ -77,7 +77,7 @@ use nested::Nested;
 use timer::PreemptionTimer;
 pub use unsupported::UnsupportedExit;
 
-pub use nested::{Flusher, NestedParts};
+pub use nested::{Flusher, NestedParts, ShadowBitmaps, offers_shadowing};
 pub use processor::{Level, Processor, ResidentMsrs, ThisProcessor};
 pub use refusal::{Refusal, RefusalCause};
 pub use setup::{Controls, Unsuitable, VmxTables, open_direct_msrs};

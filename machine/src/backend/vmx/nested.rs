@@ -12,7 +12,7 @@ use testudo_nested::vmx::{
     SecondStage, VmcsPair,
 };
 use testudo_vmx::bitmap::MsrBitmap;
-use testudo_vmx::controls::{EntryControls, PrimaryControls};
+use testudo_vmx::controls::{EntryControls, PrimaryControls, SecondaryControls};
 use testudo_vmx::event::InterruptionInformation;
 use testudo_vmx::exit::BasicReason;
 use testudo_vmx::hw::instructions::{self, ibpb};
@@ -23,6 +23,7 @@ use super::mode::{MCE, Mode};
 use super::processor::Level;
 use super::{Controls, Processor, ThisProcessor, VmxTables, VmxVcpu, setup};
 pub use crate::backend::flusher::Flusher;
+use crate::stats::Settled;
 use crate::vcpu::{AwaitedInterrupt, Vcpu, VcpuError, VmExit};
 
 /// What a vCPU needs to be a hypervisor's.
@@ -39,6 +40,8 @@ pub struct NestedParts<'t, S> {
     pub l1_msr_bitmap: &'t MsrBitmap,
     /// A page for L2's MSR bitmap, and its physical address.
     pub msr_bitmap: (Box<MsrBitmap>, Hpa),
+    /// For VMCS shadowing, on a processor that has it ([`offers_shadowing`]).
+    pub shadowing: Option<ShadowBitmaps>,
     /// What composes L1's EPT with ours.
     pub stage: S,
     /// The flusher that `stage` was made with.
@@ -47,15 +50,47 @@ pub struct NestedParts<'t, S> {
     pub has_predictor_barrier: bool,
 }
 
+/// The bitmaps of [`shadow_bitmaps`](testudo_nested::vmx::shadow_bitmaps) at their physical addresses:
+/// which fields L1's VMREAD, and which its VMWRITE, reach without an exit.
+#[derive(Clone, Copy, Debug)]
+pub struct ShadowBitmaps {
+    /// Of VMREAD.
+    pub reads: Hpa,
+    /// Of VMWRITE.
+    pub writes: Hpa,
+}
+
+/// Whether the processor can let L1's VMREAD and VMWRITE reach a shadow VMCS, all of whose fields
+/// software can write.
+pub fn offers_shadowing(caps: &VmxCaps) -> bool {
+    caps.secondary.allows(SHADOWING) && caps.misc.vmwrite_any_field()
+}
+
+const SHADOWING: SecondaryControls = SecondaryControls::VMCS_SHADOWING;
+
 pub(super) struct Nested<S> {
     pub(super) state: NestedVmx,
     pub(super) stage: S,
     flusher: Flusher,
     has_predictor_barrier: bool,
+    /// The shadow VMCS, if there is one, and whether L1's VMREAD and VMWRITE reach it now.
+    shadow: Option<Hpa>,
+    shadowing: bool,
     /// L2's next entry delivers an event, and is to end right after it.
     delivery_due: bool,
     /// L2's turn has ended otherwise than by an exit of its own.
     pub(super) interrupted: bool,
+    counts: Counts,
+}
+
+/// What happened between the levels.
+#[derive(Clone, Copy, Debug, Default)]
+struct Counts {
+    entries: u64,
+    exits: u64,
+    resumed: u64,
+    accesses: u64,
+    instructions: u64,
 }
 
 /// The VMCSs of a processor as the layer asks for them.
@@ -107,7 +142,8 @@ macro_rules! layer {
 }
 
 impl<'a, M: GuestMemory, S: SecondStage> VmxVcpu<'a, ThisProcessor<'a>, M, S> {
-    /// Offers the guest VMX. L2 is to run with `vmcs`, which is clear and this vCPU's alone.
+    /// Offers the guest VMX. L2 is to run with `vmcs`, and L1's VMREAD and VMWRITE are to reach
+    /// `shadow` with the bitmaps among the parts; both are clear, and this vCPU's alone.
     ///
     /// # Errors
     ///
@@ -115,7 +151,7 @@ impl<'a, M: GuestMemory, S: SecondStage> VmxVcpu<'a, ThisProcessor<'a>, M, S> {
     ///
     /// # Safety
     ///
-    /// What [`VmxVcpu::new`] asks, for these parts: L2's MSR bitmap is at its address, its VPID is no
+    /// What [`VmxVcpu::new`] asks, for these parts: all bitmaps are at their addresses, the VPID is no
     /// other guest's on this processor, and `stage` gives EPT pointers of tables that are in place
     /// and reach only the guest's memory.
     #[allow(
@@ -126,9 +162,11 @@ impl<'a, M: GuestMemory, S: SecondStage> VmxVcpu<'a, ThisProcessor<'a>, M, S> {
         mut self,
         parts: NestedParts<'_, S>,
         vmcs: &'a mut Vmcs,
+        shadow: Option<&'a mut Vmcs>,
     ) -> Result<Self, VcpuError> {
         let flush = parts.controls.flush(self.caps, parts.vpid);
-        self.processor.add(vmcs, flush, None);
+        let at = shadow.as_ref().map(|shadow| shadow.address());
+        self.processor.add(vmcs, flush, shadow);
         self.processor
             .select(Level::L2)
             .map_err(VcpuError::Vmptrld)?;
@@ -139,14 +177,18 @@ impl<'a, M: GuestMemory, S: SecondStage> VmxVcpu<'a, ThisProcessor<'a>, M, S> {
             // processor's capabilities.
             unsafe { instructions::invvpid(kind).map_err(VcpuError::Invalidation)? };
         }
-        self.nest(parts)?;
+        self.nest(parts, at)?;
         Ok(self)
     }
 }
 
 impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
     /// Sets L2's VMCS up as L1's was, and begins outside VMX operation.
-    pub(super) fn nest(&mut self, parts: NestedParts<'_, S>) -> Result<(), VcpuError> {
+    pub(super) fn nest(
+        &mut self,
+        parts: NestedParts<'_, S>,
+        shadow: Option<Hpa>,
+    ) -> Result<(), VcpuError> {
         self.select(Level::L1)?;
         let virtual_apic = Hpa(self.processor.get(fields::VIRTUAL_APIC_ADDRESS)?);
         self.select(Level::L2)?;
@@ -158,6 +200,15 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
             parts.vpid,
         )?;
         self.select(Level::L1)?;
+        let shadow = shadow.filter(|_| offers_shadowing(self.caps));
+        if let Some(bitmaps) = parts.shadowing
+            && shadow.is_some()
+        {
+            self.processor
+                .set(fields::VMREAD_BITMAP_ADDRESS, bitmaps.reads.0)?;
+            self.processor
+                .set(fields::VMWRITE_BITMAP_ADDRESS, bitmaps.writes.0)?;
+        }
         self.imposed.offer_vmx();
         let mut caps = parts.caps;
         caps.cr4.may &= self.imposed.cr4_guest;
@@ -169,8 +220,11 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
             stage: parts.stage,
             flusher: parts.flusher,
             has_predictor_barrier: parts.has_predictor_barrier,
+            shadow: shadow.filter(|_| parts.shadowing.is_some()),
+            shadowing: false,
             delivery_due: false,
             interrupted: false,
+            counts: Counts::default(),
         });
         Ok(())
     }
@@ -196,8 +250,12 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         // The layer has read RSP, or set it.
         self.rsp_agreed = self.registers.gprs.rsp;
         match handled {
-            Handled::Resume => Ok(None),
+            Handled::Resume => {
+                nested.counts.resumed += 1;
+                Ok(None)
+            }
             Handled::L1(barrier) => {
+                nested.counts.exits += 1;
                 let exists = nested.has_predictor_barrier;
                 barrier.discharge(predictor_barrier(exists));
                 self.return_to_l1()?;
@@ -228,11 +286,16 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         let Some(nested) = &mut self.nested else {
             return Ok(Some(VmExit::Forbidden));
         };
+        match instruction {
+            Instruction::Vmread | Instruction::Vmwrite => nested.counts.accesses += 1,
+            Instruction::Vmlaunch | Instruction::Vmresume => nested.counts.entries += 1,
+            _ => nested.counts.instructions += 1,
+        }
         let outcome = layer!(self, nested, execute(instruction))?;
         self.rsp_agreed = self.registers.gprs.rsp;
         match outcome {
             Outcome::Done => {
-                self.select(Level::L1)?;
+                self.follow_shadowing()?;
                 Ok(None)
             }
             Outcome::Fault(fault) => {
@@ -255,6 +318,31 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
             Outcome::Abort => Ok(Some(VmExit::Shutdown)),
             Outcome::Hypercall => Ok(Some(VmExit::Hypercall)),
         }
+    }
+
+    /// While L1 has a current VMCS, its VMREAD and VMWRITE reach the shadow. Without one the control is
+    /// off: VMX instructions outside VMX operation must exit, to raise #UD.
+    fn follow_shadowing(&mut self) -> Result<(), VcpuError> {
+        self.select(Level::L1)?;
+        let Some(nested) = &mut self.nested else {
+            return Ok(());
+        };
+        let Some(shadow) = nested.shadow else {
+            return Ok(());
+        };
+        let wanted = nested.state.current_vmcs().is_some();
+        if wanted == nested.shadowing {
+            return Ok(());
+        }
+        nested.shadowing = wanted;
+        let secondary = self.processor.get(fields::SECONDARY_CONTROLS)?;
+        let mut secondary = SecondaryControls::from_bits_retain(secondary);
+        secondary.set(SHADOWING, wanted);
+        self.processor
+            .set(fields::SECONDARY_CONTROLS, secondary.bits())?;
+        let link = if wanted { shadow.0 } else { u64::MAX };
+        self.processor.set(fields::VMCS_LINK_POINTER, link)?;
+        Ok(())
     }
 
     /// Has the machine look once more at what waited for L1, which may end L2's turn at once.
@@ -352,6 +440,7 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         };
         let handled = layer!(self, nested, exit_to_l1(reason, 0, information))?;
         nested.interrupted = true;
+        nested.counts.exits += 1;
         self.rsp_agreed = self.registers.gprs.rsp;
         if let Handled::L1(barrier) = handled {
             barrier.discharge(predictor_barrier(nested.has_predictor_barrier));
@@ -415,6 +504,25 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         if let Some(nested) = &mut self.nested {
             nested.delivery_due = true;
         }
+    }
+
+    /// What happened between the levels, by name.
+    pub(super) fn settled_exits(&self) -> Option<Settled> {
+        let Counts {
+            entries,
+            exits,
+            resumed,
+            accesses,
+            instructions,
+        } = self.nested.as_ref()?.counts;
+        Some([
+            ("nested entry", entries),
+            ("nested exit", exits),
+            ("nested EPT", resumed),
+            ("VMREAD, VMWRITE", accesses),
+            ("other VMX", instructions),
+            Default::default(),
+        ])
     }
 
     /// CR0, CR4 and EFER of L2.
@@ -484,7 +592,7 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         nested.interrupted = false;
         self.level = Level::L1;
         self.cache.forget();
-        if let Err(error) = self.select(Level::L1) {
+        if let Err(error) = self.follow_shadowing() {
             self.remember(error);
         }
     }

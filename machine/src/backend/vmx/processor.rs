@@ -172,10 +172,14 @@ impl Processor for ThisProcessor<'_> {
         let Some(mut other) = self.others[level as usize].take() else {
             return Err(VmFail::Invalid);
         };
-        let taken = self.vmcs.exchange(&mut other);
+        let mut result = self.vmcs.exchange(&mut other);
+        // The guest's VMREAD and VMWRITE reach it in memory.
+        if self.level == Level::Shadow && result.is_ok() {
+            result = self.vmcs.write_back(other);
+        }
         self.others[self.level as usize] = Some(other);
         self.level = level;
-        taken
+        result
     }
 
     fn has_shadow(&self) -> bool {

@@ -34,10 +34,11 @@ type Script = Box<dyn FnOnce(&mut FakeVmcs, &mut GuestRegisters)>;
 
 /// A processor that exits as the script says.
 struct FakeProcessor {
-    /// The VMCS that is current, whose it is, and the other one.
+    /// The VMCS that is current, whose it is, and the others.
     vmcs: FakeVmcs,
     level: Level,
-    other: FakeVmcs,
+    others: [FakeVmcs; 3],
+    has_shadow: bool,
     caps: VmxCaps,
     exits: VecDeque<Script>,
     /// VMREADs and VMWRITEs between the last exit and each entry.
@@ -63,7 +64,8 @@ impl FakeProcessor {
             }
         }
         Self {
-            other: vmcs.clone(),
+            others: core::array::from_fn(|_| vmcs.clone()),
+            has_shadow: false,
             vmcs,
             level: Level::L1,
             caps: caps.clone(),
@@ -156,15 +158,15 @@ impl Processor for FakeProcessor {
     }
 
     fn select(&mut self, level: Level) -> Result<(), VmFail> {
-        if level != self.level {
-            core::mem::swap(&mut self.vmcs, &mut self.other);
-            self.level = level;
-        }
+        let (from, to) = (self.level as usize, level as usize);
+        core::mem::swap(&mut self.vmcs, &mut self.others[from]);
+        core::mem::swap(&mut self.vmcs, &mut self.others[to]);
+        self.level = level;
         Ok(())
     }
 
     fn has_shadow(&self) -> bool {
-        false
+        self.has_shadow
     }
 
     unsafe fn set_xcr0(&mut self, value: u64) {

@@ -14,6 +14,7 @@ use super::mode::GUEST_EFER;
 use super::{CPUID, Level, Processor, VmxVcpu};
 use crate::backend::{is_valid_pat, is_valid_xcr0};
 use crate::irq::ApicState;
+use crate::stats::Settled;
 use crate::vcpu::{AwaitedInterrupt, Vcpu, VcpuError, VmExit};
 
 impl<P: Processor, M: GuestMemory, S: SecondStage> Vcpu for VmxVcpu<'_, P, M, S> {
@@ -199,6 +200,10 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> Vcpu for VmxVcpu<'_, P, M, S>
 
     fn translate(&mut self, gpa: Gpa) -> Option<Gpa> {
         self.translate_nested(gpa)
+    }
+
+    fn settled(&self) -> Option<Settled> {
+        self.settled_exits()
     }
 
     fn take_interrupted(&mut self) -> bool {

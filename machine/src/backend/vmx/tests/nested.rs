@@ -12,6 +12,7 @@ const TABLES: u64 = 0x1000;
 const OPERAND: u64 = 0x7000;
 const VMXON_REGION: u64 = 0x8000;
 const REGION: u64 = 0x9000;
+const SHADOW: u64 = 0xB000;
 const VMXE: u64 = 1 << 13;
 const NE: u64 = 1 << 5;
 /// Where L1 goes on when its guest has exited.
@@ -43,6 +44,11 @@ type Hypervisor = VmxVcpu<'static, FakeProcessor, GuestRam, Shifted>;
 
 /// A vCPU whose guest is in 64-bit mode, outside VMX operation.
 fn hypervisor() -> Hypervisor {
+    hypervisor_with(false)
+}
+
+/// As [`hypervisor`], with a shadow VMCS or without.
+fn hypervisor_with(shadow: bool) -> Hypervisor {
     let caps: &'static VmxCaps = Box::leak(Box::new(fixtures::skylake_sp()));
     let controls: &Controls =
         Box::leak(Box::new(Controls::choose(caps).unwrap().for_hypervisors()));
@@ -76,18 +82,23 @@ fn hypervisor() -> Hypervisor {
         ept: true,
         vpid: true,
     };
-    vcpu.nest(NestedParts {
+    vcpu.processor.has_shadow = shadow;
+    let parts = NestedParts {
         caps: offer(caps, caps.processor, all),
         vpid: 2,
         controls,
         tables,
         l1_msr_bitmap: &MsrBitmap::all_exit(),
         msr_bitmap: (Box::new(MsrBitmap::all_exit()), Hpa(0x5000)),
+        shadowing: Some(ShadowBitmaps {
+            reads: Hpa(0x6000),
+            writes: Hpa(0x7000),
+        }),
         stage: Shifted,
         flusher: Flusher::default(),
         has_predictor_barrier: false,
-    })
-    .unwrap();
+    };
+    vcpu.nest(parts, shadow.then_some(Hpa(SHADOW))).unwrap();
     let mut system = SystemRegisters::reset();
     system.cr3 = TABLES;
     vcpu.set_system(&system);
@@ -435,6 +446,46 @@ fn a_device_that_l2_reaches_is_named_by_l1s_address() {
     vcpu.will_exit(BasicReason::Cpuid, 0);
     vcpu.run_out();
     assert_eq!(vcpu.translate(Gpa(0x4000)), Some(Gpa(0x4000)));
+}
+
+/// The bitmaps name what L1 reads and writes; the rest still exits.
+#[test]
+fn vmread_and_vmwrite_reach_a_shadow_while_a_vmcs_is_current() {
+    let shadowing = SecondaryControls::VMCS_SHADOWING.bits();
+    let state = |vcpu: &Hypervisor| {
+        let on = vcpu.hardware(fields::SECONDARY_CONTROLS) & shadowing != 0;
+        (on, vcpu.hardware(fields::VMCS_LINK_POINTER))
+    };
+    let mut vcpu = hypervisor_with(true);
+    vcpu.l1_points(BasicReason::Vmxon, VMXON_REGION);
+    assert_eq!(state(&vcpu), (false, u64::MAX));
+    vcpu.l1_points(BasicReason::Vmclear, REGION);
+    vcpu.l1_points(BasicReason::Vmptrld, REGION);
+    assert_eq!(state(&vcpu), (true, SHADOW));
+    assert_eq!(vcpu.hardware(fields::VMREAD_BITMAP_ADDRESS), 0x6000);
+    assert_eq!(vcpu.hardware(fields::VMWRITE_BITMAP_ADDRESS), 0x7000);
+    // The processor writes a field into the shadow, and others by exits; both are in the region after
+    // VMCLEAR, and come back.
+    vcpu.processor.select(Level::Shadow).unwrap();
+    vcpu.processor.set(fields::GUEST_RIP, 0x1234_5678).unwrap();
+    vcpu.processor.select(Level::L1).unwrap();
+    vcpu.vmwrite(fields::GUEST_CS_BASE, 0x77);
+    vcpu.l1_points(BasicReason::Vmclear, REGION);
+    assert_eq!(state(&vcpu), (false, u64::MAX));
+    vcpu.l1_points(BasicReason::Vmptrld, REGION);
+    assert_eq!(vcpu.vmread(fields::GUEST_CS_BASE), 0x77);
+    vcpu.processor.select(Level::Shadow).unwrap();
+    assert_eq!(vcpu.processor.get(fields::GUEST_RIP), Ok(0x1234_5678));
+    vcpu.processor.select(Level::L1).unwrap();
+    vcpu.will_exit(BasicReason::Vmxoff, 0);
+    vcpu.run_out();
+    assert_eq!(state(&vcpu), (false, u64::MAX));
+    // A processor without it runs L1 as before.
+    let mut vcpu = hypervisor();
+    vcpu.l1_points(BasicReason::Vmxon, VMXON_REGION);
+    vcpu.l1_points(BasicReason::Vmclear, REGION);
+    vcpu.l1_points(BasicReason::Vmptrld, REGION);
+    assert_eq!(state(&vcpu), (false, u64::MAX));
 }
 
 #[test]
