@@ -10,6 +10,7 @@ extern crate alloc;
 mod case;
 mod runtime;
 mod svm;
+mod vmx;
 
 use testudo_rt::{Boot, print, println};
 
@@ -18,7 +19,7 @@ use case::{Case, Outcome};
 testudo_rt::entry!(main);
 
 /// The groups of cases, in the order in which they run: later ones rely on what earlier ones tested.
-const GROUPS: [&[Case]; 2] = [runtime::CASES, svm::CASES];
+const GROUPS: [&[Case]; 3] = [runtime::CASES, svm::CASES, vmx::CASES];
 
 fn main(boot: &'static Boot) -> u8 {
     let chosen = |case: &&Case| {

@@ -5,12 +5,17 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, ensure};
 
 use super::Tally;
-use crate::run;
+use crate::{bare, run};
 
-/// Only with `--full`: each is a boot of a hypervisor and one of a Linux in it.
+/// Small hypervisors; and with `--full` whole ones, each with a Linux in it.
 pub(super) fn run(tally: &mut Tally, full: bool) -> Result<()> {
+    run::progress("hypervisors in guests");
+    tally.check("nested::tiny_vmx_runs_its_guest", tiny_vmx());
+    tally.check(
+        "nested::vmx_instructions_fail_as_the_processors",
+        in_guest("selftest", "vmx::").map(drop),
+    );
     if full {
-        run::progress("hypervisors in guests");
         tally.check("nested::kvm_runs_linux", status_of("kvm", &[]));
         tally.check("nested::xen_runs_linux", status_of("xen", &[]));
         tally.check(
@@ -27,22 +32,55 @@ pub(super) fn run(tally: &mut Tally, full: bool) -> Result<()> {
             "nested::two_kvms_side_by_side",
             status_of("kvm", &["--guests", "2"]),
         );
+        // Instructions are time on Bochs in any case, and it takes minutes.
+        let on_vtx = ["--backend", "vmx"];
+        tally.check(
+            "nested::kvm_runs_linux_on_vtx",
+            status_by(&on_vtx, "kvm", "1800", &[]),
+        );
+        tally.check(
+            "nested::kvm_with_shadow_paging_runs_linux_on_vtx",
+            status_by(&on_vtx, "kvm", "1800", &["--shadow"]),
+        );
     }
     Ok(())
 }
 
+/// The smallest hypervisor of VT-x sees the exits of its guest that it sees on the bare machine.
+fn tiny_vmx() -> Result<()> {
+    let text = in_guest("tiny-vmx", "")?;
+    let exits = ["0x0006: CPUID", "0x0008: HLT", "0x0009: EPT violation"];
+    let seen = exits.iter().all(|exit| text.contains(exit));
+    ensure!(seen, "exits are missing; the output was:\n{text}");
+    Ok(())
+}
+
+/// Runs a bare-metal program that uses VT-x as the guest; it ends well. Its output.
+fn in_guest(program: &str, command_line: &str) -> Result<String> {
+    let kernel = bare::build(program)?;
+    let output = Command::new(std::env::current_exe()?)
+        .args(["boot", "--backend", "vmx", "--nested", "--memory", "128"])
+        .args(["--timeout", "120", "--cmdline", command_line, "--kernel"])
+        .arg(kernel)
+        .stdin(Stdio::null())
+        .output()
+        .context("cannot run xtask")?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let status = output.status;
+    ensure!(status.success(), "{status}; the output was:\n{text}");
+    Ok(text)
+}
+
 /// The innermost system's status comes out.
 fn status_of(hypervisor: &str, arguments: &[&str]) -> Result<()> {
+    status_by(&["--exact"], hypervisor, "200", arguments)
+}
+
+/// As [`status_of`], in some place and within a time.
+fn status_by(place: &[&str], hypervisor: &str, time: &str, arguments: &[&str]) -> Result<()> {
     let output = Command::new(std::env::current_exe()?)
-        .args([
-            "nested",
-            hypervisor,
-            "--exact",
-            "--timeout",
-            "200",
-            "--run",
-            "exit 9",
-        ])
+        .args(["nested", hypervisor, "--timeout", time, "--run", "exit 9"])
+        .args(place)
         .args(arguments)
         .stdin(Stdio::null())
         .output()
