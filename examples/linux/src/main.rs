@@ -107,11 +107,12 @@ fn prepare(
             "{vcpus} vCPUs need as many processors, and this machine has {processors}"
         ));
     }
-    if args.guests > 1 && boot.module("disk").is_some() {
+    let files = ["disk", "pmem"].map(|name| boot.module(name).is_some());
+    if args.guests > 1 && files != [false; 2] {
         return Err("a disk's file belongs to one guest only".into());
     }
     let cpuid = Cpuid::of_this_processor();
-    let mut memory = Memory::reserve(args, &cpuid)?;
+    let mut memory = Memory::reserve(boot, args, &cpuid)?;
     let mut backend = Backend::new(&cpuid, &memory.ram, args.paging).map_err(|e| e.to_string())?;
     let shootdown = Shootdown::new(args.vcpus);
     let managed = memory.manage(&mut backend, args, &shootdown)?;

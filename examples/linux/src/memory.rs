@@ -10,10 +10,11 @@ use testudo_arch::memory::GuestRam;
 use testudo_arch::{Gpa, Hpa, PAGE_SIZE};
 use testudo_machine::layout::Layout;
 use testudo_machine::paged::{Managed, Shootdown};
-use testudo_rt as rt;
+use testudo_rt::{self as rt, Boot};
 
 use crate::args::Args;
 use crate::backend::Backend;
+use crate::devices::Persistent;
 use crate::frames;
 
 /// What a memory device's blocks and place are multiples of: what Linux makes a memory block.
@@ -40,6 +41,9 @@ pub(crate) struct Memory {
     pub(crate) ram: GuestRam,
     layout: Layout,
     pieces: Vec<Piece>,
+    /// Where there is room for more.
+    next: u64,
+    persistent: Option<Persistent>,
     /// The host's free frames before the guest had any.
     free_before: u64,
 }
@@ -48,6 +52,8 @@ pub(crate) struct Memory {
 pub(crate) struct ManagedMemory {
     /// The guest's own, which it may give back.
     pub(crate) main: Vec<ManagedRange>,
+    /// What is a file as well.
+    pub(crate) persistent: Option<Persistent>,
     /// What can be plugged.
     pub(crate) pluggable: Option<ManagedRange>,
     /// The host's free frames before the guest had any, and when it starts.
@@ -57,7 +63,7 @@ pub(crate) struct ManagedMemory {
 
 impl Memory {
     /// Takes zeroed memory for the guest, in pieces that large pages can map.
-    pub(crate) fn reserve(args: &Args<'_>, cpuid: &Cpuid) -> Result<Self, String> {
+    pub(crate) fn reserve(boot: &Boot, args: &Args<'_>, cpuid: &Cpuid) -> Result<Self, String> {
         let bytes = args.memory_mib << 20;
         let width = (cpuid.query(0x8000_0008, 0)[0] as u8).clamp(36, 52);
         let layout = Layout::new(bytes, width).map_err(|e| e.to_string())?;
@@ -65,6 +71,8 @@ impl Memory {
             ram: GuestRam::new(),
             layout,
             pieces: Vec::new(),
+            next: layout.high_ram_end().0,
+            persistent: None,
             free_before: frames::free(),
         };
         for (gpa, len) in layout.ram() {
@@ -86,19 +94,25 @@ impl Memory {
             let added = unsafe { memory.ram.add(gpa, place as *mut u8, len, true) };
             added.map_err(|e| e.to_string())?;
         }
+        if let Some(file) = boot.module("pmem") {
+            let gpa = memory.room(file.data.len() as u64)?;
+            memory.persistent = Some(Persistent::new(file.data, gpa, &mut memory.ram)?);
+        }
         Ok(memory)
     }
 
-    /// Where `len` bytes of memory that the map does not have can be: behind all memory and before the
-    /// devices' windows.
-    fn room(&self, len: u64) -> Option<Gpa> {
-        let start = self
-            .layout
-            .high_ram_end()
-            .0
-            .checked_next_multiple_of(PLUG_ALIGN)?;
-        let end = start.checked_add(len)?;
-        (end <= self.layout.pci_mmio64().start).then_some(Gpa(start))
+    /// Room for `len` bytes of memory that the map does not have: behind all memory and before the devices'
+    /// windows.
+    fn room(&mut self, len: u64) -> Result<Gpa, String> {
+        let start = self.next.checked_next_multiple_of(PLUG_ALIGN);
+        let end = start.and_then(|start| start.checked_add(len));
+        match (start, end) {
+            (Some(start), Some(end)) if end <= self.layout.pci_mmio64().start => {
+                self.next = end;
+                Ok(Gpa(start))
+            }
+            _ => Err(format!("there is no room for {} MiB of memory", len >> 20)),
+        }
     }
 
     /// Maps what comes and goes in the guest's table.
@@ -122,13 +136,12 @@ impl Memory {
         let mut pluggable = None;
         if let Some(mib) = args.devices.mem_mib {
             let len = (mib << 20).next_multiple_of(PLUG_ALIGN);
-            let start = self
-                .room(len)
-                .ok_or_else(|| format!("there is no room for {mib} MiB of memory to plug"))?;
+            let start = self.room(len)?;
             pluggable = Some(add(&mut self.ram, start, len, None)?);
         }
         Ok(ManagedMemory {
             main,
+            persistent: self.persistent.take(),
             pluggable,
             free_before: self.free_before,
             free_at_start: frames::free(),

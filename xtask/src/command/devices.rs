@@ -48,6 +48,10 @@ pub(crate) struct Devices {
     /// Random numbers; there are some in any case, but with --no-virtio
     #[arg(long)]
     rng: bool,
+    /// Persistent memory with the file's contents, whole 2 MiB of them. What the guest flushes comes into the
+    /// file, however the run ends
+    #[arg(long, value_name = "FILE")]
+    pmem: Option<String>,
     /// Memory that can be plugged while the guest runs, all of which it is asked to take at the start; with
     /// --vsock, a line "mem MIB" to the host's port 9 asks for another amount
     #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
@@ -120,7 +124,7 @@ impl Plan {
 
 impl Devices {
     pub(crate) fn plan(&self) -> Result<Plan> {
-        let disks = self
+        let mut disks = self
             .disks
             .iter()
             .map(|name| disk(name))
@@ -163,6 +167,14 @@ impl Devices {
         if self.vsock {
             device(" vsock", "vmw_vsock_virtio_transport");
         }
+        if let Some(name) = &self.pmem {
+            let file = persistent(name)?;
+            // As memory, and once more as what the file holds.
+            memory += file.data.len() as u64 >> 19;
+            disks.push(file);
+            device("", "virtio_pmem");
+            device("", "nd_pmem");
+        }
         let mut shared = Vec::new();
         if let Some(folder) = &self.share {
             device(" share", "virtiofs");
@@ -198,6 +210,7 @@ impl Devices {
         !self.disks.is_empty()
             || self.balloon.is_some()
             || self.mem.is_some()
+            || self.pmem.is_some()
             || self.share.is_some()
             || self.vsock
             || self.rng
@@ -214,6 +227,24 @@ impl Devices {
     pub(crate) fn rare_driver(&self) -> Option<&'static str> {
         self.iommu.then_some(IOMMU_DRIVER)
     }
+}
+
+/// A file as persistent memory, which Linux takes in such pieces.
+fn persistent(name: &str) -> Result<Disk> {
+    const PIECE: usize = 2 << 20;
+    let data = fs::read(name).with_context(|| format!("cannot read {name}"))?;
+    if data.is_empty() || data.len() % PIECE != 0 {
+        bail!(
+            "{name} is no persistent memory: its {} bytes are not whole 2 MiB",
+            data.len()
+        );
+    }
+    Ok(Disk {
+        file: name.into(),
+        string: format!("pmem {name}"),
+        read_only: false,
+        data,
+    })
 }
 
 fn disk(name: &str) -> Result<Disk> {
@@ -339,6 +370,10 @@ mod tests {
             fs::write(&file, vec![0; size]).expect("a file");
             assert_eq!(disk(name).is_ok(), good, "{size}");
         }
+        assert!(persistent(name).is_err());
+        fs::write(&file, vec![0; 4 << 20]).expect("a file");
+        let plan = plan(&["--no-virtio", "--pmem", name]);
+        assert_eq!((plan.memory, plan.files().len()), (8, 1));
         assert!(disk(&format!("{name},ro")).is_ok_and(|disk| disk.read_only));
         fs::remove_file(&file).expect("it is there");
         assert!(disk(name).is_err());

@@ -81,6 +81,7 @@ pub(super) fn run(machine: &Machine, program: &Path, payload: &Payload) -> Resul
             child.kill()?;
             child.wait()?;
             tail.forward()?;
+            machine.save_disks(&fs::read(&console).unwrap_or_default())?;
             return Ok(machine.timed_out());
         }
         tail.forward()?;

@@ -94,11 +94,12 @@ pub(super) fn run(machine: &Machine, kernel: &Path, payload: &Payload) -> Result
         &format!("file,id=status,path={}", status_file.display()),
     ]);
     qemu.args(["-device", "isa-debugcon,iobase=0xe9,chardev=status"]);
-    let Some(ended) = finish(machine, qemu)? else {
-        return Ok(machine.timed_out());
-    };
+    let ended = finish(machine, qemu)?;
     let console = fs::read(&status_file).unwrap_or_default();
     machine.save_disks(&console)?;
+    let Some(ended) = ended else {
+        return Ok(machine.timed_out());
+    };
     match status_in(&String::from_utf8_lossy(&console)).or_else(|| debug_exit(ended)) {
         Some(status) => Ok(status),
         None if machine.guest_ends && ended.success() => Ok(0),

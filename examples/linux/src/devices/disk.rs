@@ -59,23 +59,31 @@ impl Disk {
         Self(Arc::new(Mutex::new(Overlay::new(base, budget))))
     }
 
-    /// Hands the changed blocks out through the debug console, where QEMU and Bochs have one: for
-    /// each a line `testudo-disk: NUMBER OFFSET LENGTH`, the bytes, and the end of a line.
+    /// Hands the changed blocks out; see [`hand_out`].
     pub(crate) fn save(&self, number: usize) {
-        const CONSOLE: u16 = 0xE9;
-        // SAFETY: the debug console has no access to memory, nor has whatever else answers there.
-        let put = |byte| unsafe { port::write_u8(CONSOLE, byte) };
-        // SAFETY: as above.
-        if unsafe { port::read_u8(CONSOLE) } != 0xE9 {
-            return;
-        }
         for (offset, bytes) in self.0.lock().changes() {
-            let header = alloc::format!("testudo-disk: {number} {offset} {}\n", bytes.len());
-            for &byte in header.as_bytes().iter().chain(bytes).chain(b"\n") {
-                put(byte);
+            if !hand_out(number, offset, bytes) {
+                return;
             }
         }
     }
+}
+
+/// Hands out what a file shall hold, through the debug console, which QEMU and Bochs have: a line
+/// `testudo-disk: NUMBER OFFSET LENGTH`, the bytes, and the end of a line. False where there is none.
+pub(super) fn hand_out(number: usize, offset: u64, bytes: &[u8]) -> bool {
+    const CONSOLE: u16 = 0xE9;
+    // SAFETY: the debug console has no access to memory, nor has whatever else answers there.
+    let put = |byte| unsafe { port::write_u8(CONSOLE, byte) };
+    // SAFETY: as above.
+    if unsafe { port::read_u8(CONSOLE) } != 0xE9 {
+        return false;
+    }
+    let header = alloc::format!("testudo-disk: {number} {offset} {}\n", bytes.len());
+    for &byte in header.as_bytes().iter().chain(bytes).chain(b"\n") {
+        put(byte);
+    }
+    true
 }
 
 impl BlockBackend for Disk {

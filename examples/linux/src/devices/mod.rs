@@ -6,6 +6,7 @@ mod disk;
 mod entropy;
 mod ethernet;
 mod memory;
+mod pmem;
 
 use alloc::boxed::Box;
 use alloc::format;
@@ -21,7 +22,7 @@ use testudo_virtio::backend::{
     BlockBackend, EchoHost, MemoryTree, ReadOnlyImage, UserHost, UserOptions,
 };
 use testudo_virtio::device::{
-    Blk, BlkOptions, Console, Fs, IommuMemory, Net, NetOptions, Rng, Vsock,
+    Blk, BlkOptions, Console, Fs, IommuMemory, Net, NetOptions, Pmem, Rng, Vsock,
 };
 use testudo_virtio::transport::Options;
 
@@ -30,6 +31,7 @@ use self::console::Keyboard;
 use self::disk::Disk;
 pub(crate) use self::ethernet::Ethernet;
 use self::memory::{Operator, Services};
+pub(crate) use self::pmem::Persistent;
 use crate::args::Args;
 use crate::memory::ManagedMemory;
 use crate::output::Output;
@@ -67,7 +69,7 @@ pub(crate) struct Outside<'a> {
 pub(crate) fn build(
     boot: &'static Boot,
     args: &Args<'_>,
-    memory: ManagedMemory,
+    mut memory: ManagedMemory,
     outside: &Outside<'_>,
 ) -> (Devices<GuestRam>, Backends) {
     // What is typed goes to the guest's console, which may be either.
@@ -113,6 +115,13 @@ pub(crate) fn build(
         let (terminal, keyboard) = console::terminal(outside.output.clone());
         let handle = plan.add("console", Console::new(Box::new(terminal)));
         plan.backends.keyboard = virtio_console.then(|| keyboard(handle));
+    }
+    if let Some(persistent) = memory.persistent.take() {
+        // The last of the files.
+        let disks = boot.modules().iter().filter(|module| module.name == "disk");
+        let persistent = persistent.numbered(disks.count());
+        let (gpa, len) = persistent.place();
+        plan.add_direct("pmem", Box::new(Pmem::new(persistent, gpa, len)));
     }
     let mut operator = Operator::new(memory);
     if let Some(mib) = args.balloon_mib {

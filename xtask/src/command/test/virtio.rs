@@ -95,6 +95,7 @@ pub(super) fn run(tally: &mut Tally, full: bool) -> Result<()> {
     if full {
         memory(tally, &["--backend", "vmx"], "vmx")?;
     }
+    tally.check("virtio::persistent_memory", persistent_memory());
     tally.check("virtio::balloon_deflates", balloon_deflates());
     tally.check("virtio::broken_disk_is_an_error", broken_disk());
     tally.check("virtio::two_guests_on_a_switch", two_guests_on_a_switch());
@@ -263,6 +264,33 @@ fn memory(tally: &mut Tally, backend: &[&str], name: &str) -> Result<()> {
         };
         tally.check(&format!("virtio::memory_on_{name}::{what}"), result);
     }
+    Ok(())
+}
+
+/// What the guest has flushed is in the file, though the guest ends without warning; another guest finds it.
+fn persistent_memory() -> Result<()> {
+    let folder = RunFolder::new()?;
+    let file = folder.file("memory");
+    fs::write(&file, vec![0; 8 << 20])?;
+    let name = file.to_str().context("the build's folder is not UTF-8")?;
+    let arguments = ["--no-virtio", "--pmem", name];
+    let write = "mke2fs /dev/pmem0 && mkdir /mnt && mount /dev/pmem0 /mnt && echo kept as memory >/mnt/file && \
+                 sync && echo flushed";
+    let output = boot(&arguments, write)?;
+    ensure!(output.contains("flushed"), "the output was:\n{output}");
+    let image = fs::read(&file)?;
+    ensure!(
+        image.windows(15).any(|bytes| bytes == b"kept as memory\n"),
+        "the file is not on the host"
+    );
+    let output = boot(
+        &arguments,
+        "mkdir /mnt; mount -o ro /dev/pmem0 /mnt && cat /mnt/file",
+    )?;
+    ensure!(
+        output.contains("kept as memory"),
+        "the output was:\n{output}"
+    );
     Ok(())
 }
 
