@@ -19,6 +19,7 @@ mod length;
 mod operand;
 mod string;
 mod system;
+pub mod task;
 mod vector;
 
 use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction};

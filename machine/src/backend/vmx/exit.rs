@@ -79,6 +79,7 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
                 VmExit::InterruptWindow
             }
             Exit::ControlRegister(access) => return self.move_to_control_register(access),
+            Exit::TaskSwitch(switch) => return self.task_switch(switch),
             Exit::Invlpg { address } if self.shadow.is_some() => {
                 self.invalidate_shadow_page(address)?;
                 self.advance();
@@ -112,7 +113,7 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
             | Exit::Rsm
             | Exit::Seamcall
             | Exit::Tdcall => VmExit::Forbidden,
-            // A hardware task switch, what no control asked for, and what is newer than this.
+            // What no control asked for, and what is newer than this.
             other => {
                 let unsupported = UnsupportedExit::read(other, self.reason, &self.processor)?;
                 return Err(VcpuError::Unsupported(unsupported));

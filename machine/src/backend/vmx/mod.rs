@@ -35,8 +35,7 @@
 //! On shadow paging ([`Controls::choose_shadow`]) the guest runs without EPT, and so restricted to
 //! protected mode with paging, which it need not see.
 //!
-//! Hardware task switches always exit on VT-x, and this backend does not emulate them: a guest that
-//! makes one ends with [`VcpuError::Unsupported`].
+//! Hardware task switches always exit on VT-x, and are made by software.
 
 mod apic;
 mod cache;
@@ -47,6 +46,7 @@ mod processor;
 mod refusal;
 mod setup;
 mod shadow;
+mod task;
 #[cfg(test)]
 mod tests;
 mod timer;

@@ -851,11 +851,12 @@ fn what_is_not_supported_is_said_in_words() {
     vcpu.will(|vmcs, _| {
         vmcs.preset(fields::GUEST_INTERRUPTIBILITY, 1 << 3);
         vmcs.preset(fields::IDT_VECTORING_INFORMATION, 0x8000_0202);
-        exit(vmcs, BasicReason::TaskSwitch, 3 << 30 | 0x28);
+        vmcs.preset(fields::GUEST_PHYSICAL_ADDRESS, 0x5000);
+        exit(vmcs, BasicReason::EptMisconfiguration, 0);
     });
     let error = vcpu.run(&AtomicU32::new(0)).unwrap_err().to_string();
     for words in [
-        "task switch by a task gate in the IDT to 0x0028",
+        "EPT misconfiguration on the way to 0x5000 (reason 0x31,",
         "while NMI was being delivered",
         "activity: active; blocking: BLOCKING_BY_NMI; pending debug exceptions: none",
     ] {

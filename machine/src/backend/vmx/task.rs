@@ -1,0 +1,193 @@
+//! Hardware task switches, which always exit on VT-x (SDM vol. 3C, 26.4.2).
+
+use testudo_arch::regs::SystemRegisters;
+use testudo_arch::{Event, Exception, Gpa, GuestMemory, Gva, PAGE_SIZE, PageSize};
+use testudo_ept::walk::{
+    Access, AccessKind, PageFaultCode, PagingState, Privilege, WalkError, walk,
+};
+use testudo_nested::vmx::SecondStage;
+use testudo_vmx::controls::Interruptibility;
+use testudo_vmx::exit::{TaskSwitch, TaskSwitchSource};
+use testudo_vmx::fields;
+
+use super::{Processor, VmxVcpu};
+use crate::emulate::Fault;
+use crate::emulate::task::{self, Cause, TaskMemory};
+use crate::guest_cpu::paging_state;
+use crate::vcpu::{Vcpu, VcpuError, VmExit};
+
+impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
+    /// Switches tasks as the processor would have. What the exit interrupted waits to be injected.
+    pub(super) fn task_switch(&mut self, exit: TaskSwitch) -> Result<Option<VmExit>, VcpuError> {
+        let delivering = self.injection.take();
+        let cause = cause(exit.source, delivering);
+        let mut system = self.read_system()?;
+        let faults = matches!(
+            delivering,
+            Some(Event::Interrupt(_) | Event::Nmi | Event::Exception { .. })
+        );
+        if exit.source != TaskSwitchSource::TaskGate || !faults {
+            // Past the instruction.
+            let length = self.processor.get(fields::EXIT_INSTRUCTION_LENGTH)?;
+            system.rip = system.rip.wrapping_add(length.into()) & 0xFFFF_FFFF;
+        }
+        self.load_rsp();
+        let mut gprs = self.registers.gprs;
+        let mut memory = Linear {
+            memory: self.memory,
+            paging: paging(&system, self.caps.processor.physical_address_bits),
+            contended: false,
+        };
+        let request = task::TaskSwitch {
+            selector: exit.selector,
+            cause,
+        };
+        let switched = task::switch(&mut memory, &mut system, &mut gprs, &request);
+        if memory.contended {
+            // Nothing that the guest can see has happened: once more.
+            self.injection = delivering;
+            return Ok(None);
+        }
+        match switched {
+            Ok(first) => {
+                self.load_system(&system)?;
+                self.registers.gprs = gprs;
+                if delivering == Some(Event::Nmi) {
+                    let blocked = Interruptibility::BLOCKING_BY_NMI;
+                    self.cache.set_interruptibility(blocked);
+                }
+                if let Some(fault) = first {
+                    self.raise(fault);
+                }
+            }
+            Err(fault) => match delivering.map(|event| combined(event, fault)) {
+                Some(None) => return Ok(Some(VmExit::Shutdown)),
+                Some(Some(fault)) => self.raise(fault),
+                None => self.raise(fault),
+            },
+        }
+        Ok(None)
+    }
+
+    fn raise(&mut self, fault: Fault) {
+        if let Some(address) = fault.cr2 {
+            self.set_cr2(address);
+        }
+        self.inject(fault.event);
+    }
+}
+
+fn cause(source: TaskSwitchSource, delivering: Option<Event>) -> Cause {
+    match (source, delivering) {
+        (TaskSwitchSource::Call, _) => Cause::Call,
+        (TaskSwitchSource::Jmp, _) => Cause::Jump,
+        (TaskSwitchSource::Iret, _) => Cause::Return,
+        (
+            TaskSwitchSource::TaskGate,
+            Some(event @ (Event::SoftwareInterrupt { .. } | Event::SoftwareException { .. })),
+        ) => Cause::SoftwareInterrupt {
+            vector: event.vector(),
+        },
+        (TaskSwitchSource::TaskGate, Some(Event::Exception { error_code, .. })) => {
+            Cause::Event { error_code }
+        }
+        (TaskSwitchSource::TaskGate, _) => Cause::Event { error_code: None },
+    }
+}
+
+/// What a fault makes that meets the delivery of an event; `None` is a shutdown.
+fn combined(first: Event, fault: Fault) -> Option<Fault> {
+    use testudo_arch::event::Combined;
+    let exception = Exception::from_vector(fault.event.vector());
+    match exception.map_or(Combined::Serial, |second| first.combine(second)) {
+        Combined::Serial => Some(fault),
+        Combined::DoubleFault => Some(Fault {
+            event: Event::fault_with(Exception::DoubleFault, 0),
+            cr2: fault.cr2,
+        }),
+        Combined::Shutdown => None,
+    }
+}
+
+/// Protection keys are of IA-32e mode, in which there are no task switches.
+fn paging(system: &SystemRegisters, physical_bits: u8) -> PagingState {
+    paging_state(system, 0, physical_bits)
+}
+
+/// The guest's linear memory, as its processor accesses it for itself.
+struct Linear<'a, M> {
+    memory: &'a M,
+    paging: PagingState,
+    contended: bool,
+}
+
+impl<M: GuestMemory> Linear<'_, M> {
+    /// The pieces of an access, each in a page, translated before any is made.
+    fn pieces(
+        &mut self,
+        address: Gva,
+        len: usize,
+        kind: AccessKind,
+    ) -> Result<[(Gpa, usize); 2], Fault> {
+        let first = len.min((PAGE_SIZE - address.offset_in(PageSize::Size4K)) as usize);
+        let mut pieces = [(Gpa::ZERO, 0); 2];
+        for (piece, (skip, len)) in pieces.iter_mut().zip([(0, first), (first, len - first)]) {
+            if len > 0 {
+                let at = Gva(address.0.wrapping_add(skip as u64) & 0xFFFF_FFFF);
+                *piece = (self.translate(at, kind)?, len);
+            }
+        }
+        Ok(pieces)
+    }
+
+    fn translate(&mut self, at: Gva, kind: AccessKind) -> Result<Gpa, Fault> {
+        let access = Access::new(kind, Privilege::Implicit);
+        match walk(self.memory, &self.paging, at, access) {
+            Ok(found) => Ok(found.gpa),
+            Err(WalkError::Fault(fault)) => Err(Fault::page(fault.address, fault.code.bits())),
+            Err(WalkError::NonCanonical(_)) => Err(Fault::GP0),
+            Err(WalkError::NoTable(_)) => {
+                // A bus that nobody drives reads as ones: reserved bits are set.
+                let mut code = PageFaultCode::PRESENT | PageFaultCode::RESERVED;
+                code.set(PageFaultCode::WRITE, kind == AccessKind::Write);
+                Err(Fault::page(at, code.bits()))
+            }
+            Err(_) => {
+                self.contended = true;
+                Err(Fault::GP0)
+            }
+        }
+    }
+}
+
+impl<M: GuestMemory> TaskMemory for Linear<'_, M> {
+    fn read(&mut self, address: Gva, data: &mut [u8]) -> Result<(), Fault> {
+        let mut rest = data;
+        for (gpa, len) in self.pieces(address, rest.len(), AccessKind::Read)? {
+            let (part, tail) = rest.split_at_mut(len);
+            // Where no memory is, ones.
+            if len > 0 && self.memory.read(gpa, part).is_err() {
+                part.fill(0xFF);
+            }
+            rest = tail;
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, address: Gva, data: &[u8]) -> Result<(), Fault> {
+        let mut rest = data;
+        for (gpa, len) in self.pieces(address, rest.len(), AccessKind::Write)? {
+            let (part, tail) = rest.split_at(len);
+            if len > 0 {
+                // Where no memory is, nobody takes it.
+                let _nobody = self.memory.write(gpa, part);
+            }
+            rest = tail;
+        }
+        Ok(())
+    }
+
+    fn set_cr3(&mut self, cr3: u64) {
+        self.paging.cr3 = cr3;
+    }
+}
