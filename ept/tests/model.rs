@@ -7,6 +7,7 @@ use proptest::prelude::*;
 use testudo_arch::{Gpa, Hpa, PageSize};
 use testudo_ept::format::amdvi::AmdVi;
 use testudo_ept::format::ept::Ept;
+use testudo_ept::format::long_mode::LongMode;
 use testudo_ept::format::npt::Npt;
 use testudo_ept::format::vtd::Vtd;
 use testudo_ept::{
@@ -150,27 +151,31 @@ fn op() -> impl Strategy<Value = Op> {
 type Model<Flags> = BTreeMap<u64, (u64, Flags)>;
 
 /// What the table maps, page by page.
-fn contents<F: Format<Input = Gpa>>(
-    table: &PageTable<F, &FramePool>,
-    base: u64,
-) -> Model<F::Flags> {
+fn contents<F: Format>(table: &PageTable<F, &FramePool>, base: u64) -> Model<F::Flags> {
     let mut model = Model::new();
-    for (start, leaf) in table.leaves(Gpa(base), PAGES * PAGE).unwrap() {
-        assert_eq!(start.0 % leaf.bytes(), 0);
+    let format = table.format();
+    for (start, leaf) in table.leaves(format.address(base), PAGES * PAGE).unwrap() {
+        let start = format.offset(start).unwrap();
+        assert_eq!(start % leaf.bytes(), 0);
         assert_eq!(leaf.frame.0 % leaf.bytes(), 0);
         for n in 0..leaf.bytes() / PAGE {
-            let page = (start.0 - base) / PAGE + n;
+            let page = (start - base) / PAGE + n;
             model.insert(page, (leaf.frame.0 / PAGE + n, leaf.flags));
         }
     }
     model
 }
 
-fn run<F: Format<Input = Gpa>>(format: F, ops: &[Op], frames: usize) {
+fn run<F: Format>(format: F, ops: &[Op], frames: usize) {
+    let base = if format.levels() > 3 { 511 << 30 } else { 0 };
+    run_at(format, base, ops, frames);
+}
+
+/// As [`run`], with the pages from this offset of the table on.
+fn run_at<F: Format>(format: F, base: u64, ops: &[Op], frames: usize) {
     let pool = FramePool::new(frames);
     let table = PageTable::new(format.clone(), &pool).unwrap();
-    let base = if format.levels() > 3 { 511 << 30 } else { 0 };
-    let gpa = |page: u64| Gpa(base + page * PAGE);
+    let at = |page: u64| format.address(base + page * PAGE);
     let flags = |choice| flags(&format, choice);
     let largest = |choice| PAGE << (9 * (format.largest_level(flags(choice)) - 1));
     let mut model = Model::new();
@@ -188,7 +193,7 @@ fn run<F: Format<Input = Gpa>>(format: F, ops: &[Op], frames: usize) {
             } => {
                 let free = !model.range(page..page + pages).any(|_| true);
                 let result =
-                    table.map_up_to(gpa(page), pages * PAGE, Hpa(frame * PAGE), flags(f), size);
+                    table.map_up_to(at(page), pages * PAGE, Hpa(frame * PAGE), flags(f), size);
                 match result {
                     Ok(()) => {
                         assert!(free);
@@ -211,7 +216,7 @@ fn run<F: Format<Input = Gpa>>(format: F, ops: &[Op], frames: usize) {
             } => {
                 let pages = size.bytes() / PAGE;
                 let free = !model.range(page..page + pages).any(|_| true);
-                match table.map_page(gpa(page), size, Hpa(frame * PAGE), flags(f)) {
+                match table.map_page(at(page), size, Hpa(frame * PAGE), flags(f)) {
                     Ok(()) => {
                         assert!(free);
                         model.extend((0..pages).map(|n| (page + n, (frame + n, flags(f)))));
@@ -219,8 +224,8 @@ fn run<F: Format<Input = Gpa>>(format: F, ops: &[Op], frames: usize) {
                     Err(MapError::Occupied(_)) => assert!(!free || before > 1),
                     Err(MapError::TooLarge(_)) => assert!(size.bytes() > largest(f)),
                     Err(MapError::Edit(EditError::Misaligned(_))) => {
-                        let aligned =
-                            gpa(page).is_aligned(size) && Hpa(frame * PAGE).is_aligned(size);
+                        let aligned = (base + page * PAGE).is_multiple_of(size.bytes())
+                            && Hpa(frame * PAGE).is_aligned(size);
                         assert!(!aligned);
                     }
                     Err(MapError::Edit(EditError::OutOfFrames)) => {
@@ -230,7 +235,7 @@ fn run<F: Format<Input = Gpa>>(format: F, ops: &[Op], frames: usize) {
                 }
             }
             Op::Unmap { page, pages } => {
-                if let Ok(flush) = table.unmap(gpa(page), pages * PAGE) {
+                if let Ok(flush) = table.unmap(at(page), pages * PAGE) {
                     let had = model.range(page..page + pages).any(|_| true);
                     assert!(flush.scope().is_some() || !had);
                     flush.discharge(&mut hardware);
@@ -238,12 +243,12 @@ fn run<F: Format<Input = Gpa>>(format: F, ops: &[Op], frames: usize) {
                 }
             }
             Op::UnmapInto { page, pages } => {
-                if let Ok(flush) = table.unmap_into(gpa(page), pages * PAGE, Vec::new()) {
+                if let Ok(flush) = table.unmap_into(at(page), pages * PAGE, Vec::new()) {
                     let out = flush.discharge(&mut hardware);
                     let mut removed = Model::new();
                     for (start, leaf) in out {
                         for n in 0..leaf.bytes() / PAGE {
-                            let page = (start.0 - base) / PAGE + n;
+                            let page = (format.offset(start).unwrap() - base) / PAGE + n;
                             removed.insert(page, (leaf.frame.0 / PAGE + n, leaf.flags));
                         }
                     }
@@ -253,7 +258,7 @@ fn run<F: Format<Input = Gpa>>(format: F, ops: &[Op], frames: usize) {
                 }
             }
             Op::UnmapPage { page } => {
-                let leaf = table.unmap_page(gpa(page)).discharge(&mut hardware);
+                let leaf = table.unmap_page(at(page)).discharge(&mut hardware);
                 assert_eq!(leaf.is_some(), model.contains_key(&page));
                 if let Some(leaf) = leaf {
                     let pages = leaf.bytes() / PAGE;
@@ -269,7 +274,7 @@ fn run<F: Format<Input = Gpa>>(format: F, ops: &[Op], frames: usize) {
                 rights,
             } => {
                 let rights = format.floor(rights);
-                if let Ok(flush) = table.protect(gpa(page), pages * PAGE, rights) {
+                if let Ok(flush) = table.protect(at(page), pages * PAGE, rights) {
                     flush.discharge(&mut hardware);
                     for (_, (_, flags)) in model.range_mut(page..page + pages) {
                         *flags = format.with_rights(*flags, rights).unwrap();
@@ -277,15 +282,15 @@ fn run<F: Format<Input = Gpa>>(format: F, ops: &[Op], frames: usize) {
                 }
             }
             Op::Split { page, pages, size } => {
-                if let Ok(flush) = table.split(gpa(page), pages * PAGE, size) {
+                if let Ok(flush) = table.split(at(page), pages * PAGE, size) {
                     flush.discharge(&mut hardware);
-                    for (_, leaf) in table.leaves(gpa(page), pages * PAGE).unwrap() {
+                    for (_, leaf) in table.leaves(at(page), pages * PAGE).unwrap() {
                         assert!(leaf.bytes() <= size.bytes());
                     }
                 }
             }
             Op::Merge { page, pages, size } => {
-                let flush = table.merge(gpa(page), pages * PAGE, size).unwrap();
+                let flush = table.merge(at(page), pages * PAGE, size).unwrap();
                 let replaced = flush.discharge(&mut hardware);
                 assert_eq!(table.table_frames(), before - replaced);
             }
@@ -301,7 +306,9 @@ fn run<F: Format<Input = Gpa>>(format: F, ops: &[Op], frames: usize) {
     let difference = found.iter().zip(&model).find(|(a, b)| a != b);
     assert_eq!((difference, found.len()), (None, model.len()));
     for (&page, &(frame, flags)) in model.iter().step_by(97) {
-        let found = table.translate(Gpa(gpa(page).0 + 5)).unwrap();
+        let found = table
+            .translate(format.address(base + page * PAGE + 5))
+            .unwrap();
         assert_eq!(
             (found.address, found.leaf.flags),
             (Hpa(frame * PAGE + 5), flags)
@@ -367,6 +374,16 @@ proptest! {
     ) {
         let format = Vtd::new(5, 52).with_largest_page(PageSize::Size1G);
         run(format.with_snoop_control().with_accessed_dirty(), &ops, 4096);
+    }
+
+    #[test]
+    fn host_tables_are_a_map_in_the_upper_half(ops in prop::collection::vec(op(), 1..24)) {
+        run_at(LongMode::new(46), 1 << 47 | 511 << 30, &ops, 4096);
+    }
+
+    #[test]
+    fn host_tables_of_five_levels_are_a_map(ops in prop::collection::vec(op(), 1..24)) {
+        run(LongMode::new(52).with_five_levels(), &ops, 4096);
     }
 
     #[test]
