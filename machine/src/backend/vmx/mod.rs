@@ -23,8 +23,9 @@
 //! | IN, OUT | 5 | 1 | and the qualification |
 //! | interrupt of the host | 1 | 0 | reason |
 //! | interrupt delivered | 3 | 1 | reason, RFLAGS, interruptibility; the event |
-//! | write to the APIC, virtualized | 2 | 0 | reason, qualification |
-//! | deadline | 1 | 0 | reason |
+//! | write to the APIC, virtualized | 3 | 0 | reason, qualification, IDT vectoring |
+//! | end of a level-triggered interrupt | 2 | 0 | reason, qualification |
+//! | deadline | 1 | 1 | reason; the preemption timer |
 //!
 //! Every sixteenth entry, and each after the machine looked for interrupts, sets the preemption timer:
 //! one VMWRITE more. Between, the timer lags behind the clock by what the exits take.

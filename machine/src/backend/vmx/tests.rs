@@ -362,8 +362,25 @@ fn what_the_other_hot_exits_cost() {
         vcpu.run_out();
         assert_eq!(vcpu.cost(), cost, "{reason}");
     }
+    for (reason, exit, reads) in [
+        (
+            BasicReason::ApicWrite,
+            VmExit::ApicWrite { register: 0x380 },
+            3,
+        ),
+        (BasicReason::VirtualizedEoi, VmExit::EndOfInterrupt(0x80), 2),
+    ] {
+        let mut vcpu = vcpu();
+        vcpu.will_exit(reason, 0x380);
+        assert_eq!(vcpu.enter_once(), exit);
+        vcpu.run_out();
+        assert_eq!(vcpu.cost(), (reads, 0), "{reason}");
+    }
     let mut vcpu = vcpu();
+    vcpu.will_exit(BasicReason::PreemptionTimer, 0);
+    assert_eq!(vcpu.enter_once(), VmExit::Interrupted);
     vcpu.run_out();
+    assert_eq!(vcpu.cost(), (1, 1));
     vcpu.run_out();
     assert_eq!(vcpu.cost(), (1, 0));
     assert_eq!(vcpu.processor.interrupts, 2);
