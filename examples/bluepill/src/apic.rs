@@ -32,6 +32,9 @@ const ASSERT: u32 = 1 << 14;
 const PENDING: u32 = 1 << 12;
 const MASKED: u32 = 1 << 16;
 
+/// How often to look whether a command of the guest's has been sent, which takes microseconds at most.
+const PENDING_POLLS: u32 = 100_000;
+
 /// What a command that the guest wrote asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Command {
@@ -142,7 +145,10 @@ pub(crate) fn send_nmi(destination: u32) {
     }
     // The guest may be between the two halves of a command of its own.
     let high = read(COMMAND_HIGH);
-    while read(COMMAND_LOW) & PENDING != 0 {
+    for _ in 0..PENDING_POLLS {
+        if read(COMMAND_LOW) & PENDING == 0 {
+            break;
+        }
         core::hint::spin_loop();
     }
     write(COMMAND_HIGH, destination << 24);

@@ -11,7 +11,7 @@ use super::boot::Backend;
 use super::nested;
 use crate::bare::{self, Payload};
 use crate::debian;
-use crate::emulator::{Loader, Machine};
+use crate::emulator::{Kind, Loader, Machine};
 use crate::initrd::Initrd;
 use crate::run;
 
@@ -31,6 +31,9 @@ pub(crate) struct Bluepill {
     /// Which virtualization extension
     #[arg(long, value_enum, default_value = "svm")]
     backend: Backend,
+    /// What emulates the machine
+    #[arg(long, value_enum, default_value = "qemu")]
+    emulator: Kind,
     /// The machine's processors
     #[arg(long, visible_alias = "vcpus", value_name = "N", default_value_t = 1)]
     processors: u32,
@@ -98,7 +101,7 @@ impl Bluepill {
             input: self.run.is_none(),
             timeout,
             guest_ends: true,
-            ..Machine::new(self.backend.emulator())
+            ..Machine::new(self.emulator)
         };
         if self.run.is_none() && std::io::stdin().is_terminal() {
             run::progress("booting to a shell; Ctrl-A X ends the emulator");

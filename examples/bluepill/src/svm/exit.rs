@@ -256,6 +256,8 @@ impl Guest<'_> {
                 processors::start_up(self.id, target, page, &mut self.held);
             }
         }
+        // Waiting for the others may have let one in.
+        self.nmi |= processors::take_guest_nmi(self.id);
     }
 
     fn view(&mut self) -> View<'_> {
