@@ -14,6 +14,13 @@ bitflags! {
         /// is still to be raised. An exit, or another event, takes it back; what raises it is the end
         /// of the emulator's own turn for the processor, so it is seen with several processors.
         const REPEATS_INTERRUPTS = 1;
+        /// #VMEXIT does not restore the host's CR0 if the guest has EFER.LME set and CR0.PG and
+        /// CR4.PAE clear: the host goes on without paging. Any guest can do that, so a hypervisor
+        /// there keeps LME out of the processor while its guest has paging off.
+        ///
+        /// QEMU loads CR0 before CR4 and EFER, and takes the host's CR0.PG for an illegal step of
+        /// the guest's into long mode, which it ignores.
+        const LOSES_CR0 = 2;
     }
 }
 
@@ -22,8 +29,8 @@ impl Defects {
     /// itself none are known.
     pub const fn of(signature: Option<&[u8; 12]>) -> Self {
         match signature {
-            // Seen in version 7.2, and in the sources of later ones.
-            Some(b"TCGTCGTCGTCG") => Self::REPEATS_INTERRUPTS,
+            // Seen in version 7.2, the first also in the sources of later ones.
+            Some(b"TCGTCGTCGTCG") => Self::REPEATS_INTERRUPTS.union(Self::LOSES_CR0),
             _ => Self::empty(),
         }
     }
@@ -35,7 +42,7 @@ mod tests {
 
     #[test]
     fn defects_go_by_the_name() {
-        assert!(Defects::of(Some(b"TCGTCGTCGTCG")).contains(Defects::REPEATS_INTERRUPTS));
+        assert!(Defects::of(Some(b"TCGTCGTCGTCG")).contains(Defects::LOSES_CR0));
         assert!(Defects::of(Some(b"KVMKVMKVM\0\0\0")).is_empty());
         assert!(Defects::of(None).is_empty());
     }

@@ -78,6 +78,10 @@ pub(crate) const CASES: &[Case] = &[
         run: interrupt_preserves_registers,
     },
     Case {
+        name: "rt::long_mode_is_left_and_entered",
+        run: long_mode_is_left_and_entered,
+    },
+    Case {
         name: "rt::processors_start",
         run: processors_start,
     },
@@ -504,6 +508,80 @@ fn processors_start(_: &'static Boot) -> Outcome {
     }
     check_eq!(cpu::current_id(), 0);
     check_eq!(apic::id(), cpu::apic_id(0));
+    Outcome::Passed
+}
+
+/// Turns paging off, then PAE, with EFER.LME still set; executes CPUID, which is an exit in a guest;
+/// and comes back. On QEMU that exit takes the host's paging away, unless the hypervisor keeps
+/// LME from the processor meanwhile.
+fn long_mode_is_left_and_entered(_: &'static Boot) -> Outcome {
+    #[repr(C, packed)]
+    struct Pointer {
+        limit: u16,
+        base: u64,
+    }
+    // The 64-bit code and the data segment are where the runtime's are; the third is 32-bit code.
+    static TABLE: [u64; 4] = [
+        0,
+        0x00AF_9B00_0000_FFFF,
+        0x00CF_9300_0000_FFFF,
+        0x00CF_9B00_0000_FFFF,
+    ];
+    let own = Pointer {
+        limit: (size_of_val(&TABLE) - 1) as u16,
+        base: TABLE.as_ptr() as u64,
+    };
+    let mut before = Pointer { limit: 0, base: 0 };
+    let entered: u32;
+    // SAFETY: interrupts are off, and the code, which lies below 4 GiB and is mapped where it is,
+    // touches no memory while paging is off. Registers lose their upper halves on the way, so
+    // those that the compiler keeps are on the stack; CR0, CR4 and GDTR are restored.
+    unsafe {
+        asm!(
+            "push rbx", "push rbp", "push r12", "push r13", "push r14", "push r15",
+            "push rcx",
+            "sgdt [rcx]",
+            "lgdt [rdx]",
+            "mov rsi, cr4",
+            "mov rdi, cr0",
+            "push 0x18",
+            "lea rax, [rip + 2f]",
+            "push rax",
+            "retfq",
+            ".code32",
+            "2:",
+            "mov eax, edi",
+            "btr eax, 31",
+            "mov cr0, eax",
+            "mov eax, esi",
+            "btr eax, 5",
+            "mov cr4, eax",
+            "xor eax, eax",
+            "cpuid",
+            "mov ebp, eax",
+            "mov eax, esi",
+            "mov cr4, eax",
+            "mov eax, edi",
+            "mov cr0, eax",
+            // A far jump to the 64-bit segment.
+            ".byte 0xEA",
+            ".long 3f",
+            ".word 8",
+            ".code64",
+            "3:",
+            "mov esp, esp",
+            "pop rcx",
+            "lgdt [rcx]",
+            "mov eax, ebp",
+            "pop r15", "pop r14", "pop r13", "pop r12", "pop rbp", "pop rbx",
+            inout("rcx") &raw mut before => _,
+            inout("rdx") &raw const own => _,
+            lateout("eax") entered,
+            out("rsi") _, out("rdi") _,
+            clobber_abi("sysv64"),
+        );
+    }
+    check_eq!(entered, core::arch::x86_64::__cpuid(0).eax);
     Outcome::Passed
 }
 

@@ -45,6 +45,8 @@ enum What {
         #[arg(long, value_enum, default_value = "nested")]
         paging: Paging,
     },
+    /// VMRUN and #VMEXIT of a hypervisor that is the guest
+    Nested,
     /// A Linux boot to its first process on a machine whose hypervisor started first, against the same without it
     Bluepill,
 }
@@ -55,6 +57,7 @@ impl Measure {
         let figures = match self.what {
             What::Exits => self.exits()?,
             What::Boot { paging } => self.boot(paging)?,
+            What::Nested => self.nested()?,
             What::Bluepill => self.bluepill()?,
         };
         if self.json {
@@ -95,6 +98,38 @@ impl Measure {
             let program = bare::build_binary("meter", "switch-cost")?;
             figures.extend(figures_of(machine(), &program, &alone)?);
         }
+        Ok(figures)
+    }
+
+    /// Runs a tiny hypervisor as the guest, and by itself for comparison.
+    fn nested(&self) -> Result<Vec<(String, String)>> {
+        const MEMORY: u64 = 64;
+        if self.backend.cpu()? != Cpu::Svm {
+            bail!("the measuring hypervisor is one for AMD-V");
+        }
+        let machine = || Machine {
+            cpu: Cpu::Svm,
+            exact: true,
+            ..Machine::new(self.backend.emulator())
+        };
+        let program = bare::build_binary("meter", "nested-cost")?;
+        let payload = Payload {
+            command_line: format!("memory={MEMORY} vcpus=1 nested -- "),
+            modules: vec![("kernel nested-cost".into(), fs::read(&program)?)],
+        };
+        let mut under = machine();
+        under.memory = machine_memory(1, MEMORY, &payload);
+        let mut figures = figures_of(under, &bare::build(HYPERVISOR)?, &payload)?;
+        let alone = Payload {
+            command_line: String::new(),
+            modules: Vec::new(),
+        };
+        let directly = figures_of(machine(), &program, &alone)?;
+        figures.extend(
+            directly
+                .into_iter()
+                .map(|(name, value)| (format!("{name}_directly"), value)),
+        );
         Ok(figures)
     }
 

@@ -9,7 +9,7 @@ use testudo_svm::event::{Combined, RawEvent};
 use testudo_svm::exit::{ExceptionInfo, NestedFaultBits, NestedPageFault, PortAccess as SvmPort};
 use testudo_svm::intercept::Misc1;
 
-use super::{CS_LONG, LMA, SvmVcpu};
+use super::{CS_LONG, LMA, SvmVcpu, hide_lme, show_lme};
 use crate::code_cache::FetchKey;
 use crate::emulate;
 use crate::guest_cpu::paging_state;
@@ -23,6 +23,7 @@ impl<M: GuestMemory, S: SecondStage> SvmVcpu<'_, M, S> {
             self.prepare_l1();
         }
         self.enter_gate();
+        let hidden = self.hides_lme && hide_lme(&mut self.vmcb01);
         // SAFETY: `new` set the intercepts that `enter` lists, and nothing removes one but the
         // nested layer, where the processor virtualizes what they guard; the rest is what the
         // caller of `new` promised.
@@ -30,6 +31,7 @@ impl<M: GuestMemory, S: SecondStage> SvmVcpu<'_, M, S> {
         unsafe {
             self.processor.enter(&mut self.vmcb01, &mut self.registers);
         }
+        show_lme(&mut self.vmcb01, hidden);
         self.leave_gate();
         self.vmcb01.set_event_inj(RawEvent::NONE);
         self.next_rip = if self.saves_next_rip {
@@ -110,6 +112,7 @@ impl<M: GuestMemory, S: SecondStage> SvmVcpu<'_, M, S> {
             Exit::Clgi => return self.svm_instruction(Instruction::Clgi),
             Exit::Skinit => return self.svm_instruction(Instruction::Skinit),
             Exit::Invlpga => return self.svm_instruction(Instruction::Invlpga),
+            Exit::Cr(access) if self.hides_lme && access.register == 0 => VmExit::ControlRegister,
             Exit::Cr(_) | Exit::Invlpg { .. } if self.shadow.is_some() => VmExit::ControlRegister,
             Exit::Invpcid { .. } if self.shadow.is_some() => VmExit::Forbidden,
             Exit::Invlpgb { .. }

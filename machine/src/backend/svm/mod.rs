@@ -18,7 +18,7 @@ mod shadow;
 
 use core::sync::atomic::{AtomicU32, Ordering};
 
-use testudo_arch::regs::SystemRegisters;
+use testudo_arch::regs::{SegmentRegister, SystemRegisters};
 use testudo_arch::{
     Cr0Flags, EferFlags, Event, Exception, Gpa, Gprs, GuestMemory, Gva, Hpa, Msr, RFlags,
 };
@@ -34,6 +34,7 @@ use testudo_svm::intercept::{CrIntercepts, ExceptionIntercepts, Misc1, Misc2, Mi
 use testudo_svm::permission::{MsrAccess, MsrPermissionMap};
 use testudo_svm::vmcb::{InterruptState, NestedControl, VintrFlags, VirtualInterrupts};
 
+use super::mode::Mode;
 use super::{is_valid_pat, is_valid_xcr0};
 use crate::code_cache::CodeCache;
 use crate::vcpu::{AwaitedInterrupt, Vcpu, VcpuError, VmExit};
@@ -127,6 +128,8 @@ pub struct SvmVcpu<'a, M, S = NoSecondStage> {
     /// Every entry that delivers an interrupt is such a one
     /// ([`Defects::REPEATS_INTERRUPTS`]).
     ends_deliveries: bool,
+    /// EFER.LME is kept from the processor while paging is off ([`Defects::LOSES_CR0`]).
+    hides_lme: bool,
 }
 
 /// The processor that a vCPU runs on, and what it may use there.
@@ -209,7 +212,12 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
             delivery_due: false,
             ends_next: false,
             ends_deliveries: place.defects.contains(Defects::REPEATS_INTERRUPTS),
+            hides_lme: place.defects.contains(Defects::LOSES_CR0),
         };
+        if vcpu.hides_lme {
+            // CR0.PG must not change without EFER.LME's coming or going with it.
+            vcpu.vmcb01.set_intercept_cr(CrIntercepts::WRITE_CR0);
+        }
         vcpu.set_system(&SystemRegisters::reset());
         vcpu
     }
@@ -230,6 +238,31 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
             Some(nested) if nested.state.is_guest() => nested.state.vmcb02_mut(),
             _ => &mut self.vmcb01,
         }
+    }
+
+    /// MOV to CR0 of whatever runs on nested paging, where the processor must not execute it.
+    fn write_cr0(&mut self, value: u64) -> bool {
+        let vmcb = self.vmcb();
+        let old = Mode {
+            cr0: vmcb.cr0(),
+            cr4: vmcb.cr4(),
+            efer: vmcb.efer(),
+        };
+        let code = vmcb.raw_segment(SegmentRegister::Cs).attributes;
+        let cs_long = code & CS_LONG != 0 && old.efer & LMA != 0;
+        let Some(new) = old.with_cr0(value, cs_long) else {
+            return false;
+        };
+        let vmcb = self.vmcb_mut();
+        vmcb.set_cr0(new.cr0);
+        vmcb.set_efer(new.efer);
+        if new.drops_translations(&old) {
+            self.l1_asid.flush();
+            if let Some(nested) = &mut self.nested {
+                nested.state.flush_translations();
+            }
+        }
+        true
     }
 
     /// Whether the machine is to be told first that the next entry delivers an event and ends.
@@ -498,7 +531,10 @@ impl<M: GuestMemory, S: SecondStage> Vcpu for SvmVcpu<'_, M, S> {
     }
 
     fn set_control_register(&mut self, number: u8, value: u64) -> bool {
-        self.write_shadow_register(number, value)
+        if self.shadow.is_some() {
+            return self.write_shadow_register(number, value);
+        }
+        number == 0 && self.write_cr0(value)
     }
 
     fn invalidate_page(&mut self, address: Gva) {
@@ -608,6 +644,26 @@ impl<M: GuestMemory, S: SecondStage> Vcpu for SvmVcpu<'_, M, S> {
             let vmcb02 = nested.state.vmcb02_mut();
             vmcb02.set_tsc_offset(vmcb02.tsc_offset().wrapping_add(moved));
         }
+    }
+}
+
+/// Takes EFER.LME out of a VMCB whose guest has paging off, for the time of one entry; says whether
+/// it was there.
+#[inline]
+fn hide_lme(vmcb: &mut Vmcb) -> bool {
+    let hidden = vmcb.efer() & LME != 0 && vmcb.cr0() & Cr0Flags::PAGING.bits() == 0;
+    if hidden {
+        vmcb.set_efer(vmcb.efer() & !LME);
+    }
+    hidden
+}
+
+/// Puts back what [`hide_lme`] took. No exit is needed in between: the guest's writes to EFER and
+/// CR0 are exits.
+#[inline]
+fn show_lme(vmcb: &mut Vmcb, hidden: bool) {
+    if hidden {
+        vmcb.set_efer(vmcb.efer() | LME);
     }
 }
 

@@ -14,7 +14,7 @@ use testudo_svm::intercept::Misc1;
 use testudo_svm::vmcb::VintrFlags;
 use testudo_svm::{Exit, Vmcb};
 
-use super::SvmVcpu;
+use super::{SvmVcpu, hide_lme, show_lme};
 pub use crate::backend::flusher::Flusher;
 use crate::vcpu::{AwaitedInterrupt, VmExit};
 
@@ -96,6 +96,7 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
             vmcb02.set_asid(asid.number());
         }
         vmcb02.set_tlb_control(control);
+        let hidden = self.hides_lme && hide_lme(vmcb02);
         // SAFETY: the layer's pages are where its maker said they are.
         #[allow(unsafe_code, reason = "the address that VMRUN takes")]
         let mut frame = unsafe { VmcbFrame::new(vmcb02, address) };
@@ -105,6 +106,7 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
         unsafe {
             self.processor.enter(&mut frame, &mut self.registers);
         }
+        show_lme(nested.state.vmcb02_mut(), hidden);
         self.next_rip = if self.saves_next_rip {
             nested.state.vmcb02().n_rip()
         } else {

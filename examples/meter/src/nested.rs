@@ -1,0 +1,168 @@
+//! What running a guest costs a hypervisor that is a guest itself.
+//!
+//! It enables SVM, runs a guest of two RDTSC and a VMMCALL on nested paging, and prints two lines of
+//! `NAME TICKS`: `vmrun`, from before VMRUN to the guest's first instruction, and `vmexit`, from the
+//! guest's last instruction to the one after VMRUN. Where the TSC counts instructions the figures are
+//! exact, and a few of them are this program's own: on a processor without a hypervisor it prints what
+//! VMRUN and #VMEXIT count there.
+#![no_std]
+#![no_main]
+#![allow(unsafe_code, reason = "a bare-metal program")]
+
+extern crate alloc;
+
+use alloc::boxed::Box;
+use core::arch::asm;
+use core::error::Error;
+use core::sync::atomic::{AtomicU64, Ordering};
+
+use testudo_arch::cpuid::Cpuid;
+use testudo_arch::regs::SystemRegisters;
+use testudo_arch::{FrameAlloc, FrameMem, Gpa, Hpa};
+use testudo_ept::PageTable;
+use testudo_ept::format::npt::{Npt, NptFlags};
+use testudo_rt::{Boot, memory, println};
+use testudo_svm::hw::{HostFrames, Svm};
+use testudo_svm::intercept::{Misc1, Misc2};
+use testudo_svm::permission::{IoPermissionMap, MsrPermissionMap};
+use testudo_svm::vmcb::{NestedControl, VintrFlags, VirtualInterrupts, Vmcb};
+use testudo_svm::{Exit, SvmCaps};
+
+/// What the guest runs, in real mode from address 0. RAX at the exit is in the VMCB, ESI is not.
+const GUEST: &[u8] = &[
+    0x0F, 0x31, // rdtsc
+    0x66, 0x89, 0xC6, // mov esi, eax
+    0x0F, 0x31, // rdtsc
+    0x0F, 0x01, 0xD9, // vmmcall
+];
+
+/// Measurements, of which the lowest counts: the first ones fill tables.
+const ROUNDS: usize = 1000;
+
+testudo_rt::entry!(main);
+
+fn main(_: &'static Boot) -> u8 {
+    match measure() {
+        Ok((vmrun, vmexit)) => {
+            println!("vmrun {vmrun}");
+            println!("vmexit {vmexit}");
+            0
+        }
+        Err(error) => {
+            println!("{error}");
+            1
+        }
+    }
+}
+
+fn measure() -> Result<(u32, u32), Box<dyn Error>> {
+    let caps = SvmCaps::from_cpuid(&Cpuid::of_this_processor())?;
+    let page = frame()?;
+    let table = PageTable::new(Npt::new(caps.physical_address_bits), Frames).ok_or("no memory")?;
+    let rights = NptFlags::WRITABLE | NptFlags::ACCESSED | NptFlags::DIRTY;
+    table.map(Gpa(0), 4096, page, rights)?;
+    // SAFETY: the frame is identity-mapped, ours, and longer than the code.
+    unsafe { core::ptr::copy(GUEST.as_ptr(), page.0 as *mut u8, GUEST.len()) };
+
+    let address = frame()?;
+    // SAFETY: the frame is identity-mapped, zeroed and nobody else's.
+    let vmcb = unsafe { &mut *(address.0 as *mut Vmcb) };
+    vmcb.set_intercept_misc1(Misc1::all() - Misc1::RDTSC);
+    vmcb.set_intercept_misc2(Misc2::all());
+    vmcb.set_virtual_interrupts(VirtualInterrupts::default().insert(VintrFlags::V_INTR_MASKING));
+    vmcb.set_iopm_base_pa(reserve(IoPermissionMap::SIZE)?.0);
+    vmcb.set_msrpm_base_pa(reserve(MsrPermissionMap::SIZE)?.0);
+    vmcb.set_asid(1);
+    vmcb.set_nested_control(NestedControl::NP_ENABLE);
+    vmcb.set_n_cr3(table.root().0);
+    let mut start = SystemRegisters::reset();
+    // EFER.SVME: VMRUN demands it.
+    (start.cs.base, start.rip, start.efer) = (0, 0, 1 << 12);
+    vmcb.set_system_registers(&start);
+
+    let frames = HostFrames {
+        save_area: frame()?,
+        vmcb: frame()?,
+    };
+    // SAFETY: CPL 0, `caps` are this processor's, the frames are ours, and nobody moves us to another
+    // processor or changes the host's segments.
+    let mut svm = unsafe { Svm::enable(&caps, frames) }?;
+    let _held = svm.hold_interrupts();
+    let mut lowest = (u32::MAX, u32::MAX);
+    for _ in 0..ROUNDS {
+        vmcb.set_rip(0);
+        let (before, first): (u32, u32);
+        let after: u64;
+        // SAFETY: interrupts are held back; everything by which the guest could reach processor state is
+        // intercepted, it reaches its own frame only, and it changes EAX, EDX and ESI. VMRUN leaves
+        // through #VMEXIT, which restores RAX, RSP and the flow; no hidden register of the host's is
+        // changed by the guest, so that VMLOAD is not due.
+        unsafe {
+            asm!(
+                "mov rcx, rax",
+                "rdtsc",
+                "mov r8d, eax",
+                "mov rax, rcx",
+                "vmrun rax",
+                "rdtsc",
+                inout("rax") address.0 => after,
+                in("r10") &raw mut *vmcb,
+                lateout("r8d") before,
+                lateout("esi") first,
+                out("rcx") _, out("rdx") _,
+            );
+        }
+        let Exit::Vmmcall = Exit::read(vmcb) else {
+            return Err("the guest did not exit by its VMMCALL".into());
+        };
+        vmcb.mark_clean();
+        let last = vmcb.rax() as u32;
+        lowest.0 = lowest.0.min(first.wrapping_sub(before));
+        lowest.1 = lowest.1.min((after as u32).wrapping_sub(last));
+    }
+    Ok(lowest)
+}
+
+fn frame() -> Result<Hpa, &'static str> {
+    reserve(4096)
+}
+
+fn reserve(bytes: usize) -> Result<Hpa, &'static str> {
+    memory::reserve_zeroed(bytes as u64, 4096)
+        .map(Hpa)
+        .ok_or("no memory")
+}
+
+/// The runtime's frames, which it has mapped at their own addresses.
+struct Frames;
+
+// SAFETY: the runtime hands out each frame once, zeroed.
+unsafe impl FrameAlloc for Frames {
+    fn alloc(&self) -> Option<Hpa> {
+        memory::alloc_frame().map(Hpa)
+    }
+
+    fn free(&self, frame: Hpa) {
+        // SAFETY: `frame` came from `alloc`, and nobody refers to it, says the trait.
+        unsafe { memory::release(frame.0, 4096) };
+    }
+}
+
+impl FrameMem for Frames {
+    fn load(&self, entry: Hpa) -> u64 {
+        at(entry).load(Ordering::Acquire)
+    }
+
+    fn store(&self, entry: Hpa, value: u64) {
+        at(entry).store(value, Ordering::Release);
+    }
+
+    fn compare_exchange(&self, entry: Hpa, current: u64, new: u64) -> Result<u64, u64> {
+        at(entry).compare_exchange(current, new, Ordering::AcqRel, Ordering::Acquire)
+    }
+}
+
+fn at(entry: Hpa) -> &'static AtomicU64 {
+    // SAFETY: an aligned entry of a frame from `alloc`, which is identity-mapped and stays so.
+    unsafe { AtomicU64::from_ptr(entry.0 as *mut u64) }
+}
