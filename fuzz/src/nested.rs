@@ -18,6 +18,8 @@ use testudo_vmx::encoding::Area;
 use testudo_vmx::image::VmcsImage;
 use testudo_vmx::{VmcsRead, VmcsWrite, fields};
 
+use crate::input::Input;
+
 const MEMORY: u64 = 0x4_0000;
 const VMCB12: u64 = 0x1_0000;
 const L0_ROOT: u64 = 0x6_0000_1000;
@@ -25,25 +27,6 @@ const L0_MSRPM: u64 = 0x6_0000_2000;
 const L0_IOPM: u64 = 0x6_0000_4000;
 const PAGES: Hpa = Hpa(0x7_0000_0000);
 const COMPOSED: u64 = 0x5_0000_0000;
-
-/// The fuzzer's bytes, taken from the front; zeros when they are out.
-struct Input<'a>(&'a [u8]);
-
-impl Input<'_> {
-    fn byte(&mut self) -> u8 {
-        match self.0.split_first() {
-            Some((first, rest)) => {
-                self.0 = rest;
-                *first
-            }
-            None => 0,
-        }
-    }
-
-    fn word(&mut self) -> u64 {
-        u64::from_le_bytes(core::array::from_fn(|_| self.byte()))
-    }
-}
 
 fn with_memory(run: impl FnOnce(&GuestRam)) {
     let mut bytes = vec![0u64; MEMORY as usize / 8];
@@ -121,7 +104,7 @@ pub fn svm(data: &[u8]) {
 }
 
 fn svm_in(ram: &GuestRam, input: &mut Input<'_>) {
-    let features = match input.byte() & 3 {
+    let features = match input.u8() & 3 {
         0 => SvmCaps::QEMU_TCG.features,
         1 => Features::empty(),
         _ => Features::all(),
@@ -177,45 +160,45 @@ fn svm_in(ram: &GuestRam, input: &mut Input<'_>) {
             memory: ram,
             second_stage: &mut stage,
         };
-        match input.byte() & 7 {
+        match input.u8() & 7 {
             0 | 1 => {
-                let at = input.word() % MEMORY;
+                let at = input.u64() % MEMORY;
                 let near = VMCB12 + at % 0x700;
-                let value = [input.byte()];
+                let value = [input.u8()];
                 let place = if at & 1 == 0 { at } else { near };
                 ram.write(Gpa(place), &value).expect("memory");
             }
             2 | 3 => {
-                let which = svm::Instruction::ALL[usize::from(input.byte()) % 7];
-                cx.gprs.rax = match input.byte() {
+                let which = svm::Instruction::ALL[usize::from(input.u8()) % 7];
+                cx.gprs.rax = match input.u8() {
                     0..200 => VMCB12,
-                    _ => input.word(),
+                    _ => input.u64(),
                 };
                 let _ = nested.execute(which, 3, &mut cx);
             }
             4 | 5 if nested.is_guest() => {
-                cx.gprs.rcx = input.word();
-                let code = match input.byte() {
+                cx.gprs.rcx = input.u64();
+                let code = match input.u8() {
                     0xFF => ExitCode::NPF.0,
                     0xFE => u64::MAX,
                     code => code.into(),
                 };
                 let vmcb02 = nested.vmcb02_mut();
                 vmcb02.set_exit_code(code);
-                vmcb02.set_exit_info1(input.word());
-                vmcb02.set_exit_info2(input.word());
-                drop(nested.exited(&mut cx));
+                vmcb02.set_exit_info1(input.u64());
+                vmcb02.set_exit_info2(input.u64());
+                let _ = nested.exited(&mut cx);
             }
             6 => {
                 use svm::PhysicalEvent as P;
-                let event = [P::Interrupt, P::Nmi, P::Smi, P::Init][usize::from(input.byte() & 3)];
+                let event = [P::Interrupt, P::Nmi, P::Smi, P::Init][usize::from(input.u8() & 3)];
                 match nested.acceptance(event, cx.vmcb01) {
                     svm::Acceptance::Exit(code) => nested.exit_to_l1(code, 0, 0, &mut cx).ignore(),
-                    _ => nested.set_window(input.byte() & 1 != 0, cx.vmcb01),
+                    _ => nested.set_window(input.u8() & 1 != 0, cx.vmcb01),
                 }
             }
             7 => {
-                stage.0 = input.byte();
+                stage.0 = input.u8();
                 if stage.0 & 8 != 0 {
                     ram.write_value(Gpa(VMCB12), &good).expect("memory");
                 }
@@ -291,7 +274,7 @@ pub fn vmx(data: &[u8]) {
 }
 
 fn vmx_in(ram: &GuestRam, input: &mut Input<'_>) {
-    let processor = if input.byte() & 1 == 0 {
+    let processor = if input.u8() & 1 == 0 {
         fixtures::skylake_sp()
     } else {
         fixtures::nehalem()
@@ -342,19 +325,19 @@ fn vmx_in(ram: &GuestRam, input: &mut Input<'_>) {
             second_stage: &mut stage,
             msrs: &mut msrs,
         };
-        match input.byte() & 7 {
+        match input.u8() & 7 {
             0 => {
-                let at = 0x8000 + input.word() % (MEMORY - 0x8000);
-                ram.write(Gpa(at), &[input.byte()]).expect("memory");
+                let at = 0x8000 + input.u64() % (MEMORY - 0x8000);
+                ram.write(Gpa(at), &[input.u8()]).expect("memory");
             }
             1..=3 if !nested.is_guest() => {
-                let which = vmx::Instruction::ALL[usize::from(input.byte()) % 13];
-                let operand = match input.byte() {
+                let which = vmx::Instruction::ALL[usize::from(input.u8()) % 13];
+                let operand = match input.u8() {
                     n @ 0..200 => REGIONS[usize::from(n) % 3],
-                    _ => input.word(),
+                    _ => input.u64(),
                 };
                 ram.store_u64(Gpa(OPERAND), operand).expect("memory");
-                (cx.gprs.rax, cx.gprs.rbx) = (input.word() & 0x7FFF, input.word());
+                (cx.gprs.rax, cx.gprs.rbx) = (input.u64() & 0x7FFF, input.u64());
                 cx.gprs.rcx = (operand >> 12) & 3;
                 // DS, no base, no index, or registers for VMREAD and VMWRITE.
                 let register =
@@ -380,23 +363,23 @@ fn vmx_in(ram: &GuestRam, input: &mut Input<'_>) {
                 set(
                     l2,
                     fields::EXIT_REASON.encoding(),
-                    u64::from(input.byte()) % 80,
+                    u64::from(input.u8()) % 80,
                 );
-                set(l2, fields::EXIT_QUALIFICATION.encoding(), input.word());
-                let vectoring = 1 << 31 | u64::from(input.byte()) | (input.word() & 0xB00);
+                set(l2, fields::EXIT_QUALIFICATION.encoding(), input.u64());
+                let vectoring = 1 << 31 | u64::from(input.u8()) | (input.u64() & 0xB00);
                 set(
                     l2,
                     fields::EXIT_INTERRUPTION_INFORMATION.encoding(),
                     vectoring,
                 );
                 set(l2, fields::IDT_VECTORING_INFORMATION.encoding(), 0);
-                cx.gprs.rcx = input.word();
+                cx.gprs.rcx = input.u64();
                 nested
                     .exited(&mut cx)
                     .map(drop)
                     .expect("every field exists");
             }
-            _ => stage.0 = input.byte(),
+            _ => stage.0 = input.u8(),
         }
         if nested.is_guest() {
             assert_vmx_contained(&pair, &l0, l0_eptp, &processor);

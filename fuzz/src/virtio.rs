@@ -22,39 +22,13 @@ use testudo_virtio::queue::Bounds;
 use testudo_virtio::transport::{Mmio, Options, Pci};
 use testudo_virtio::{Device, Features, Segment};
 
+use crate::input::Input;
+
 /// Guest memory: small, so that random addresses meet one another.
 const BASE: u64 = 0x1_0000;
 const SIZE: u64 = 0x4_0000;
 
-/// The input, taken from the front; zeros when it is used up.
-struct Input<'a>(&'a [u8]);
-
 impl Input<'_> {
-    fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    fn bytes<const N: usize>(&mut self) -> [u8; N] {
-        let len = N.min(self.0.len());
-        let (head, tail) = self.0.split_at(len);
-        self.0 = tail;
-        let mut bytes = [0; N];
-        bytes[..len].copy_from_slice(head);
-        bytes
-    }
-
-    fn u8(&mut self) -> u8 {
-        self.bytes::<1>()[0]
-    }
-
-    fn u16(&mut self) -> u16 {
-        u16::from_le_bytes(self.bytes())
-    }
-
-    fn u32(&mut self) -> u32 {
-        u32::from_le_bytes(self.bytes())
-    }
-
     /// An address that is mostly in memory.
     fn address(&mut self) -> u64 {
         match self.u8() {
@@ -376,7 +350,7 @@ pub fn pci(data: &[u8]) {
             1 => device.bar_write(0, offset, &input.bytes::<8>()[..width]),
             // Mostly the common structure and the notifications.
             2 | 3 => {
-                let offset = offset % 0x40 & !(width as u64 - 1);
+                let offset = (offset % 0x40) & !(width as u64 - 1);
                 device.bar_write(0, offset, &input.bytes::<8>()[..width]);
             }
             4 => {

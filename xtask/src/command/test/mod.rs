@@ -121,6 +121,11 @@ fn host(tally: &mut Tally) -> Result<()> {
             ),
         );
     }
+    let fuzz = ["clippy", "--quiet", "--manifest-path", "fuzz/Cargo.toml"];
+    tally.check(
+        "cargo clippy: the fuzz targets",
+        run::check(cargo(&fuzz).args(["--", "-D", "warnings"])),
+    );
     run::progress("unit and property tests");
     for (what, packages) in groups() {
         let (mut closing, mut failures) = (0, 0);
