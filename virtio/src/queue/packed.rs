@@ -22,78 +22,87 @@ const EVENT_ENABLE: u16 = 0;
 const EVENT_DISABLE: u16 = 1;
 const EVENT_DESC: u16 = 2;
 
-/// A place in the ring and the lap it is in, as the place on a line of two laps: the wrap counter
-/// is 1 on the first.
+/// A descriptor's offset in the ring, and in the highest bit the lap: the wrap counter is 1 where it
+/// is clear.
 ///
-/// One number, so that the processor never reads together what it has just written apart. Places
-/// and counts are at most 65536, so no sum here wraps; the arithmetic that could not tell is the
-/// faster one.
+/// One number, so that the processor never reads together what it has just written apart. Offsets
+/// and sums of them are below 2^21, so nothing here wraps; the arithmetic that could not tell is
+/// the faster one.
 #[derive(Clone, Copy, Debug)]
 struct Position(u32);
 
+/// The wrap counter is 0.
+const LAP: u32 = 1 << 31;
+/// The size of a descriptor.
+const DESCRIPTOR: u32 = 16;
+
 impl Position {
-    /// The place that an event structure names, which may not exist in a ring of this size.
+    /// All ones on the lap where the wrap counter is 0.
     #[inline]
-    fn from_event(event: u32, size: u32) -> Self {
-        let wrap = event & 0x8000 != 0;
-        Self((event & 0x7FFF) + if wrap { 0 } else { size })
+    fn mask(self) -> u16 {
+        ((self.0 as i32) >> 31) as u16
     }
 
     #[inline]
-    fn wrap(self, size: u32) -> bool {
-        self.0 < size
+    fn offset(self) -> u32 {
+        self.0 & !LAP
     }
 
+    /// AVAIL and USED of a descriptor that is available here.
     #[inline]
-    fn index(self, size: u32) -> u32 {
-        if self.wrap(size) {
-            self.0
+    fn available(self) -> u16 {
+        AVAIL ^ (self.mask() & (AVAIL | USED))
+    }
+
+    /// AVAIL and USED of a descriptor that is used here.
+    #[inline]
+    fn used(self) -> u16 {
+        !self.mask() & (AVAIL | USED)
+    }
+
+    /// The place `count` descriptors further on in a ring of `bytes`, at most a lap.
+    #[inline]
+    fn advance(self, count: u32, bytes: u32) -> Self {
+        let next = self.0.wrapping_add(count.wrapping_mul(DESCRIPTOR));
+        Self(if next & !LAP >= bytes {
+            next.wrapping_sub(bytes) ^ LAP
         } else {
-            self.0.wrapping_sub(size)
-        }
-    }
-
-    /// The place `count` further on; `count` is at most `size`.
-    #[inline]
-    fn advance(self, count: u32, size: u32) -> Self {
-        let sum = self.0.wrapping_add(count);
-        let lap = size << 1;
-        Self(if sum >= lap {
-            sum.wrapping_sub(lap)
-        } else {
-            sum
+            next
         })
     }
 
-    /// How far `self` is past `earlier`, less than two laps.
+    /// The place `count` descriptors before, at most a lap.
     #[inline]
-    fn since(self, earlier: Self, size: u32) -> u32 {
-        let ahead = self.0.wrapping_sub(earlier.0);
-        if self.0 >= earlier.0 {
-            ahead
+    fn retreat(self, count: u32, bytes: u32) -> Self {
+        let back = count.wrapping_mul(DESCRIPTOR);
+        Self(if self.offset() < back {
+            self.0.wrapping_add(bytes).wrapping_sub(back) ^ LAP
         } else {
-            ahead.wrapping_add(size << 1)
-        }
+            self.0.wrapping_sub(back)
+        })
     }
 
-    /// The place `count` before; `count` is at most `size`.
+    /// The descriptor's number on a line of two laps.
     #[inline]
-    fn retreat(self, count: u32, size: u32) -> Self {
-        self.advance((size << 1).wrapping_sub(count), size)
+    fn on_line(self, size: u32) -> u32 {
+        self.offset() / DESCRIPTOR + (u32::from(self.mask()) & size)
     }
 }
 
 #[derive(Debug)]
 pub(super) struct Packed {
     size: u32,
+    /// The length of the ring.
+    bytes: u32,
     ring: Gpa,
     driver_event: Gpa,
     device_event: Gpa,
     event_idx: bool,
-    /// The next place to take from. What lies between the next to return to and it is with the
-    /// device.
+    /// The next places to take from and to return to.
     next_available: Position,
     next_used: Position,
+    /// The descriptors that are with the device.
+    in_flight: u32,
     /// The end of what the driver has been shown.
     published: Position,
     /// The second half of the first descriptor that it has not: its flags will show all of them.
@@ -105,12 +114,14 @@ impl Packed {
     pub(super) fn new(config: &QueueConfig, event_idx: bool) -> Self {
         Self {
             size: config.size.into(),
+            bytes: u32::from(config.size) * DESCRIPTOR,
             ring: config.descriptors,
             driver_event: config.driver,
             device_event: config.device,
             event_idx,
             next_available: Position(0),
             next_used: Position(0),
+            in_flight: 0,
             published: Position(0),
             hidden: 0,
             muted: false,
@@ -124,26 +135,24 @@ impl Packed {
 
     /// Where the second half of a descriptor is: length, buffer number, flags.
     #[inline]
-    fn second_half(&self, index: u32) -> Gpa {
-        self.ring.wrapping_add(16 * u64::from(index) + 8)
+    fn second_half(&self, at: Position) -> Gpa {
+        self.ring.wrapping_add(u64::from(at.offset()) + 8)
     }
 
     /// The second half of the next descriptor, if it is available.
     #[inline]
     fn available<M: GuestMemory>(&self, memory: &M) -> Result<Option<u64>, QueueError> {
         let next = self.next_available;
-        let half = memory.load_u64(self.second_half(next.index(self.size)))?;
+        let half = memory.load_u64(self.second_half(next))?;
         let flags = (half >> 48) as u16;
-        let expected = if next.wrap(self.size) { AVAIL } else { USED };
-        Ok((flags & (AVAIL | USED) == expected).then_some(half))
+        Ok((flags & (AVAIL | USED) == next.available()).then_some(half))
     }
 
     /// The places that are not with the device. Without one, the ring has nothing more to offer,
     /// whatever the flags say.
     #[inline]
     fn room(&self) -> u32 {
-        let in_flight = self.next_available.since(self.next_used, self.size);
-        self.size.saturating_sub(in_flight)
+        self.size.saturating_sub(self.in_flight)
     }
 
     /// Whether there is a chain to take.
@@ -167,14 +176,14 @@ impl Packed {
             return Ok(None);
         };
         let mut collector = Collector::new(segments, limits);
-        let mut index = self.next_available.index(self.size);
+        let mut offset = self.next_available.offset();
         let mut count = 0;
         let id = loop {
             if count >= room {
                 return Err(QueueError::TooManyInFlight(self.size()));
             }
             count += 1;
-            let address = memory.load_u64(self.ring.wrapping_add(16 * u64::from(index)))?;
+            let address = memory.load_u64(self.ring.wrapping_add(offset.into()))?;
             let descriptor = Descriptor::from_words(address, half);
             let flags = descriptor.packed_flags();
             if flags & INDIRECT != 0 {
@@ -186,16 +195,22 @@ impl Packed {
             if flags & NEXT == 0 {
                 break descriptor.id();
             }
-            index = if index + 1 == self.size { 0 } else { index + 1 };
-            half = memory.load_u64(self.second_half(index))?;
+            offset = offset.wrapping_add(DESCRIPTOR);
+            if offset >= self.bytes {
+                offset = 0;
+            }
+            half = memory.load_u64(self.second_half(Position(offset)))?;
         };
-        self.next_available = self.next_available.advance(count, self.size);
+        self.next_available = self.next_available.advance(count, self.bytes);
+        self.in_flight = self.in_flight.wrapping_add(count);
         Ok(Some(collector.finish(id, count as u16)))
     }
 
     #[inline]
     pub(super) fn give_back(&mut self, descriptors: u16) {
-        self.next_available = self.next_available.retreat(descriptors.into(), self.size);
+        let count = u32::from(descriptors);
+        self.next_available = self.next_available.retreat(count, self.bytes);
+        self.in_flight = self.in_flight.wrapping_sub(count);
     }
 
     #[inline]
@@ -206,43 +221,38 @@ impl Packed {
         descriptors: u16,
         written: u32,
     ) -> Result<(), QueueError> {
-        let place = self.next_used;
-        let mut flags = if place.wrap(self.size) {
-            AVAIL | USED
-        } else {
-            0
-        };
-        if written > 0 {
-            flags |= WRITE;
-        }
+        let (place, count) = (self.next_used, u32::from(descriptors));
+        let flags = place.used() | (u16::from(written > 0) * WRITE);
         let half = u64::from(written) | (u64::from(id) << 32) | (u64::from(flags) << 48);
         if place.0 == self.published.0 {
             self.hidden = half;
         } else {
-            memory.store_u64(self.second_half(place.index(self.size)), half)?;
+            memory.store_u64(self.second_half(place), half)?;
         }
-        self.next_used = place.advance(descriptors.into(), self.size);
+        self.next_used = place.advance(count, self.bytes);
+        self.in_flight = self.in_flight.wrapping_sub(count);
         Ok(())
     }
 
     #[inline]
     pub(super) fn publish<M: GuestMemory>(&mut self, memory: &M) -> Result<bool, QueueError> {
-        let first = self.published;
-        let used = self.next_used.since(first, self.size);
-        if used == 0 {
+        let (first, next) = (self.published, self.next_used);
+        if next.0 == first.0 {
             return Ok(false);
         }
-        memory.store_u64(self.second_half(first.index(self.size)), self.hidden)?;
-        self.published = self.next_used;
+        memory.store_u64(self.second_half(first), self.hidden)?;
+        self.published = next;
         fence(Ordering::SeqCst);
         let event = memory.load_u32(self.driver_event)?;
         Ok(match (event >> 16) as u16 & 3 {
             EVENT_DISABLE => false,
             EVENT_DESC if self.event_idx => {
                 // A place that the ring does not have is passed as little as any other.
-                let lap = 2 * self.size;
-                let at = Position::from_event(event, self.size).0 % lap;
-                let passed = (self.next_used.0 + 2 * lap - at - 1) % lap;
+                let (lap, wrap) = (2 * self.size, event & 0x8000 != 0);
+                let at = (event & 0x7FFF) + if wrap { 0 } else { self.size };
+                let (first, next) = (first.on_line(self.size), next.on_line(self.size));
+                let used = (next + lap - first) % lap;
+                let passed = (next + 2 * lap - at % lap - 1) % lap;
                 passed < used
             }
             _ => true,
@@ -262,7 +272,7 @@ impl Packed {
     pub(super) fn listen<M: GuestMemory>(&mut self, memory: &M) -> Result<bool, QueueError> {
         if self.event_idx {
             let next = self.next_available;
-            let place = next.index(self.size) | (u32::from(next.wrap(self.size)) << 15);
+            let place = next.offset() / DESCRIPTOR | u32::from(!next.mask() & 0x8000);
             memory.store_u32(self.device_event, place | (u32::from(EVENT_DESC) << 16))?;
         } else if self.muted {
             memory.store_u32(self.device_event, u32::from(EVENT_ENABLE) << 16)?;
