@@ -272,7 +272,7 @@ impl Packed {
     pub(super) fn listen<M: GuestMemory>(&mut self, memory: &M) -> Result<bool, QueueError> {
         if self.event_idx {
             let next = self.next_available;
-            let place = next.offset() / DESCRIPTOR | u32::from(!next.mask() & 0x8000);
+            let place = (next.offset() / DESCRIPTOR) | u32::from(!next.mask() & 0x8000);
             memory.store_u32(self.device_event, place | (u32::from(EVENT_DESC) << 16))?;
         } else if self.muted {
             memory.store_u32(self.device_event, u32::from(EVENT_ENABLE) << 16)?;
