@@ -22,6 +22,7 @@ pub mod msr;
 pub mod pci;
 pub mod regs;
 pub mod segment;
+pub mod xsave;
 
 pub use addr::{Gpa, Gva, Hpa, PAGE_SIZE, PageSize};
 pub use event::{Event, Exception};

@@ -5,58 +5,10 @@ use core::arch::asm;
 
 use testudo_arch::Msr;
 use testudo_arch::cpuid::Cpuid;
+pub use testudo_arch::xsave::{XsaveArea, XsaveUnsupported as ResidentUnsupported};
 
 use super::HeldInterrupts;
 use super::instructions::{rdmsr, wrmsr};
-
-/// Memory for XSAVE in its standard format.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[repr(C, align(64))]
-pub struct XsaveArea([u8; XsaveArea::SIZE]);
-
-impl XsaveArea {
-    /// Enough for x87, SSE, AVX, AVX-512 and PKRU: 2,696 bytes on processors that have them all.
-    pub const SIZE: usize = 4096;
-
-    /// The image of a processor after reset: every component in its initial state.
-    const INITIAL: Self = {
-        let mut bytes = [0; Self::SIZE];
-        // FCW and MXCSR, which FXRSTOR loads; XRSTOR takes the initial state from the clear
-        // XSTATE_BV, and MXCSR from here.
-        [bytes[0], bytes[1]] = 0x037F_u16.to_le_bytes();
-        [bytes[24], bytes[25]] = 0x1F80_u16.to_le_bytes();
-        Self(bytes)
-    };
-
-    /// The bytes, in the layout of the standard format (APM vol. 2, 11.5.2).
-    pub fn bytes(&self) -> &[u8; Self::SIZE] {
-        &self.0
-    }
-
-    /// The bytes, to be replaced by an image that [`Self::bytes`] gave on a like processor. An
-    /// image from elsewhere may raise #GP when it is loaded.
-    pub fn bytes_mut(&mut self) -> &mut [u8; Self::SIZE] {
-        &mut self.0
-    }
-}
-
-/// Why the resident registers of a processor cannot be moved.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum ResidentUnsupported {
-    /// The host did not enable XSAVE.
-    #[error("the processor has XSAVE, but CR4.OSXSAVE is clear: the host must set it")]
-    OsxsaveClear,
-    /// The processor has more state than [`XsaveArea`] holds.
-    #[error(
-        "the processor's XSAVE area takes {size} bytes, more than {}",
-        XsaveArea::SIZE
-    )]
-    TooLarge {
-        /// CPUID Fn0000_000D ECX.
-        size: u32,
-    },
-}
 
 /// A guest's x87, YMM, ZMM, PKRU, XCR0, DR0 to DR3, TSC_AUX and CET MSRs.
 ///
@@ -101,18 +53,7 @@ impl ResidentRegisters {
     ///
     /// See [`ResidentUnsupported`].
     pub fn reset(cpuid: &Cpuid) -> Result<Self, ResidentUnsupported> {
-        let [_, _, ecx, _] = cpuid.query(1, 0);
-        let mut xcr0 = 0;
-        if ecx & 1 << 26 != 0 {
-            if ecx & 1 << 27 == 0 {
-                return Err(ResidentUnsupported::OsxsaveClear);
-            }
-            let [low, _, size, high] = cpuid.query(0xD, 0);
-            if size as usize > XsaveArea::SIZE {
-                return Err(ResidentUnsupported::TooLarge { size });
-            }
-            xcr0 = u64::from(high) << 32 | u64::from(low);
-        }
+        let xcr0 = XsaveArea::components(cpuid)?;
         let rdtscp = cpuid.query(0x8000_0001, 0)[3] & 1 << 27 != 0;
         let shadow_stacks = cpuid.query(7, 0)[2] & 1 << 7 != 0;
         Ok(Self {
@@ -136,7 +77,7 @@ impl ResidentRegisters {
     /// CPL 0, CR0.TS and CR0.EM clear, CR4.OSFXSR set, on a processor with the CPUID table that
     /// [`Self::reset`] was given; the registers in the processor are this guest's.
     pub unsafe fn save(&mut self) {
-        let area = self.area.0.as_mut_ptr();
+        let area = self.area.bytes_mut().as_mut_ptr();
         // SAFETY: every register read exists, by `support`; the area is large enough and aligned.
         unsafe {
             if self.support.xcr0 != 0 {
@@ -168,7 +109,7 @@ impl ResidentRegisters {
     /// As for [`Self::save`]; the host uses none of these registers; and the fields hold what
     /// [`Self::reset`] or [`Self::save`] put there, or values that the processor takes.
     pub unsafe fn load(&self) {
-        let area = self.area.0.as_ptr();
+        let area = self.area.bytes().as_ptr();
         // SAFETY: every register written exists, by `support`, and takes its value, says the
         // caller; host code does not depend on any of them, MXCSR excepted, which gets its value
         // again.

@@ -5,55 +5,9 @@ use core::arch::asm;
 
 use testudo_arch::Msr;
 use testudo_arch::cpuid::Cpuid;
+pub use testudo_arch::xsave::{XsaveArea, XsaveUnsupported as ResidentUnsupported};
 
 use super::instructions::{rdmsr, wrmsr};
-
-/// Memory for XSAVE in its standard format.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[repr(C, align(64))]
-pub struct XsaveArea([u8; XsaveArea::SIZE]);
-
-impl XsaveArea {
-    /// Enough for x87, SSE, AVX, MPX, AVX-512 and PKRU.
-    pub const SIZE: usize = 4096;
-
-    /// Every component in its initial state: XSTATE_BV is 0, FCW and MXCSR as after reset.
-    const INITIAL: Self = {
-        let mut bytes = [0; Self::SIZE];
-        [bytes[0], bytes[1]] = 0x037F_u16.to_le_bytes();
-        [bytes[24], bytes[25]] = 0x1F80_u16.to_le_bytes();
-        Self(bytes)
-    };
-
-    /// The bytes, in the layout of the standard format (SDM vol. 1, 13.4).
-    pub fn bytes(&self) -> &[u8; Self::SIZE] {
-        &self.0
-    }
-
-    /// The bytes, to be replaced by an image that [`Self::bytes`] gave on a like processor. An
-    /// image from elsewhere may raise #GP when it is loaded.
-    pub fn bytes_mut(&mut self) -> &mut [u8; Self::SIZE] {
-        &mut self.0
-    }
-}
-
-/// Why the resident registers of a processor cannot be moved.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum ResidentUnsupported {
-    /// The host did not enable XSAVE.
-    #[error("the processor has XSAVE, but CR4.OSXSAVE is clear: the host must set it")]
-    OsxsaveClear,
-    /// The processor has more state than [`XsaveArea`] holds.
-    #[error(
-        "the processor's XSAVE area takes {size} bytes, more than {}",
-        XsaveArea::SIZE
-    )]
-    TooLarge {
-        /// CPUID.(0DH,0):ECX.
-        size: u32,
-    },
-}
 
 /// The MSRs of system calls, which VMX does not switch.
 const SYSCALL_MSRS: [Msr; 5] = [
@@ -112,18 +66,7 @@ impl ResidentRegisters {
     ///
     /// See [`ResidentUnsupported`].
     pub fn reset(cpuid: &Cpuid) -> Result<Self, ResidentUnsupported> {
-        let [_, _, ecx, _] = cpuid.query(1, 0);
-        let mut xcr0 = 0;
-        if ecx & (1 << 26) != 0 {
-            if ecx & (1 << 27) == 0 {
-                return Err(ResidentUnsupported::OsxsaveClear);
-            }
-            let [low, _, size, high] = cpuid.query(0xD, 0);
-            if size as usize > XsaveArea::SIZE {
-                return Err(ResidentUnsupported::TooLarge { size });
-            }
-            xcr0 = u64::from(high) << 32 | u64::from(low);
-        }
+        let xcr0 = XsaveArea::components(cpuid)?;
         Ok(Self {
             area: XsaveArea::INITIAL,
             xcr0: 1,
@@ -147,7 +90,7 @@ impl ResidentRegisters {
     /// CPL 0, CR0.TS and CR0.EM clear, CR4.OSFXSR set, on a processor with the CPUID table that
     /// [`Self::reset`] was given; the registers in the processor are this guest's.
     pub unsafe fn save(&mut self) {
-        let area = self.area.0.as_mut_ptr();
+        let area = self.area.bytes_mut().as_mut_ptr();
         let [dr0, dr1, dr2, dr3] = &mut self.dr;
         // SAFETY: every register read exists, by `support`; the area is large enough and aligned.
         unsafe {
@@ -181,7 +124,7 @@ impl ResidentRegisters {
     /// fields hold what [`Self::reset`] or [`Self::save`] put there, or values that the processor
     /// takes.
     pub unsafe fn load(&self) {
-        let area = self.area.0.as_ptr();
+        let area = self.area.bytes().as_ptr();
         let [dr0, dr1, dr2, dr3] = self.dr;
         // SAFETY: every register written exists, by `support`, and takes its value, says the
         // caller. Of all these host code depends on MXCSR only, which gets its value again.
