@@ -119,6 +119,15 @@ pub(crate) const DEFECTS: &[Defect] = &[
         kind: Kind::Ignores(Rule::HostCetNeedsWp, always),
     },
     Defect {
+        name: "LongModeWithoutPaging",
+        manual: "27.3.1.1: If the \"IA-32e mode guest\" VM-entry control is 1, bit 31 in the CR0 field \
+                 (corresponding to CR0.PG) and bit 5 in the CR4 field (corresponding to CR4.PAE) must \
+                 each be 1. (Bochs looks at CR4 alone.)",
+        kind: Kind::Ignores(Rule::GuestLongModeNeedsPaging, |vmcs, _| {
+            word(vmcs, fields::GUEST_CR4) & (1 << 5) != 0
+        }),
+    },
+    Defect {
         name: "RipNotChecked",
         manual: "27.3.1.4: If the processor supports N < 64 linear-address bits, bits 63:N must be \
                  identical if the \"IA-32e mode guest\" VM-entry control is 1 and the L bit in the \
