@@ -303,6 +303,21 @@ impl SystemRegisters {
             SegmentRegister::Tr => &self.tr,
         }
     }
+
+    /// The segment register with this name, to be changed.
+    #[inline]
+    pub fn segment_mut(&mut self, register: SegmentRegister) -> &mut Segment {
+        match register {
+            SegmentRegister::Es => &mut self.es,
+            SegmentRegister::Cs => &mut self.cs,
+            SegmentRegister::Ss => &mut self.ss,
+            SegmentRegister::Ds => &mut self.ds,
+            SegmentRegister::Fs => &mut self.fs,
+            SegmentRegister::Gs => &mut self.gs,
+            SegmentRegister::Ldtr => &mut self.ldtr,
+            SegmentRegister::Tr => &mut self.tr,
+        }
+    }
 }
 
 #[cfg(test)]

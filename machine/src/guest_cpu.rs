@@ -2,6 +2,7 @@
 //! guest's own paging, devices behind what is not memory.
 
 use testudo_arch::regs::{CpuMode, SegmentRegister, SystemRegisters};
+use testudo_arch::segment::DescriptorTable;
 use testudo_arch::{Cr4Flags, Gpa, Gprs, GuestMemory, Gva, PAGE_SIZE, PageSize, RFlags, Segment};
 use testudo_ept::walk::{Access, AccessKind, PageFaultCode, PagingState, WalkError, walk_nested};
 
@@ -31,6 +32,12 @@ pub(crate) struct GuestCpu<'a, V, M> {
     contended: bool,
     /// The instruction is emulated because it writes to memory that the backend watches.
     watched: bool,
+    /// The processor is emulated as a whole.
+    whole: bool,
+    /// Segment registers or descriptor tables have changed.
+    segments_changed: bool,
+    /// SS is among them, behind which interrupts wait for the stack pointer.
+    stack_changed: bool,
 }
 
 /// The second stage has no translation at present.
@@ -65,7 +72,16 @@ impl<'a, V: Vcpu, M: GuestMemory> GuestCpu<'a, V, M> {
             rflags,
             contended: false,
             watched: false,
+            whole: false,
+            segments_changed: false,
+            stack_changed: false,
         }
+    }
+
+    /// As a whole, for a processor that cannot run.
+    pub(crate) fn whole(mut self) -> Self {
+        self.whole = true;
+        self
     }
 
     /// For an instruction that accesses `gpa`.
@@ -167,6 +183,14 @@ impl<'a, V: Vcpu, M: GuestMemory> GuestCpu<'a, V, M> {
         if self.rflags != self.system.rflags {
             self.vcpu.set_rflags(self.rflags);
         }
+        if self.segments_changed {
+            self.vcpu.set_segments(&self.system);
+        }
+        let interrupts = RFlags::INTERRUPT_FLAG.bits();
+        let enabled = self.rflags & !self.system.rflags & interrupts != 0;
+        if self.whole && (enabled || self.stack_changed) {
+            self.vcpu.begin_interrupt_shadow();
+        }
         !self.contended
     }
 }
@@ -228,6 +252,35 @@ impl<V: Vcpu, M: GuestMemory> Cpu for GuestCpu<'_, V, M> {
 
     fn cpl(&self) -> u8 {
         self.system.cpl()
+    }
+
+    fn is_whole(&self) -> bool {
+        self.whole
+    }
+
+    fn set_segment(&mut self, register: SegmentRegister, segment: &Segment) -> bool {
+        if self.whole {
+            *self.system.segment_mut(register) = *segment;
+            self.segments_changed = true;
+            self.stack_changed |= register == SegmentRegister::Ss;
+        }
+        self.whole
+    }
+
+    fn descriptor_tables(&self) -> [DescriptorTable; 2] {
+        [self.system.gdtr, self.system.idtr]
+    }
+
+    fn set_descriptor_table(&mut self, interrupts: bool, table: DescriptorTable) -> bool {
+        if self.whole {
+            if interrupts {
+                self.system.idtr = table;
+            } else {
+                self.system.gdtr = table;
+            }
+            self.segments_changed = true;
+        }
+        self.whole
     }
 
     /// Whoever writes to a table so is about to make something else of it: the backend need not

@@ -7,11 +7,11 @@
 use testudo_arch::memory::BroughtIn;
 use testudo_arch::regs::{Gprs, SystemRegisters};
 use testudo_arch::segment::SegmentAttributes;
-use testudo_arch::{Event, Gpa, GuestMemory, Msr, Segment};
+use testudo_arch::{Event, Exception, Gpa, GuestMemory, Msr, Segment};
 
 use crate::boot::BootState;
 use crate::device::PowerEvent;
-use crate::emulate::{self, EmulateError, Outcome};
+use crate::emulate::{self, EmulateError, Intercept, Outcome};
 use crate::guest_cpu::GuestCpu;
 use crate::host::Host;
 use crate::irq::{Lapic, request};
@@ -55,6 +55,8 @@ pub struct VcpuLoop<'m, V, M> {
     /// What the vCPU's own timer was last set to, and what the host's TSC is then.
     turn: (Option<u64>, Option<u64>),
     stats: Option<ExitStats>,
+    /// Where an instruction ends that the emulator left to the machine.
+    emulated_next: Option<u64>,
 }
 
 impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
@@ -88,6 +90,7 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
             timer: None,
             turn: (None, None),
             stats: None,
+            emulated_next: None,
         }
     }
 
@@ -337,7 +340,7 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
                 self.attention = true;
             }
             VmExit::Halt => {
-                self.vcpu.advance();
+                self.advance();
                 self.activity = Activity::Halted;
                 self.attention = true;
             }
@@ -350,6 +353,7 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
             }
             VmExit::Port(access) => self.port(access),
             VmExit::StringPort(_) | VmExit::ControlRegister => self.emulate(None),
+            VmExit::Emulate(event) => self.emulate_whole(event),
             VmExit::Memory(access) => self.memory(access),
             VmExit::Mmio {
                 gpa,
@@ -387,7 +391,7 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
     #[inline]
     fn complete(&mut self, done: bool) {
         if done {
-            self.vcpu.advance();
+            self.advance();
         } else {
             self.vcpu.inject(Event::GP0);
         }
@@ -395,6 +399,12 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
 
     #[inline]
     fn cpuid(&mut self) {
+        self.answer_cpuid();
+        self.vcpu.advance();
+    }
+
+    #[inline]
+    fn answer_cpuid(&mut self) {
         let Gprs { rax, rcx, .. } = *self.vcpu.gprs();
         let leaf = rax as u32;
         // Few leaves depend on these registers.
@@ -411,7 +421,6 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
         let gprs = self.vcpu.gprs_mut();
         (gprs.rax, gprs.rbx) = (u64::from(eax), u64::from(ebx));
         (gprs.rcx, gprs.rdx) = (u64::from(ecx), u64::from(edx));
-        self.vcpu.advance();
     }
 
     fn read_msr(&mut self, msr: Msr) {
@@ -558,7 +567,8 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
             return;
         }
         match result {
-            Ok(Outcome::Done | Outcome::Continue) => {}
+            // Only a processor that is emulated as a whole leaves instructions to the machine.
+            Ok(Outcome::Done | Outcome::Continue | Outcome::Intercepted { .. }) => {}
             Ok(Outcome::SingleStep) => self.vcpu.single_step(),
             Err(EmulateError::Fault(fault)) => {
                 if let Some(address) = fault.cr2 {
@@ -574,6 +584,78 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
             }
         }
         self.check_power();
+    }
+
+    /// Executes the instruction at RIP, or delivers an event, for a processor that cannot run the
+    /// guest as it is.
+    fn emulate_whole(&mut self, event: Option<Event>) {
+        let machine = self.machine;
+        let mut cpu = GuestCpu::new(
+            &mut self.vcpu,
+            &machine.memory,
+            (&machine.mmio, &machine.ports),
+            &mut self.lapic,
+            machine.physical_bits,
+        )
+        .whole();
+        let result = match event {
+            Some(event) => emulate::deliver(&mut cpu, event)
+                .map(|()| Outcome::Done)
+                .map_err(EmulateError::from),
+            None => emulate::step(&mut cpu),
+        };
+        self.attention = true;
+        if !cpu.finish() {
+            return;
+        }
+        match result {
+            Ok(Outcome::Done | Outcome::Continue) => self.check_power(),
+            Ok(Outcome::SingleStep) => self.vcpu.inject(Event::fault(Exception::Debug)),
+            Ok(Outcome::Intercepted { what, next }) => self.intercepted(what, next),
+            // A fault in the delivery of an event, where there is nothing to fall back on.
+            Err(EmulateError::Fault(_)) if event.is_some() => self.fail(StopReason::TripleFault),
+            Err(EmulateError::Fault(fault)) => self.vcpu.inject(fault.event),
+            Err(EmulateError::Unsupported { bytes, .. }) => {
+                self.fail(StopReason::Unemulated { bytes });
+            }
+        }
+    }
+
+    /// An instruction that the emulator leaves to the machine; it ends at `next`.
+    fn intercepted(&mut self, what: Intercept, next: u64) {
+        self.emulated_next = Some(next);
+        match what {
+            Intercept::Cpuid => {
+                self.answer_cpuid();
+                self.advance();
+            }
+            Intercept::Halt => self.handle(VmExit::Halt),
+            Intercept::CacheFlush => self.advance(),
+            Intercept::ReadMsr => {
+                let msr = Msr(self.vcpu.gprs().rcx as u32);
+                self.read_msr(msr);
+            }
+            Intercept::WriteMsr => {
+                let Gprs { rax, rcx, rdx, .. } = *self.vcpu.gprs();
+                self.write_msr(Msr(rcx as u32), rdx << 32 | rax & 0xFFFF_FFFF);
+            }
+            Intercept::ReadTsc => {
+                let tsc = self.vcpu.guest_tsc(self.machine.host.tsc());
+                let gprs = self.vcpu.gprs_mut();
+                (gprs.rax, gprs.rdx) = (tsc & 0xFFFF_FFFF, tsc >> 32);
+                self.advance();
+            }
+        }
+        self.emulated_next = None;
+    }
+
+    /// Ends the instruction that exited, or that the emulator left to the machine.
+    #[inline]
+    fn advance(&mut self) {
+        match self.emulated_next {
+            None => self.vcpu.advance(),
+            Some(next) => self.vcpu.set_rip(next),
+        }
     }
 
     /// No hypercalls are offered: RAX says so, as KVM's interface does for an unknown one. User mode

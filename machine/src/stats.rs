@@ -5,7 +5,7 @@ use core::fmt;
 use crate::vcpu::VmExit;
 
 /// The reasons that are counted apart.
-const NAMES: [&str; 24] = [
+const NAMES: [&str; 25] = [
     "interrupted",
     "interrupt window",
     "CPUID",
@@ -30,6 +30,7 @@ const NAMES: [&str; 24] = [
     "APIC write",
     "end of interrupt",
     "entered halted",
+    "emulated",
 ];
 
 /// The place of an exit in the table.
@@ -59,6 +60,7 @@ const fn index(exit: &VmExit) -> usize {
         VmExit::ApicWrite { .. } => 21,
         VmExit::EndOfInterrupt(_) => 22,
         VmExit::EnteredHalted => 23,
+        VmExit::Emulate(_) => 24,
     }
 }
 

@@ -87,6 +87,9 @@ pub enum VmExit {
     /// An access to a control register (MOV, LMSW, SMSW, CLTS) or INVLPG that the backend
     /// intercepts and has not taken apart: the instruction at RIP is to be emulated.
     ControlRegister,
+    /// The processor cannot run the guest as it is (real mode, without unrestricted guests): the event
+    /// is to be delivered, or the instruction at RIP executed, by emulation.
+    Emulate(Option<Event>),
     /// The guest's processor shut down: a triple fault.
     Shutdown,
     /// The processor refused the guest's state.
@@ -275,6 +278,14 @@ pub trait Vcpu {
     fn set_deadline(&mut self, _tsc: Option<u64>) -> bool {
         false
     }
+
+    /// Sets the segment registers and descriptor tables alone, on a backend that reports
+    /// [`VmExit::Emulate`].
+    fn set_segments(&mut self, _system: &SystemRegisters) {}
+
+    /// The emulated instruction that has just ended holds interrupts back for one more, on a backend
+    /// that reports [`VmExit::Emulate`].
+    fn begin_interrupt_shadow(&mut self) {}
 
     /// Says that the machine has written guest memory for an instruction of the guest's: it may
     /// have been a table that the backend follows.

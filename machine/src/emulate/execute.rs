@@ -25,6 +25,14 @@ type Result<T = Outcome> = core::result::Result<T, Stop>;
 
 impl<C: Cpu + ?Sized> Execution<'_, C> {
     pub(super) fn run(&mut self) -> Result {
+        match self.data() {
+            Err(Stop::Unsupported) if self.cpu.is_whole() => self.program(),
+            result => result,
+        }
+    }
+
+    /// Instructions that may access devices.
+    fn data(&mut self) -> Result {
         if self.instruction.is_string_instruction() {
             return self.string();
         }
@@ -363,7 +371,7 @@ impl<C: Cpu + ?Sized> Execution<'_, C> {
     }
 
     /// The mask of the stack pointer (SDM vol. 1, 6.2.3).
-    fn stack_mask(&self) -> u64 {
+    pub(super) fn stack_mask(&self) -> u64 {
         if self.mode == CpuMode::Long64 {
             return u64::MAX;
         }
@@ -375,7 +383,7 @@ impl<C: Cpu + ?Sized> Execution<'_, C> {
         }
     }
 
-    fn set_stack_pointer(&mut self, value: u64) {
+    pub(super) fn set_stack_pointer(&mut self, value: u64) {
         let mask = self.stack_mask();
         let old = self.cpu.gprs().rsp;
         self.cpu.gprs_mut().rsp = match mask {
@@ -385,7 +393,7 @@ impl<C: Cpu + ?Sized> Execution<'_, C> {
     }
 
     /// The address below the stack pointer for `size` bytes, and the stack pointer there.
-    fn below_stack(&self, size: usize) -> core::result::Result<(Gva, u64), Fault> {
+    pub(super) fn below_stack(&self, size: usize) -> core::result::Result<(Gva, u64), Fault> {
         let mask = self.stack_mask();
         let pointer = self.cpu.gprs().rsp.wrapping_sub(size as u64) & mask;
         let address = self.linear(SegmentRegister::Ss, pointer, size, true)?;

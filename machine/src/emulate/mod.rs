@@ -6,8 +6,10 @@
 //! them. [`length()`] only measures an instruction, for processors that do not tell its length.
 //!
 //! Covered are moves of all kinds (also SSE's), arithmetic, bit operations, exchanges, string
-//! instructions, stack and branch operands, ports, control registers and INVLPG. Not covered are the
-//! x87 FPU, MMX and AVX, multiplication and division, and far branches: [`EmulateError::Unsupported`]. Alignment checks
+//! instructions, stack and branch operands, ports, control registers and INVLPG; and for a processor
+//! that cannot run its guest at all ([`Cpu::is_whole`]) the integer instruction set of real mode, with
+//! what leads from there to protected mode. Not covered are the x87 FPU, MMX and AVX, decimal
+//! arithmetic, and gates: [`EmulateError::Unsupported`]. Alignment checks
 //! (`#AC`) are not made.
 //!
 //! Work is bounded: one call executes at most [`MAX_ITERATIONS`] iterations, and no guest input
@@ -17,6 +19,8 @@ mod alu;
 mod execute;
 mod length;
 mod operand;
+mod program;
+mod segment;
 mod string;
 mod system;
 pub mod task;
@@ -24,6 +28,7 @@ mod vector;
 
 use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction};
 use testudo_arch::regs::{CpuMode, SegmentRegister};
+use testudo_arch::segment::DescriptorTable;
 use testudo_arch::{Event, Exception, Gprs, Gva, Segment};
 
 pub use length::length;
@@ -137,6 +142,27 @@ pub trait Cpu {
         Err(Fault::UD)
     }
 
+    /// Whether all of the processor is emulated, not only instructions that access devices: it then
+    /// has the following registers too.
+    fn is_whole(&self) -> bool {
+        false
+    }
+
+    /// Sets a segment register; `false` if the processor is not emulated as a whole.
+    fn set_segment(&mut self, _register: SegmentRegister, _segment: &Segment) -> bool {
+        false
+    }
+
+    /// GDTR and IDTR.
+    fn descriptor_tables(&self) -> [DescriptorTable; 2] {
+        Default::default()
+    }
+
+    /// Sets IDTR or GDTR; `false` if the processor is not emulated as a whole.
+    fn set_descriptor_table(&mut self, _interrupts: bool, _table: DescriptorTable) -> bool {
+        false
+    }
+
     /// Whether the processor can as well execute a repeated string instruction itself, which is
     /// then [`EmulateError::Unsupported`].
     fn repeats_natively(&self) -> bool {
@@ -215,9 +241,33 @@ pub enum Outcome {
     /// RFLAGS.TF was set and the instruction is complete, or one iteration of a repeated one: a
     /// single-step `#DB` is due.
     SingleStep,
+    /// It is one that the machine answers. RIP is still there, and goes to `next` when it is done.
+    Intercepted {
+        /// Which.
+        what: Intercept,
+        /// The address behind it.
+        next: u64,
+    },
     /// It must be continued: RIP is still there. A repeated string instruction has made a number
     /// of iterations, or a locked one met another processor. Interrupts may come in between.
     Continue,
+}
+
+/// An instruction that the emulator leaves to the machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Intercept {
+    /// CPUID.
+    Cpuid,
+    /// HLT.
+    Halt,
+    /// RDMSR.
+    ReadMsr,
+    /// WRMSR.
+    WriteMsr,
+    /// RDTSC.
+    ReadTsc,
+    /// WBINVD or INVD.
+    CacheFlush,
 }
 
 /// Why an instruction was not executed.
@@ -295,6 +345,16 @@ pub fn step<C: Cpu + ?Sized>(cpu: &mut C) -> Result<Outcome, EmulateError> {
     }
 }
 
+/// Delivers an event in real mode.
+///
+/// # Errors
+///
+/// The fault that its delivery raises. Nothing has changed then.
+pub fn deliver<C: Cpu + ?Sized>(cpu: &mut C, event: Event) -> Result<(), Fault> {
+    let rip = cpu.rip();
+    segment::deliver(cpu, event.vector(), rip)
+}
+
 /// The width of code in a mode.
 const fn bitness(mode: CpuMode) -> u32 {
     match mode {
@@ -367,3 +427,5 @@ fn fetch_address<C: Cpu + ?Sized>(
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod whole_tests;

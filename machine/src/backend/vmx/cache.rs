@@ -135,6 +135,15 @@ impl Cache {
         Ok(state)
     }
 
+    /// An instruction that software has completed holds interrupts back until the next one, as STI
+    /// does.
+    pub(super) fn begin_shadow(&self, vmcs: &impl VmcsRead) -> Result<(), AccessError> {
+        let state = self.interruptibility(vmcs)?;
+        self.flags.set(self.flags.get() & !SHADOW_OVER);
+        self.set_interruptibility(state | Interruptibility::BLOCKING_BY_STI);
+        Ok(())
+    }
+
     #[inline]
     pub(super) fn set_interruptibility(&self, state: Interruptibility) {
         self.set(Cached::Interruptibility, u64::from(state.bits()));

@@ -34,7 +34,7 @@
 //! a CPUID sees its first trap one instruction late. Once a single step was seen, RFLAGS is read.
 //!
 //! On shadow paging ([`Controls::choose_shadow`]) the guest runs without EPT, and so restricted to
-//! protected mode with paging, which it need not see.
+//! protected mode with paging, which it need not see; in real mode it is emulated.
 //!
 //! Hardware task switches always exit on VT-x, and are made by software.
 
@@ -491,6 +491,30 @@ impl<'a, P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'a, P, M, S> {
         self.registers.cr2 = system.cr2;
         self.processor.set_dr6(system.dr6);
         self.set_task_priority(system.cr8 as u8);
+        Ok(())
+    }
+
+    /// Sets the segment registers and descriptor tables.
+    fn write_segments(&mut self, system: &SystemRegisters) -> Result<(), AccessError> {
+        use testudo_arch::regs::SegmentRegister::{Cs, Ds, Es, Fs, Gs, Ldtr, Ss, Tr};
+        for register in [Es, Cs, Ss, Ds, Fs, Gs, Ldtr, Tr] {
+            state::write_segment(&mut self.processor, register, system.segment(register))?;
+        }
+        for (base, limit, table) in [
+            (
+                fields::GUEST_GDTR_BASE,
+                fields::GUEST_GDTR_LIMIT,
+                system.gdtr,
+            ),
+            (
+                fields::GUEST_IDTR_BASE,
+                fields::GUEST_IDTR_LIMIT,
+                system.idtr,
+            ),
+        ] {
+            self.processor.set(base, table.base)?;
+            self.processor.set(limit, table.limit.into())?;
+        }
         Ok(())
     }
 

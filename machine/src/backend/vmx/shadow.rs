@@ -2,18 +2,19 @@
 //!
 //! Page faults, INVLPG, all accesses to CR3, and changes of CR0 and CR4 exit. The processor runs with
 //! paging and protection whatever the guest has: it takes no other guest without "unrestricted
-//! guest".
+//! guest". In real mode, and until it has loaded its segments in protected mode, it is emulated.
 
 use testudo_arch::event::Combined;
 use testudo_arch::regs::SystemRegisters;
 use testudo_arch::{Event, Exception, Gpa, Gpr, GuestMemory, Gva};
 use testudo_ept::shadow::Outcome;
 use testudo_nested::vmx::SecondStage;
+use testudo_vmx::check::check_entry;
 use testudo_vmx::exit::CrAccess;
 use testudo_vmx::fields;
 
 use super::cache::Cached;
-use super::mode::{GUEST_EFER, LMA, Mode};
+use super::mode::{GUEST_EFER, LMA, Mode, PE};
 use super::setup::PAT_RESET;
 use super::{Processor, VmxVcpu};
 use crate::backend::paging::{GuestPaging, ShadowPlace};
@@ -24,6 +25,9 @@ pub(super) struct Shadow<'a> {
     pub(super) paging: GuestPaging<'a>,
     /// The guest's page attribute table, which acts on nothing: all its memory is write-back.
     pat: u64,
+    /// The processor does not take the guest as it is: it is in real mode, or its segments are still
+    /// real mode's.
+    outside: bool,
 }
 
 impl<'a> Shadow<'a> {
@@ -31,6 +35,7 @@ impl<'a> Shadow<'a> {
         Self {
             paging: GuestPaging::new(place),
             pat: PAT_RESET,
+            outside: true,
         }
     }
 }
@@ -52,6 +57,38 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         Ok(())
     }
 
+    /// What is to be emulated, if the processor does not take the guest as it is.
+    pub(super) fn outside(&mut self) -> Result<Option<VmExit>, VcpuError> {
+        let Some(shadow) = self.shadow.as_ref().filter(|shadow| shadow.outside) else {
+            return Ok(None);
+        };
+        if shadow.paging.mode().cr0 & PE == 0 {
+            return Ok(Some(VmExit::Emulate(self.injection.take())));
+        }
+        let event = self.injection.take();
+        self.prepare()?;
+        if check_entry(&self.processor, self.caps)?.is_empty() {
+            if let Some(shadow) = &mut self.shadow {
+                shadow.outside = false;
+            }
+            if let Some(event) = event {
+                self.inject(event);
+            }
+            return Ok(None);
+        }
+        // On the few instructions between the modes no handler can be reached.
+        Ok(Some(match event {
+            Some(_) => VmExit::Shutdown,
+            None => VmExit::Emulate(None),
+        }))
+    }
+
+    /// Whether the guest is between the modes, so that no interrupt can be delivered.
+    pub(super) fn is_between_modes(&self) -> bool {
+        let shadow = self.shadow.as_ref();
+        shadow.is_some_and(|shadow| shadow.outside && shadow.paging.mode().cr0 & PE != 0)
+    }
+
     /// After it ran.
     #[inline]
     pub(super) fn leave_gate(&self) {
@@ -71,16 +108,18 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
             efer: system.efer,
         };
         shadow.paging.set(self.memory, mode, system.cr3);
+        shadow.outside = true;
         self.apply_shadow()
     }
 
     /// Brings the VMCS in line with the guest's paging registers.
     fn apply_shadow(&mut self) -> Result<(), VcpuError> {
-        let Some(shadow) = &self.shadow else {
+        let Some(shadow) = &mut self.shadow else {
             return Ok(());
         };
         let (real, root) = shadow.paging.hardware();
         let seen = shadow.paging.mode();
+        shadow.outside |= seen.cr0 & PE == 0;
         self.processor.set(fields::GUEST_CR3, root)?;
         self.write_mode(seen, real)
     }

@@ -21,6 +21,7 @@ use testudo_vmx::{Encoding, InstructionError, VmFail, VmcsRead, VmcsWrite};
 
 mod apic;
 mod nested;
+mod shadow;
 mod timer;
 
 use super::mode::LME;

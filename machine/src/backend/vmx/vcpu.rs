@@ -31,6 +31,11 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> Vcpu for VmxVcpu<'_, P, M, S>
                     None => continue,
                 }
             }
+            if self.shadow.is_some()
+                && let Some(exit) = self.outside()?
+            {
+                return Ok(exit);
+            }
             let reason = self.enter()?;
             // CPUID needs no more than this, and never interrupts an event.
             if reason == CPUID {
@@ -115,6 +120,7 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> Vcpu for VmxVcpu<'_, P, M, S>
             self.injection.is_none()
                 && self.cached(Cached::Rflags) & RFlags::INTERRUPT_FLAG.bits() != 0
                 && !self.interruptibility().intersects(cache::SHADOW)
+                && !self.is_between_modes()
         };
         if self.level == Level::L1 {
             open()
@@ -125,7 +131,9 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> Vcpu for VmxVcpu<'_, P, M, S>
 
     fn can_take_nmi(&self) -> bool {
         let blocked = cache::SHADOW | Interruptibility::BLOCKING_BY_NMI;
-        let open = self.injection.is_none() && !self.interruptibility().intersects(blocked);
+        let open = self.injection.is_none()
+            && !self.interruptibility().intersects(blocked)
+            && !self.is_between_modes();
         if self.level == Level::L1 {
             open
         } else {
@@ -222,6 +230,15 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> Vcpu for VmxVcpu<'_, P, M, S>
             let set = apic.set(&mut self.processor, state, secondary, self.tables);
             self.or_zero(set);
         }
+    }
+
+    fn set_segments(&mut self, system: &SystemRegisters) {
+        let set = self.write_segments(system);
+        self.or_zero(set);
+    }
+
+    fn begin_interrupt_shadow(&mut self) {
+        self.or_zero(self.cache.begin_shadow(&self.processor));
     }
 
     fn memory_written(&mut self, gpa: Gpa, len: usize) {

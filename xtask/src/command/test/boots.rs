@@ -270,6 +270,24 @@ const BOOTS: &[Boot] = &[
         slow: true,
     },
     Boot {
+        name: "boot::linux_on_vmx_on_shadow_paging",
+        arguments: &[
+            "--backend",
+            "vmx",
+            "--paging",
+            "shadow",
+            "--vcpus",
+            "2",
+            "--timeout",
+            "1200",
+            "--run",
+            "echo processors: $(nproc)",
+        ],
+        expect: Status(0),
+        says: &["processors: 2"],
+        slow: true,
+    },
+    Boot {
         name: "boot::linux_on_bochs",
         arguments: &[
             "--emulator",

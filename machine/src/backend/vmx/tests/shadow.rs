@@ -1,0 +1,204 @@
+//! Shadow paging on a processor that takes restricted guests only.
+
+use testudo_arch::regs::SegmentRegister;
+use testudo_arch::{FrameMem, PAGE_SIZE, Segment};
+use testudo_ept::FramePool;
+use testudo_ept::shadow::{Backed, Backing};
+
+use super::*;
+use crate::paging::{ShadowPaging, allowed_cr4};
+
+const MEMORY: usize = 0x10_0000;
+const HOST: u64 = 1 << 30;
+/// A page fault of a present page's absence, by the supervisor.
+const PAGE_FAULT: u32 = 1 << 31 | 1 << 11 | 3 << 8 | 14;
+
+struct Contiguous;
+
+impl Backing for Contiguous {
+    fn find(&self, gpa: Gpa) -> Option<Backed> {
+        (gpa.0 < MEMORY as u64).then_some(Backed {
+            address: Hpa(HOST + gpa.0),
+            shift: 12,
+            writable: true,
+        })
+    }
+}
+
+/// A vCPU in reset state, its memory, and its shadow tables.
+fn shadowed() -> (Fake, GuestRam, &'static FramePool) {
+    let caps: &'static VmxCaps = Box::leak(Box::new(fixtures::skylake_sp()));
+    let controls = Box::leak(Box::new(Controls::choose_shadow(caps).unwrap()));
+    assert!(!controls.has_ept());
+    let tables = Box::leak(Box::new(VmxTables {
+        ept_pointer: 0,
+        msr_bitmap: Hpa(0x2000),
+        apic: None,
+    }));
+    let pool: &FramePool = Box::leak(Box::new(FramePool::new(64)));
+    let memory: &'static GuestRam = Box::leak(Box::new(ram(MEMORY)));
+    let paging = ShadowPaging::new(pool, 32, memory, Contiguous, FakeHost::new(), 1);
+    let parts = Parts {
+        caps,
+        controls,
+        tables,
+        apic_page: (Box::leak(Box::default()), Hpa(0x3000)),
+        vpid: 1,
+        xcr0_valid: 7,
+        shadow: Some(ShadowPlace {
+            tables: Box::leak(Box::new(paging)),
+            vcpu: 0,
+            cr4: allowed_cr4(&Cpuid::default()),
+            physical_bits: 40,
+        }),
+    };
+    let vcpu = VmxVcpu::on(FakeProcessor::new(caps), &parts, memory).unwrap();
+    (vcpu, memory.clone(), pool)
+}
+
+/// Flat 32-bit protected mode without paging, as PVH kernels begin.
+fn protected() -> SystemRegisters {
+    let data = Segment::flat(0x18, SegmentAttributes::DATA);
+    SystemRegisters {
+        cs: Segment::flat(0x10, SegmentAttributes::CODE32),
+        ss: data,
+        ds: data,
+        es: data,
+        fs: data,
+        gs: data,
+        cr0: 0x11,
+        rip: 0x1000,
+        ..SystemRegisters::reset()
+    }
+}
+
+/// Where hardware on the shadow tables goes from an address below 4 GiB, outside long mode.
+fn hardware(vcpu: &Fake, pool: &FramePool, address: u64) -> Option<u64> {
+    let mut table = vcpu.hardware(fields::GUEST_CR3);
+    for level in [3u32, 2, 1] {
+        let index = (address >> (3 + 9 * level)) & if level == 3 { 3 } else { 511 };
+        let entry = pool.load(Hpa(table + index * 8));
+        if entry & 1 == 0 {
+            return None;
+        }
+        table = entry & 0x000F_FFFF_FFFF_F000;
+    }
+    Some(table + address % PAGE_SIZE)
+}
+
+#[test]
+fn real_mode_is_emulated_until_the_processor_takes_the_guest() {
+    let (mut vcpu, ..) = shadowed();
+    assert_eq!(vcpu.enter_once(), VmExit::Emulate(None));
+    vcpu.inject(Event::Interrupt(8));
+    let event = Some(Event::Interrupt(8));
+    assert_eq!(vcpu.enter_once(), VmExit::Emulate(event));
+    assert!(vcpu.processor.costs.is_empty(), "it was never entered");
+    assert_eq!(vcpu.system(), SystemRegisters::reset());
+    // Protected mode with real mode's code segment: no entry yet, and no interrupt either.
+    vcpu.set_rflags(0x202);
+    assert!(vcpu.can_take_interrupt());
+    assert!(vcpu.set_control_register(0, 0x11));
+    let segments = SystemRegisters {
+        cs: Segment::real_mode(0x1000, SegmentAttributes::DATA16),
+        ..SystemRegisters::reset()
+    };
+    vcpu.set_segments(&segments);
+    assert_eq!(vcpu.enter_once(), VmExit::Emulate(None));
+    assert!(!vcpu.can_take_interrupt() && !vcpu.can_take_nmi());
+    vcpu.set_segments(&protected());
+    vcpu.run_out();
+    assert_eq!(vcpu.system().cr0, 0x11);
+    let cs = *vcpu.system().segment(SegmentRegister::Cs);
+    assert_eq!(cs, protected().cs);
+}
+
+#[test]
+fn an_interrupt_waits_for_the_instruction_behind_an_emulated_sti() {
+    let (mut vcpu, ..) = shadowed();
+    vcpu.set_rflags(0x202);
+    vcpu.set_rip(0x10);
+    assert!(vcpu.can_take_interrupt());
+    vcpu.begin_interrupt_shadow();
+    assert!(!vcpu.can_take_interrupt());
+    vcpu.set_rip(0x11);
+    assert!(vcpu.can_take_interrupt());
+}
+
+#[test]
+fn a_guest_without_paging_runs_with_it() {
+    let (mut vcpu, _, pool) = shadowed();
+    vcpu.set_system(&protected());
+    vcpu.will(|vmcs, _| {
+        exception(vmcs, PAGE_FAULT, 0x5123);
+        vmcs.preset(fields::EXIT_INTERRUPTION_ERROR_CODE, 0);
+    });
+    vcpu.run_out();
+    assert_eq!(hardware(&vcpu, pool, 0x5123), Some(HOST + 0x5123));
+    let (real, seen) = (
+        vcpu.hardware(fields::GUEST_CR0),
+        vcpu.hardware(fields::CR0_READ_SHADOW),
+    );
+    assert_eq!((real & 0x8001_0021, seen), (0x8001_0021, 0x11));
+    assert_eq!(vcpu.hardware(fields::GUEST_CR4) & 0x20, 0x20);
+    assert_eq!((vcpu.system().cr0, vcpu.system().cr3), (0x11, 0));
+    assert_eq!(vcpu.cr4(), 0);
+    // What is no memory is the machine's business.
+    vcpu.will(|vmcs, _| {
+        exception(vmcs, PAGE_FAULT, 0xFEE0_0020);
+        vmcs.preset(fields::EXIT_INTERRUPTION_ERROR_CODE, 2);
+    });
+    let access = MemoryAccess {
+        gpa: Gpa(0xFEE0_0020),
+        gva: Some(Gva(0xFEE0_0020)),
+        write: true,
+        fetch: false,
+        table: false,
+    };
+    assert_eq!(vcpu.enter_once(), VmExit::Memory(access));
+}
+
+#[test]
+fn the_guests_tables_decide_once_it_has_paging() {
+    let (mut vcpu, memory, pool) = shadowed();
+    vcpu.set_system(&protected());
+    // Legacy tables: linear page 5 is physical page 9, and page 6 is absent.
+    memory.store_u32(Gpa(0x2000), 0x3007).unwrap();
+    memory.store_u32(Gpa(0x3014), 0x9067).unwrap();
+    vcpu.guest_moves_to(3, 0x2000);
+    vcpu.guest_moves_to(0, 0x8000_0011);
+    assert_eq!(
+        (vcpu.system().cr3, vcpu.system().cr0),
+        (0x2000, 0x8000_0011)
+    );
+    vcpu.will(|vmcs, _| {
+        exception(vmcs, PAGE_FAULT, 0x5008);
+        vmcs.preset(fields::EXIT_INTERRUPTION_ERROR_CODE, 2);
+    });
+    vcpu.run_out();
+    assert_eq!(hardware(&vcpu, pool, 0x5008), Some(HOST + 0x9008));
+    vcpu.will(|vmcs, _| {
+        exception(vmcs, PAGE_FAULT, 0x6008);
+        vmcs.preset(fields::EXIT_INTERRUPTION_ERROR_CODE, 2);
+    });
+    vcpu.run_out();
+    assert_eq!(vcpu.last_injected(), PAGE_FAULT);
+    assert_eq!(vcpu.registers.cr2, 0x6008);
+    // MOV from CR3; INVLPG of what has changed; the page attribute table acts on nothing.
+    vcpu.will_exit(BasicReason::ControlRegister, 3 | 1 << 4 | 3 << 8);
+    vcpu.run_out();
+    assert_eq!(vcpu.gprs().rbx, 0x2000);
+    memory.store_u32(Gpa(0x3014), 0).unwrap();
+    let flushes = vcpu.processor.flushes;
+    vcpu.will_exit(BasicReason::Invlpg, 0x5000);
+    vcpu.run_out();
+    assert_eq!(hardware(&vcpu, pool, 0x5008), None);
+    assert!(vcpu.processor.flushes > flushes);
+    let before = vcpu.hardware(fields::GUEST_PAT);
+    assert_eq!(vcpu.write_msr(Msr::PAT, 0), Some(true));
+    assert_eq!(vcpu.read_msr(Msr::PAT), Some(0));
+    assert_eq!(vcpu.hardware(fields::GUEST_PAT), before);
+    // Reserved bits of CR4 and CR0 are refused.
+    vcpu.guest_moves_to(4, 1 << 13);
+    assert_eq!(vcpu.last_injected() & 0xFF, 13);
+}
