@@ -37,6 +37,11 @@ pub fn open_direct_msrs(bitmap: &mut MsrBitmap) {
     for msr in DIRECT_MSRS {
         bitmap.pass_through(msr);
     }
+    // What the guest reads is what it has: the VMCS holds the one, which is zero and stays so, and
+    // the offset of the other. Hypervisors read the one before each entry.
+    for msr in [Msr::DEBUG_CTL, Msr::TSC] {
+        bitmap.set(msr, false, true);
+    }
 }
 
 /// What vCPUs of one machine share: tables in memory that the processor reads.

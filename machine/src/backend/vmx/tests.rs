@@ -12,6 +12,7 @@ use testudo_arch::cpuid::{Cpuid, CpuidEntry};
 use testudo_arch::memory::GuestRam;
 use testudo_arch::{Exception, Gpa, Gprs, Gva, Msr};
 use testudo_nested::vmx::Msrs;
+use testudo_vmx::bitmap::MsrBitmap;
 use testudo_vmx::caps::fixtures;
 use testudo_vmx::check::{Rule, check_entry, samples};
 use testudo_vmx::controls::SecondaryControls;
@@ -411,6 +412,21 @@ fn a_step_over_an_emulated_instruction_leaves_its_trap_pending() {
     vcpu.run_out();
     assert_eq!(vcpu.last_injected() & 0xFF, 1, "#DB");
     assert_ne!(vcpu.processor.dr6 & 1 << 14, 0, "BS");
+}
+
+#[test]
+fn a_guest_reads_directly_what_the_processor_keeps_for_it() {
+    let mut bitmap = MsrBitmap::all_exit();
+    open_direct_msrs(&mut bitmap);
+    for msr in [Msr::DEBUG_CTL, Msr::TSC] {
+        assert!(!bitmap.read_exits(msr) && bitmap.write_exits(msr), "{msr}");
+    }
+    assert!(!bitmap.write_exits(Msr::LSTAR) && bitmap.read_exits(Msr::EFER));
+    // What RDMSR finds.
+    let mut vcpu = vcpu();
+    vcpu.set_guest_tsc(1000, 5000);
+    assert_eq!(vcpu.hardware(fields::TSC_OFFSET), 4000);
+    assert_eq!(vcpu.hardware(fields::GUEST_DEBUGCTL), 0);
 }
 
 #[test]

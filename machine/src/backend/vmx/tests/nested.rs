@@ -3,7 +3,6 @@
 
 use testudo_arch::{Gpr, Msr};
 use testudo_nested::vmx::{EptFault, EptHandled, Offer, REVISION, offer};
-use testudo_vmx::bitmap::MsrBitmap;
 use testudo_vmx::controls::{ExitControls, PinControls};
 
 use super::*;
