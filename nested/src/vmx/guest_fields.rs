@@ -64,18 +64,19 @@ impl Slot {
 
 /// Guest fields that hypervisors read or write at nearly every exit. CR0, CR4, the activity state and
 /// the fields that controls govern are not here: they have rules of their own.
-pub(super) const FREQUENT: [Slot; 7] = slots([
+pub(super) const FREQUENT: [Slot; 8] = slots([
     f::GUEST_RIP.encoding(),
     f::GUEST_RSP.encoding(),
     f::GUEST_RFLAGS.encoding(),
     f::GUEST_INTERRUPTIBILITY.encoding(),
     f::GUEST_CR3.encoding(),
+    f::GUEST_CS_BASE.encoding(),
     f::GUEST_CS_ACCESS_RIGHTS.encoding(),
     f::GUEST_SS_ACCESS_RIGHTS.encoding(),
 ]);
 
 /// Guest fields that change with a task or never.
-pub(super) const RARE: [Slot; 38] = slots([
+pub(super) const RARE: [Slot; 37] = slots([
     f::GUEST_ES_SELECTOR.encoding(),
     f::GUEST_CS_SELECTOR.encoding(),
     f::GUEST_SS_SELECTOR.encoding(),
@@ -102,7 +103,6 @@ pub(super) const RARE: [Slot; 38] = slots([
     f::GUEST_TR_ACCESS_RIGHTS.encoding(),
     f::GUEST_SYSENTER_CS.encoding(),
     f::GUEST_ES_BASE.encoding(),
-    f::GUEST_CS_BASE.encoding(),
     f::GUEST_SS_BASE.encoding(),
     f::GUEST_DS_BASE.encoding(),
     f::GUEST_FS_BASE.encoding(),

@@ -27,7 +27,7 @@ const READ_ONLY: [Slot; 10] = slots([
 
 /// What L1 reads and writes at many exits. None of them is one of the seldom-used guest fields, whose
 /// changes L0 must notice.
-const READ_WRITE: [Slot; 22] = slots([
+const READ_WRITE: [Slot; 24] = slots([
     f::GUEST_RIP.encoding(),
     f::GUEST_RSP.encoding(),
     f::GUEST_RFLAGS.encoding(),
@@ -35,6 +35,7 @@ const READ_WRITE: [Slot; 22] = slots([
     f::GUEST_CR0.encoding(),
     f::GUEST_CR3.encoding(),
     f::GUEST_CR4.encoding(),
+    f::GUEST_CS_BASE.encoding(),
     f::GUEST_CS_ACCESS_RIGHTS.encoding(),
     f::GUEST_SS_ACCESS_RIGHTS.encoding(),
     f::CR0_READ_SHADOW.encoding(),
@@ -51,6 +52,7 @@ const READ_WRITE: [Slot; 22] = slots([
     f::HOST_GS_SELECTOR.encoding(),
     f::HOST_FS_BASE.encoding(),
     f::HOST_GS_BASE.encoding(),
+    f::HOST_RSP.encoding(),
 ]);
 
 /// The bitmaps for VMREAD and VMWRITE of L1: what exits all the same.
@@ -113,7 +115,7 @@ mod tests {
         }
         let rip = u64::from(f::GUEST_RIP.encoding().0);
         assert!(!reads.exits(rip) && !writes.exits(rip));
-        let cs = u64::from(f::GUEST_CS_BASE.encoding().0);
-        assert!(reads.exits(cs) && writes.exits(cs));
+        let ds = u64::from(f::GUEST_DS_BASE.encoding().0);
+        assert!(reads.exits(ds) && writes.exits(ds));
     }
 }

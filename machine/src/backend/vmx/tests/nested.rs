@@ -468,11 +468,11 @@ fn vmread_and_vmwrite_reach_a_shadow_while_a_vmcs_is_current() {
     vcpu.processor.select(Level::Shadow).unwrap();
     vcpu.processor.set(fields::GUEST_RIP, 0x1234_5678).unwrap();
     vcpu.processor.select(Level::L1).unwrap();
-    vcpu.vmwrite(fields::GUEST_CS_BASE, 0x77);
+    vcpu.vmwrite(fields::GUEST_DS_BASE, 0x77);
     vcpu.l1_points(BasicReason::Vmclear, REGION);
     assert_eq!(state(&vcpu), (false, u64::MAX));
     vcpu.l1_points(BasicReason::Vmptrld, REGION);
-    assert_eq!(vcpu.vmread(fields::GUEST_CS_BASE), 0x77);
+    assert_eq!(vcpu.vmread(fields::GUEST_DS_BASE), 0x77);
     vcpu.processor.select(Level::Shadow).unwrap();
     assert_eq!(vcpu.processor.get(fields::GUEST_RIP), Ok(0x1234_5678));
     vcpu.processor.select(Level::L1).unwrap();
