@@ -337,7 +337,7 @@ impl<'a, P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'a, P, M, S> {
     }
 
     /// Writes what handlers have changed, so that the guest can be entered.
-    #[inline]
+    #[inline(always)]
     fn prepare(&mut self) -> Result<(), VcpuError> {
         self.until_timer = self.until_timer.wrapping_sub(1);
         if self.until_timer == 0 {
@@ -390,7 +390,7 @@ impl<'a, P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'a, P, M, S> {
     }
 
     /// Runs the guest once.
-    #[inline]
+    #[inline(always)]
     fn enter(&mut self) -> Result<ExitReason, VcpuError> {
         self.prepare()?;
         self.enter_gate()?;

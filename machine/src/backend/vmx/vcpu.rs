@@ -18,7 +18,8 @@ use crate::stats::Settled;
 use crate::vcpu::{AwaitedInterrupt, Vcpu, VcpuError, VmExit};
 
 impl<P: Processor, M: GuestMemory, S: SecondStage> Vcpu for VmxVcpu<'_, P, M, S> {
-    #[inline]
+    // The machine's loop is its only caller, and CPUID is to pass through both without a call.
+    #[inline(always)]
     fn run(&mut self, requests: &AtomicU32) -> Result<VmExit, VcpuError> {
         loop {
             // Interrupts are held back: what comes after this test makes the guest exit at once.
