@@ -397,7 +397,7 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
         }
     }
 
-    #[inline]
+    #[inline(always)]
     fn cpuid(&mut self) {
         self.answer_cpuid();
         self.vcpu.advance();

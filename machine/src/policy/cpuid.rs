@@ -279,6 +279,7 @@ impl CpuidTable {
     }
 
     #[cold]
+    #[inline(never)]
     fn beyond_the_index(&self, leaf: u32) -> [u32; 4] {
         match leaf {
             kvm::BASE => self.kvm[0],

@@ -353,6 +353,13 @@ impl<'a, P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'a, P, M, S> {
         Ok(())
     }
 
+    /// CR4 of a guest of the guest's.
+    #[cold]
+    #[inline(never)]
+    fn l2_cr4(&self) -> u64 {
+        self.mode().cr4
+    }
+
     /// Sets the timer by the clock: it lags behind by what exits have cost.
     #[cold]
     #[inline(never)]

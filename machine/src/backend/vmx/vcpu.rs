@@ -341,7 +341,7 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> Vcpu for VmxVcpu<'_, P, M, S>
     fn cr4(&self) -> u64 {
         match self.level {
             Level::L1 => self.mode.cr4,
-            _ => self.mode().cr4,
+            _ => self.l2_cr4(),
         }
     }
 
