@@ -353,6 +353,17 @@ impl<'a, P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'a, P, M, S> {
         Ok(())
     }
 
+    /// The entry on shadow paging.
+    #[inline(never)]
+    fn enter_by_gate(&mut self) -> Result<Result<(), VmFail>, VcpuError> {
+        self.enter_gate()?;
+        // SAFETY: as in `enter`.
+        #[allow(unsafe_code, reason = "the entry; see `new`")]
+        let entered = unsafe { self.processor.enter(&mut self.registers) };
+        self.leave_gate();
+        Ok(entered)
+    }
+
     /// CR4 of a guest of the guest's.
     #[cold]
     #[inline(never)]
@@ -400,12 +411,16 @@ impl<'a, P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'a, P, M, S> {
     #[inline(always)]
     fn enter(&mut self) -> Result<ExitReason, VcpuError> {
         self.prepare()?;
-        self.enter_gate()?;
-        // SAFETY: the controls that `new` wrote confine the guest, and nothing removes one but the
-        // windows; the rest is what the caller of `new` promised.
-        #[allow(unsafe_code, reason = "the entry; see `new`")]
-        let entered = unsafe { self.processor.enter(&mut self.registers) };
-        self.leave_gate();
+        let entered = if self.shadow.is_none() {
+            // SAFETY: the controls that `new` wrote confine the guest, and nothing removes one but
+            // the windows; the rest is what the caller of `new` promised.
+            #[allow(unsafe_code, reason = "the entry; see `new`")]
+            unsafe {
+                self.processor.enter(&mut self.registers)
+            }
+        } else {
+            self.enter_by_gate()?
+        };
         self.cache.forget();
         if let Err(fail) = entered {
             let refusal = Refusal::of_fail(fail, &self.processor, self.caps);

@@ -45,14 +45,6 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
     /// true.
     #[inline]
     pub(super) fn enter_gate(&mut self) -> Result<(), VcpuError> {
-        if self.shadow.is_none() {
-            return Ok(());
-        }
-        self.pass_gate()
-    }
-
-    #[inline(never)]
-    fn pass_gate(&mut self) -> Result<(), VcpuError> {
         let Some(shadow) = &mut self.shadow else {
             return Ok(());
         };
@@ -100,13 +92,6 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
     /// After it ran.
     #[inline]
     pub(super) fn leave_gate(&self) {
-        if self.shadow.is_some() {
-            self.open_gate();
-        }
-    }
-
-    #[inline(never)]
-    fn open_gate(&self) {
         if let Some(shadow) = &self.shadow {
             shadow.paging.gate().leave();
         }
