@@ -16,9 +16,14 @@ use crate::guest_cpu::paging_state;
 use crate::vcpu::{MemoryAccess, PortAccess, Vcpu, VmExit};
 
 impl<M: GuestMemory, S: SecondStage> SvmVcpu<'_, M, S> {
-    /// Enters the guest by its VMCB as it is.
-    #[inline(always)]
-    pub(super) fn enter_vmcb01(&mut self) {
+    /// Runs the guest once.
+    #[inline]
+    pub(super) fn enter_l1(&mut self) {
+        if self.nested.is_some() {
+            self.prepare_l1();
+        }
+        self.enter_gate();
+        let hidden = self.hides_lme && hide_lme(&mut self.vmcb01);
         // SAFETY: `new` set the intercepts that `enter` lists, and nothing removes one but the
         // nested layer, where the processor virtualizes what they guard; the rest is what the
         // caller of `new` promised.
@@ -26,28 +31,14 @@ impl<M: GuestMemory, S: SecondStage> SvmVcpu<'_, M, S> {
         unsafe {
             self.processor.enter(&mut self.vmcb01, &mut self.registers);
         }
+        show_lme(&mut self.vmcb01, hidden);
+        self.leave_gate();
+        self.vmcb01.set_event_inj(RawEvent::NONE);
         self.next_rip = if self.saves_next_rip {
             self.vmcb01.n_rip()
         } else {
             0
         };
-    }
-
-    /// Runs the guest once.
-    #[inline]
-    pub(super) fn enter_l1(&mut self) {
-        if self.nested.is_some() {
-            self.prepare_l1();
-        } else if self.shadow.is_some() {
-            self.enter_gate();
-        } else {
-            self.asids.prepare(&mut self.l1_asid, &mut self.vmcb01);
-        }
-        let hidden = self.hides_lme && hide_lme(&mut self.vmcb01);
-        self.enter_vmcb01();
-        show_lme(&mut self.vmcb01, hidden);
-        self.leave_gate();
-        self.vmcb01.set_event_inj(RawEvent::NONE);
         if let Some(at) = self.unmasking_iret {
             self.note_progress(at);
         }

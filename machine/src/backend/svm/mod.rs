@@ -32,7 +32,7 @@ use testudo_svm::exit::ExitCode;
 use testudo_svm::hw::{GuestRegisters, HeldInterrupts, VmcbFrame};
 use testudo_svm::intercept::{CrIntercepts, ExceptionIntercepts, Misc1, Misc2, Misc3};
 use testudo_svm::permission::{MsrAccess, MsrPermissionMap};
-use testudo_svm::vmcb::{InterruptState, NestedControl, TlbControl, VintrFlags, VirtualInterrupts};
+use testudo_svm::vmcb::{InterruptState, NestedControl, VintrFlags, VirtualInterrupts};
 
 use super::mode::Mode;
 use super::{is_valid_pat, is_valid_xcr0};
@@ -130,8 +130,6 @@ pub struct SvmVcpu<'a, M, S = NoSecondStage> {
     ends_deliveries: bool,
     /// EFER.LME is kept from the processor while paging is off ([`Defects::LOSES_CR0`]).
     hides_lme: bool,
-    /// The last exit was a plain one, and nothing has happened since that the next entry must look at.
-    quick: bool,
 }
 
 /// The processor that a vCPU runs on, and what it may use there.
@@ -215,7 +213,6 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
             ends_next: false,
             ends_deliveries: place.defects.contains(Defects::REPEATS_INTERRUPTS),
             hides_lme: place.defects.contains(Defects::LOSES_CR0),
-            quick: false,
         };
         if vcpu.hides_lme {
             // CR0.PG must not change without EFER.LME's coming or going with it.
@@ -277,43 +274,9 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
         self.ends_next
     }
 
-    /// Enters with regard to all that can have happened; `None` if what it came back with is settled.
-    #[inline(never)]
-    fn run_watchfully(&mut self) -> Result<Option<VmExit>, VcpuError> {
-        if self.is_delivery_due() {
-            return Ok(Some(VmExit::DeliveryDue));
-        }
-        if let Some(nested) = &self.nested
-            && nested.state.is_guest()
-        {
-            return Ok(self.run_l2());
-        }
-        if self.shadow.is_some() {
-            self.shadow_failure()?;
-        }
-        self.enter_l1();
-        if self.vmcb01.exit_code() == ExitCode::CPUID.0 {
-            return Ok(Some(VmExit::Cpuid));
-        }
-        Ok(self.settle())
-    }
-
-    /// Whether the next entry needs no preparation unless something happens.
-    fn is_quiet(&self) -> bool {
-        let paging = self.vmcb01.cr0() & Cr0Flags::PAGING.bits() != 0;
-        self.nested.is_none()
-            && self.shadow.is_none()
-            && self.unmasking_iret.is_none()
-            && (paging || !self.hides_lme)
-            && !self.vmcb01.event_inj().is_valid()
-            && self.vmcb01.tlb_control() == TlbControl::DoNothing
-            && !self.l1_asid.is_flush_pending()
-    }
-
     /// EFER as the guest writes it: LMA stays what the processor made it, and LME cannot change
     /// while paging is on (APM vol. 2, 3.1.7 and 14.6.1).
     fn write_efer(&mut self, value: u64) -> bool {
-        self.quick = false;
         if let Some(done) = self.write_shadow_efer(value) {
             return done;
         }
@@ -393,19 +356,24 @@ impl<M: GuestMemory, S: SecondStage> Vcpu for SvmVcpu<'_, M, S> {
                 self.ends_next = false;
                 return Ok(VmExit::Interrupted);
             }
-            let exit = if self.quick {
-                self.enter_vmcb01();
-                // CPUID needs no more than this, and never interrupts an event.
-                if self.vmcb01.exit_code() == ExitCode::CPUID.0 {
-                    return Ok(VmExit::Cpuid);
+            if self.is_delivery_due() {
+                return Ok(VmExit::DeliveryDue);
+            }
+            let exit = match &self.nested {
+                Some(nested) if nested.state.is_guest() => self.run_l2(),
+                _ => {
+                    if self.shadow.is_some() {
+                        self.shadow_failure()?;
+                    }
+                    self.enter_l1();
+                    // CPUID needs no more than this, and never interrupts an event.
+                    if self.vmcb01.exit_code() == ExitCode::CPUID.0 {
+                        return Ok(VmExit::Cpuid);
+                    }
+                    self.settle()
                 }
-                self.quick = false;
-                self.settle()
-            } else {
-                self.run_watchfully()?
             };
             if let Some(exit) = exit {
-                self.quick = is_plain(exit) && self.is_quiet();
                 return Ok(exit);
             }
         }
@@ -442,7 +410,6 @@ impl<M: GuestMemory, S: SecondStage> Vcpu for SvmVcpu<'_, M, S> {
     }
 
     fn set_system(&mut self, system: &SystemRegisters) {
-        self.quick = false;
         let efer = system.efer | SVME;
         self.vmcb_mut()
             .set_system_registers(&SystemRegisters { efer, ..*system });
@@ -488,7 +455,6 @@ impl<M: GuestMemory, S: SecondStage> Vcpu for SvmVcpu<'_, M, S> {
 
     #[inline]
     fn inject(&mut self, event: Event) {
-        self.quick = false;
         if event == Event::Nmi {
             self.nmi_masked = true;
             self.unmasking_iret = None;
@@ -521,7 +487,6 @@ impl<M: GuestMemory, S: SecondStage> Vcpu for SvmVcpu<'_, M, S> {
     }
 
     fn set_nmi_window(&mut self, wanted: bool) {
-        self.quick = false;
         self.apply_nmi_window(wanted);
     }
 
@@ -540,7 +505,6 @@ impl<M: GuestMemory, S: SecondStage> Vcpu for SvmVcpu<'_, M, S> {
     }
 
     fn forget_memory(&mut self) -> Result<(), VcpuError> {
-        self.quick = false;
         self.l1_asid.flush();
         if let Some(nested) = &mut self.nested {
             nested.stage.flush();
@@ -567,7 +531,6 @@ impl<M: GuestMemory, S: SecondStage> Vcpu for SvmVcpu<'_, M, S> {
     }
 
     fn set_control_register(&mut self, number: u8, value: u64) -> bool {
-        self.quick = false;
         if self.shadow.is_some() {
             return self.write_shadow_register(number, value);
         }
@@ -702,20 +665,6 @@ fn show_lme(vmcb: &mut Vmcb, hidden: bool) {
     if hidden {
         vmcb.set_efer(vmcb.efer() | LME);
     }
-}
-
-/// Whether an exit is that of an instruction which changes nothing that an entry depends on, unless the
-/// machine does so by this vCPU's methods.
-#[inline]
-fn is_plain(exit: VmExit) -> bool {
-    matches!(
-        exit,
-        VmExit::Cpuid
-            | VmExit::Hypercall
-            | VmExit::ReadMsr(_)
-            | VmExit::WriteMsr(..)
-            | VmExit::Port(_)
-    )
 }
 
 /// Whether an event to inject is an external interrupt.
