@@ -1,6 +1,6 @@
 //! The registers of a local APIC as a page of memory: what software emulates, and what a processor
 //! that virtualizes the APIC reads and writes itself (Intel SDM vol. 3A, table 11-1, and vol. 3C,
-//! 30.1; AMD APM vol. 2, 15.29.3).
+//! 32.1; AMD APM vol. 2, 15.29.3).
 //!
 //! ```
 //! use testudo_arch::apic::{ApicPage, VectorRegister};

@@ -143,7 +143,7 @@ impl fmt::Display for Exception {
 }
 
 /// An event on its way into a guest: chosen by the hypervisor, or interrupted by a VM exit and to
-/// be delivered again (SDM vol. 3C, 26.6; APM vol. 2, 15.20).
+/// be delivered again (SDM vol. 3C, 29.6; APM vol. 2, 15.20).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Event {

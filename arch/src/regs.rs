@@ -256,7 +256,7 @@ impl SystemRegisters {
     }
 
     /// The current privilege level: the DPL of SS, which is 0 in real mode and 3 in virtual-8086
-    /// mode (SDM vol. 3C, 25.4.1; APM vol. 2, 15.5.1 keeps it apart, as CPL).
+    /// mode (SDM vol. 3C, 27.4.1; APM vol. 2, 15.5.1 keeps it apart, as CPL).
     #[inline]
     pub fn cpl(&self) -> u8 {
         match self.mode() {

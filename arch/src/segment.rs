@@ -4,7 +4,7 @@ use bitflags::bitflags;
 
 bitflags! {
     /// The attributes of a segment, at the bit positions of a descriptor's second double word
-    /// shifted right by 8, which is also VMX's access-rights format (SDM vol. 3C, 25.4.1).
+    /// shifted right by 8, which is also VMX's access-rights format (SDM vol. 3C, 27.4.1).
     ///
     /// AMD's VMCB packs the same bits without the gap: see [`SegmentAttributes::to_svm`].
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]

@@ -1,4 +1,4 @@
-//! Intel's sub-page write permissions (SDM vol. 3C, 29.3.4): which of the 32 pieces of 128 bytes of a
+//! Intel's sub-page write permissions (SDM vol. 3C, 31.3.4): which of the 32 pieces of 128 bytes of a
 //! page may be written.
 //!
 //! A 4 KiB page that EPT does not let the guest write, and whose entry has

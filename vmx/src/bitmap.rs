@@ -1,5 +1,5 @@
 //! The bitmaps by which a guest's MSR and port accesses are let through or exit
-//! (SDM vol. 3C, 25.6.4, 25.6.9 and 25.6.15).
+//! (SDM vol. 3C, 27.6.4, 27.6.9 and 27.6.15).
 
 use testudo_arch::Msr;
 
@@ -126,7 +126,7 @@ impl IoBitmap {
     }
 
     /// Whether an access of `size` bytes at `port` exits: if a bit of any of its ports is set, or
-    /// if it wraps around the end of the port space (26.1.3).
+    /// if it wraps around the end of the port space (28.1.3).
     #[inline]
     pub fn exits(&self, port: u16, size: u8) -> bool {
         (0..u32::from(size)).any(|offset| {
@@ -166,7 +166,7 @@ impl FieldBitmap {
     }
 
     /// Whether an access exits to which the guest gives this encoding: by bits 14:0 of it, and
-    /// always if one of the bits 63:15 is set (26.1.3).
+    /// always if one of the bits 63:15 is set (28.1.3).
     #[inline]
     pub fn exits(&self, encoding: u64) -> bool {
         encoding > 0x7FFF || bit(&self.0, encoding as usize)
@@ -190,7 +190,7 @@ mod tests {
 
     #[test]
     fn golden_places() {
-        // 25.6.9: reads of low, reads of high, writes of low, writes of high MSRs.
+        // 27.6.9: reads of low, reads of high, writes of low, writes of high MSRs.
         let mut bitmap = MsrBitmap::from_bytes(&[0; FRAME]);
         bitmap.set(Msr(0x10), true, false);
         bitmap.set(Msr::EFER, true, true);

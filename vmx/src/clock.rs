@@ -1,5 +1,5 @@
-//! The guest's clock: TSC offset and multiplier (SDM vol. 3C, 25.6.5 and 26.3), and the preemption
-//! timer (26.5.1).
+//! The guest's clock: TSC offset and multiplier (SDM vol. 3C, 27.6.5 and 28.3), and the preemption
+//! timer (28.5.1).
 //!
 //! ```
 //! use testudo_vmx::clock::GuestTsc;

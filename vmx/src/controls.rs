@@ -1,4 +1,4 @@
-//! The control words of the VMCS, bit by bit (SDM vol. 3C, 25.6 to 25.8).
+//! The control words of the VMCS, bit by bit (SDM vol. 3C, 27.6 to 27.8).
 //!
 //! Every type keeps unknown bits: a value that came from a VMCS goes back unchanged.
 //!
@@ -78,7 +78,7 @@ where
 }
 
 bitflags! {
-    /// Pin-based VM-execution controls (25.6.1).
+    /// Pin-based VM-execution controls (27.6.1).
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
     pub struct PinControls: u32 {
         /// External interrupts cause exits.
@@ -97,7 +97,7 @@ bitflags! {
 control_word!(PinControls: u32, "pin-based VM-execution controls", 0x4000, 0x16);
 
 bitflags! {
-    /// Primary processor-based VM-execution controls (25.6.2).
+    /// Primary processor-based VM-execution controls (27.6.2).
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
     pub struct PrimaryControls: u32 {
         /// Exit as soon as RFLAGS.IF is 1 and nothing blocks interrupts.
@@ -150,7 +150,7 @@ bitflags! {
 control_word!(PrimaryControls: u32, "primary processor-based VM-execution controls", 0x4002, 0x0401_E172);
 
 bitflags! {
-    /// Secondary processor-based VM-execution controls (25.6.2).
+    /// Secondary processor-based VM-execution controls (27.6.2).
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
     pub struct SecondaryControls: u32 {
         /// Accesses to the APIC-access page are virtualized.
@@ -224,7 +224,7 @@ bitflags! {
 control_word!(SecondaryControls: u32, "secondary processor-based VM-execution controls", 0x401E, 0);
 
 bitflags! {
-    /// Tertiary processor-based VM-execution controls (25.6.2).
+    /// Tertiary processor-based VM-execution controls (27.6.2).
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
     pub struct TertiaryControls: u64 {
         /// LOADIWKEY exits.
@@ -248,7 +248,7 @@ bitflags! {
 control_word!(TertiaryControls: u64, "tertiary processor-based VM-execution controls", 0x2034, 0);
 
 bitflags! {
-    /// Primary VM-exit controls (25.7.1).
+    /// Primary VM-exit controls (27.7.1).
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
     pub struct ExitControls: u32 {
         /// DR7 and IA32_DEBUGCTL are saved.
@@ -293,7 +293,7 @@ bitflags! {
 control_word!(ExitControls: u32, "primary VM-exit controls", 0x400C, 0x0003_6DFF);
 
 bitflags! {
-    /// Secondary VM-exit controls (25.7.1).
+    /// Secondary VM-exit controls (27.7.1).
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
     pub struct SecondaryExitControls: u64 {
         /// The FRED MSRs are saved.
@@ -308,7 +308,7 @@ bitflags! {
 control_word!(SecondaryExitControls: u64, "secondary VM-exit controls", 0x2044, 0);
 
 bitflags! {
-    /// VM-entry controls (25.8.1).
+    /// VM-entry controls (27.8.1).
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
     pub struct EntryControls: u32 {
         /// DR7 and IA32_DEBUGCTL are loaded.
@@ -347,7 +347,7 @@ bitflags! {
 control_word!(EntryControls: u32, "VM-entry controls", 0x4012, 0x0000_11FF);
 
 bitflags! {
-    /// VM-function controls (25.6.14), and the functions a processor offers.
+    /// VM-function controls (27.6.14), and the functions a processor offers.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
     pub struct VmFunctions: u64 {
         /// Function 0: EPTP switching.
@@ -363,7 +363,7 @@ impl fmt::Display for VmFunctions {
 }
 
 bitflags! {
-    /// The exception bitmap (25.6.3): a set bit makes the exception with that vector exit. Page
+    /// The exception bitmap (27.6.3): a set bit makes the exception with that vector exit. Page
     /// faults exit or not by the page-fault error-code mask and match as well.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
     pub struct ExceptionBitmap: u32 {
@@ -411,7 +411,7 @@ bitflags! {
 
 impl ExceptionBitmap {
     /// Whether an exception with this vector and, for a page fault, this error code exits
-    /// (25.6.3 and 26.2): the fault bit is taken as it is when `error_code & mask == match`, and
+    /// (27.6.3 and 28.2): the fault bit is taken as it is when `error_code & mask == match`, and
     /// inverted otherwise.
     #[inline]
     pub const fn exits(self, vector: u8, error_code: u32, mask: u32, matching: u32) -> bool {
@@ -434,7 +434,7 @@ impl fmt::Display for ExceptionBitmap {
 }
 
 bitflags! {
-    /// Interruptibility state (25.4.2).
+    /// Interruptibility state (27.4.2).
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
     pub struct Interruptibility: u32 {
         /// STI has just set RFLAGS.IF.
@@ -457,7 +457,7 @@ impl fmt::Display for Interruptibility {
     }
 }
 
-/// Activity state (25.4.2).
+/// Activity state (27.4.2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ActivityState {
     /// Executing instructions.
@@ -511,7 +511,7 @@ impl fmt::Display for ActivityState {
 }
 
 bitflags! {
-    /// Pending debug exceptions (25.4.2).
+    /// Pending debug exceptions (27.4.2).
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
     pub struct PendingDebug: u64 {
         /// The breakpoint condition of DR0 was met.

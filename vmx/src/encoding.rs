@@ -1,4 +1,4 @@
-//! VMCS field encodings and what they say by themselves (SDM vol. 3C, 25.11.2).
+//! VMCS field encodings and what they say by themselves (SDM vol. 3C, 27.11.2).
 
 use core::fmt;
 use core::marker::PhantomData;

@@ -1,4 +1,4 @@
-//! How VMX instructions fail (SDM vol. 3C, 31.2 and 31.4).
+//! How VMX instructions fail (SDM vol. 3C, 33.2 and 33.4).
 
 use core::fmt;
 
@@ -6,7 +6,7 @@ use crate::encoding::Encoding;
 
 macro_rules! instruction_errors {
     ($($(#[doc = $doc:literal])+ $name:ident = $number:literal;)*) => {
-        /// A VM-instruction error number (SDM vol. 3C, table 31-1).
+        /// A VM-instruction error number (SDM vol. 3C, table 33-1).
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         #[non_exhaustive]
         pub enum InstructionError {

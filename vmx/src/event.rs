@@ -1,5 +1,5 @@
 //! Events in the VMCS's format: injection, and delivery that an exit interrupted
-//! (SDM vol. 3C, 25.8.3, 25.9.2 and 25.9.3).
+//! (SDM vol. 3C, 27.8.3, 27.9.2 and 27.9.3).
 
 use testudo_arch::Event;
 
@@ -159,7 +159,7 @@ impl Injection {
 }
 
 /// The event whose delivery the last exit interrupted, to be injected again on the next entry
-/// (28.2.4). One VMREAD when there is none.
+/// (30.2.4). One VMREAD when there is none.
 ///
 /// ```
 /// use testudo_arch::Event;

@@ -14,7 +14,7 @@ use crate::vmcs::{VmcsRead, VmcsWrite};
 pub const IMAGE_SIZE: usize = 4096;
 
 /// Where the fields begin: the bytes before are the owner's, for instance a revision identifier
-/// and an abort indicator, as in the processor's own format (SDM vol. 3C, 25.2).
+/// and an abort indicator, as in the processor's own format (SDM vol. 3C, 27.2).
 pub const HEADER_SIZE: usize = 64;
 
 /// How many fields each width and area has room for: rows by width, columns by area.

@@ -7,9 +7,11 @@
 //! allocates, never panics on what a guest or a guest hypervisor chose, and turns what it does not
 //! know into an `Unknown` value.
 //!
-//! Sections of Intel's Software Developer's Manual (SDM) are those of editions 325462-080 to -083
-//! (2023 and 2024), in which volume 3C has the VMCS in chapter 25, VM entries in 27 and VM exits
-//! in 28. Older editions count one less, newer ones one more.
+//! Sections of volume 3C of Intel's Software Developer's Manual (SDM) are those of its editions since
+//! 2025, in which chapter 27 has the VMCS, 28 non-root operation, 29 VM entries, 30 VM exits, 31 EPT,
+//! 32 APIC virtualization and 33 the instructions. Those chapters have lower numbers in older editions: in
+//! those of 2023 by two. Where a newer edition gives a thing a new name, it is named beside the one that
+//! software knows it by.
 #![no_std]
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use testudo_arch::{Gpa, Gva, Msr};
 
-/// One entry of an MSR-load or MSR-store area (SDM vol. 3C, table 25-15).
+/// One entry of an MSR-load or MSR-store area (SDM vol. 3C, table 27-16).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C, align(16))]
 pub struct MsrEntry {
@@ -66,7 +66,7 @@ impl MsrEntry {
         self.reserved
     }
 
-    /// Whether a VM entry refuses to load the MSR, whatever the value (27.4).
+    /// Whether a VM entry refuses to load the MSR, whatever the value (29.4).
     #[inline]
     pub const fn load_on_entry_is_refused(self) -> bool {
         self.reserved != 0
@@ -77,7 +77,7 @@ impl MsrEntry {
 
 const _: () = assert!(size_of::<MsrEntry>() == 16);
 
-/// A posted-interrupt descriptor (table 30-1): software posts interrupts here, and the processor
+/// A posted-interrupt descriptor (table 32-1): software posts interrupts here, and the processor
 /// takes them when the notification vector arrives.
 #[derive(Debug, Default)]
 #[repr(C, align(64))]
@@ -145,7 +145,7 @@ impl PostedInterrupts {
     }
 }
 
-/// The page-modification log (29.3.6): guest-physical addresses that became dirty, written from the
+/// The page-modification log (31.3.6): guest-physical addresses that became dirty, written from the
 /// last entry to the first.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[repr(C, align(4096))]
@@ -179,7 +179,7 @@ impl Default for PmlBuffer {
     }
 }
 
-/// The virtualization-exception information area (table 26-1).
+/// The virtualization-exception information area (table 28-1).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C, align(4096))]
 pub struct VeInformation {
@@ -223,7 +223,7 @@ impl VeInformation {
     }
 }
 
-/// The list of EPT pointers from which VM function 0 chooses (26.5.6.3).
+/// The list of EPT pointers from which VM function 0 chooses (28.5.7.3).
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[repr(C, align(4096))]
 pub struct EptpList(pub [u64; 512]);
@@ -235,7 +235,7 @@ impl Default for EptpList {
 }
 
 /// The virtual-APIC page: the registers of a virtual local APIC, which the processor itself reads and
-/// writes as far as the controls say (30.1).
+/// writes as far as the controls say (32.1).
 pub use testudo_arch::apic::ApicPage as VirtualApicPage;
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! Intel's extended page tables (SDM vol. 3C, 29.3).
+//! Intel's extended page tables (SDM vol. 3C, 31.3).
 
 use bitflags::bitflags;
 use testudo_arch::{Gpa, Hpa, PageSize};
@@ -150,14 +150,14 @@ impl Ept {
     }
 
     /// With absent entries that never cause a #VE but always an exit: bit 63 is set in them
-    /// (SDM vol. 3C, 26.5.7.1).
+    /// (SDM vol. 3C, 28.5.8.1).
     pub const fn with_suppressed_ve(mut self) -> Self {
         self.absent = EptFlags::SUPPRESS_VE.bits();
         self
     }
 
     /// The EPT pointer for a table: write-back walks, levels, accessed and dirty (SDM vol. 3C,
-    /// 25.6.11).
+    /// 27.6.11).
     #[inline]
     pub const fn pointer(&self, root: Hpa) -> u64 {
         let accessed_dirty = if self.accessed_dirty { 1 << 6 } else { 0 };
@@ -165,7 +165,7 @@ impl Ept {
     }
 
     /// The format that an EPT pointer selects, with this one's other properties; `None` if VM entry
-    /// rejects it (SDM vol. 3C, 27.2.1.1).
+    /// rejects it (SDM vol. 3C, 29.2.1.1).
     pub const fn of_pointer(mut self, pointer: u64) -> Option<(Self, u64)> {
         let walk = (pointer >> 3) & 7;
         let known = matches!(walk, 3 | 4) && matches!(pointer & 7, 0 | 6);
@@ -215,7 +215,7 @@ impl Format for Ept {
         }
     }
 
-    /// Misconfigurations are what an entry must not be (SDM vol. 3C, 29.3.3.1).
+    /// Misconfigurations are what an entry must not be (SDM vol. 3C, 31.3.3.1).
     #[inline]
     fn is_valid(&self, flags: EptFlags) -> bool {
         let bits = flags.bits();

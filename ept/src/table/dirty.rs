@@ -163,7 +163,7 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
     }
 
     /// Marks the pages of a page-modification log in `log` and makes them clean, so that the
-    /// processor logs them again (SDM vol. 3C, 29.3.6; the entries are guest-physical addresses).
+    /// processor logs them again (SDM vol. 3C, 31.3.6; the entries are guest-physical addresses).
     pub fn harvest_logged(
         &self,
         addresses: impl IntoIterator<Item = F::Input>,

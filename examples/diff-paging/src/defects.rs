@@ -168,7 +168,7 @@ pub(crate) const DEFECTS: &[Defect] = &[
     Defect {
         emulator: Bochs,
         name: "a guest's table walk that counts as a write is not reported as a read too",
-        manual: "SDM vol. 3C, table 28-7: if accessed and dirty flags for EPT are enabled, processor \
+        manual: "SDM vol. 3C, table 30-7: if accessed and dirty flags for EPT are enabled, processor \
                  accesses to guest paging-structure entries are treated as writes; if such an access \
                  causes an EPT violation, the processor sets both bit 0 and bit 1",
         kind: Answers(|case, _, answer| {
@@ -183,7 +183,7 @@ pub(crate) const DEFECTS: &[Defect] = &[
     Defect {
         emulator: Bochs,
         name: "a guest's entries are marked although the second stage forbids writing them",
-        manual: "SDM vol. 3C, 29.3.3.2: an EPT violation occurs if a data write, such as one that \
+        manual: "SDM vol. 3C, 31.3.3.2: an EPT violation occurs if a data write, such as one that \
                  updates an accessed or dirty flag of a guest's paging structure, goes to an address \
                  that is not writable",
         kind: UpdatesUnchecked,
@@ -221,7 +221,7 @@ pub(crate) const DEFECTS: &[Defect] = &[
     Defect {
         emulator: Bochs,
         name: "a page that may not be read is eligible for sub-page write permissions",
-        manual: "SDM vol. 3C, 29.3.4.1: a write is eligible only if the guest-physical address is \
+        manual: "SDM vol. 3C, 31.3.4.1: a write is eligible only if the guest-physical address is \
                  readable, which it is if bit 0 is set in every EPT entry that translates it",
         kind: UnreadablePieces,
     },

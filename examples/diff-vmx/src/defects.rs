@@ -91,7 +91,7 @@ const DATA_SEGMENTS: [(Field<u16>, Field<u32>); 4] = [
     (fields::GUEST_GS_SELECTOR, fields::GUEST_GS_ACCESS_RIGHTS),
 ];
 
-const OTHER_EVENT: &str = "27.2.1.3: The field's interruption type (bits 10:8) is not set to a \
+const OTHER_EVENT: &str = "29.2.1.3: The field's interruption type (bits 10:8) is not set to a \
                            reserved value. Value 7 is reserved on logical processors that do not \
                            support the 1-setting of the \"monitor trap flag\" VM-execution control. \
                            (Bochs lets it pass, and panics when it comes to the injection.)";
@@ -105,7 +105,7 @@ fn other_event_without_trap_flag(vmcs: &VmcsImage, caps: &VmxCaps) -> bool {
 pub(crate) const DEFECTS: &[Defect] = &[
     Defect {
         name: "ErrorCodeOfAnyEvent",
-        manual: "27.2.1.3: the deliver-error-code bit (bit 11) is 1 only if the interruption type is \
+        manual: "29.2.1.3: the deliver-error-code bit (bit 11) is 1 only if the interruption type is \
                  hardware exception, and bit 0 (CR0.PE) is set in the CR0 field if the guest is \
                  unrestricted. (With IA32_VMX_BASIC bit 56 Bochs checks nothing of it.)",
         kind: Kind::Ignores(Rule::EventErrorCodeDelivery, |_, caps| {
@@ -114,13 +114,13 @@ pub(crate) const DEFECTS: &[Defect] = &[
     },
     Defect {
         name: "HostShadowStacksWithoutWp",
-        manual: "27.2.2: If bit 23 in the CR4 field (corresponding to CET) is 1, bit 16 in the CR0 \
+        manual: "29.2.2: If bit 23 in the CR4 field (corresponding to CET) is 1, bit 16 in the CR0 \
                  field (WP) must also be 1.",
         kind: Kind::Ignores(Rule::HostCetNeedsWp, always),
     },
     Defect {
         name: "LongModeWithoutPaging",
-        manual: "27.3.1.1: If the \"IA-32e mode guest\" VM-entry control is 1, bit 31 in the CR0 field \
+        manual: "29.3.1.1: If the \"IA-32e mode guest\" VM-entry control is 1, bit 31 in the CR0 field \
                  (corresponding to CR0.PG) and bit 5 in the CR4 field (corresponding to CR4.PAE) must \
                  each be 1. (Bochs looks at CR4 alone.)",
         kind: Kind::Ignores(Rule::GuestLongModeNeedsPaging, |vmcs, _| {
@@ -129,32 +129,32 @@ pub(crate) const DEFECTS: &[Defect] = &[
     },
     Defect {
         name: "RipNotChecked",
-        manual: "27.3.1.4: If the processor supports N < 64 linear-address bits, bits 63:N must be \
+        manual: "29.3.1.4: If the processor supports N < 64 linear-address bits, bits 63:N must be \
                  identical if the \"IA-32e mode guest\" VM-entry control is 1 and the L bit in the \
                  access-rights field for CS is 1.",
         kind: Kind::Ignores(Rule::RipCanonical, always),
     },
     Defect {
         name: "DebugctlNotChecked",
-        manual: "27.3.1.1: If the \"load debug controls\" VM-entry control is 1, bits reserved in \
+        manual: "29.3.1.1: If the \"load debug controls\" VM-entry control is 1, bits reserved in \
                  the IA32_DEBUGCTL MSR must be 0 in the field for that register.",
         kind: Kind::Ignores(Rule::GuestDebugctl, always),
     },
     Defect {
         name: "HostPerfGlobalCtrlNotChecked",
-        manual: "27.2.2: If the \"load IA32_PERF_GLOBAL_CTRL\" VM-exit control is 1, bits reserved in \
+        manual: "29.2.2: If the \"load IA32_PERF_GLOBAL_CTRL\" VM-exit control is 1, bits reserved in \
                  the IA32_PERF_GLOBAL_CTRL MSR must be 0 in the field for that register.",
         kind: Kind::Ignores(Rule::HostPerfGlobalCtrl, always),
     },
     Defect {
         name: "GuestPerfGlobalCtrlNotChecked",
-        manual: "27.3.1.1: If the \"load IA32_PERF_GLOBAL_CTRL\" VM-entry control is 1, bits reserved \
+        manual: "29.3.1.1: If the \"load IA32_PERF_GLOBAL_CTRL\" VM-entry control is 1, bits reserved \
                  in the IA32_PERF_GLOBAL_CTRL MSR must be 0 in the field for that register.",
         kind: Kind::Ignores(Rule::GuestPerfGlobalCtrl, always),
     },
     Defect {
         name: "NullStackSegmentNotChecked",
-        manual: "27.3.1.2: all checks of SS apply if SS is usable; a null selector in 64-bit mode \
+        manual: "29.3.1.2: all checks of SS apply if SS is usable; a null selector in 64-bit mode \
                  is loaded as unusable by instructions, but a VMCS may say otherwise.",
         kind: Kind::Sees(|vmcs| {
             let rights = word(vmcs, fields::GUEST_SS_ACCESS_RIGHTS);
@@ -170,7 +170,7 @@ pub(crate) const DEFECTS: &[Defect] = &[
     },
     Defect {
         name: "ReadableCodeAsDataNotChecked",
-        manual: "27.3.1.2: DS, ES, FS and GS: the DPL cannot be less than the RPL in the selector \
+        manual: "29.3.1.2: DS, ES, FS and GS: the DPL cannot be less than the RPL in the selector \
                  field if the segment is usable and the Type in the access-rights field is in the \
                  range 0 - 11 (data segment or non-conforming code segment). (Bochs leaves out 11.)",
         kind: Kind::Sees(|vmcs| {
@@ -185,7 +185,7 @@ pub(crate) const DEFECTS: &[Defect] = &[
     },
     Defect {
         name: "CodePrivilegeBySelector",
-        manual: "27.3.1.2: CS: if the Type is 9 or 11 (non-conforming code segment), the DPL must \
+        manual: "29.3.1.2: CS: if the Type is 9 or 11 (non-conforming code segment), the DPL must \
                  equal the DPL in the access-rights field for SS; if 13 or 15, it cannot be greater \
                  than it. (Bochs compares with the RPL of CS.)",
         kind: Kind::Ignores(Rule::CsDpl, |vmcs, _| {
@@ -194,7 +194,7 @@ pub(crate) const DEFECTS: &[Defect] = &[
     },
     Defect {
         name: "CodePrivilegeNotThatOfSelector",
-        manual: "27.3.1.2 has no rule for the RPL of CS but that it equals that of SS.",
+        manual: "29.3.1.2 has no rule for the RPL of CS but that it equals that of SS.",
         kind: Kind::Rejects(|vmcs| {
             let rights = word(vmcs, fields::GUEST_CS_ACCESS_RIGHTS);
             let (dpl, rpl) = (rights >> 5 & 3, word(vmcs, fields::GUEST_CS_SELECTOR) & 3);
@@ -208,13 +208,13 @@ pub(crate) const DEFECTS: &[Defect] = &[
     },
     Defect {
         name: "VirtualModeInRealMode",
-        manual: "27.3.1.4: The VM flag (bit 17) must be 0 either if the \"IA-32e mode guest\" \
+        manual: "29.3.1.4: The VM flag (bit 17) must be 0 either if the \"IA-32e mode guest\" \
                  VM-entry control is 1 or if bit 0 in the CR0 field (corresponding to CR0.PE) is 0.",
         kind: Kind::Ignores(Rule::RflagsVm, |vmcs, _| !long_mode(vmcs)),
     },
     Defect {
         name: "HaltedEventNotChecked",
-        manual: "27.3.1.5: If the valid bit in the VM-entry interruption-information field is 1, the \
+        manual: "29.3.1.5: If the valid bit in the VM-entry interruption-information field is 1, the \
                  interruption to be delivered must not be one that would normally be blocked while \
                  a logical processor is in the activity state; HLT: only external interrupts, NMI, \
                  #DB, #MC, and pending MTF exits are allowed.",
@@ -222,7 +222,7 @@ pub(crate) const DEFECTS: &[Defect] = &[
     },
     Defect {
         name: "ShutdownEventByVectorAlone",
-        manual: "27.3.1.5: Shutdown: only NMIs and machine-check exceptions are allowed. (Bochs \
+        manual: "29.3.1.5: Shutdown: only NMIs and machine-check exceptions are allowed. (Bochs \
                  allows any event with vector 18.)",
         kind: Kind::Ignores(Rule::ActivityEvent, |vmcs, _| {
             activity(vmcs) == 2 && event(vmcs).is_some_and(|(_, vector)| vector == 18)
@@ -230,13 +230,13 @@ pub(crate) const DEFECTS: &[Defect] = &[
     },
     Defect {
         name: "VirtualNmiBlockingNotChecked",
-        manual: "27.3.1.5: If the \"virtual NMIs\" VM-execution control is 1, the valid bit is 1 and \
+        manual: "29.3.1.5: If the \"virtual NMIs\" VM-execution control is 1, the valid bit is 1 and \
                  the interruption type has value 2 (NMI), bit 3 (blocking by NMI) must be 0.",
         kind: Kind::Ignores(Rule::InterruptibilityVirtualNmi, always),
     },
     Defect {
         name: "NmiUnderStiWithoutQualification",
-        manual: "27.8: exit qualification 3: failure was due to an attempt to inject a non-maskable \
+        manual: "29.8: exit qualification 3: failure was due to an attempt to inject a non-maskable \
                  interrupt (NMI) into a guest that is blocking events through the STI blocking bit.",
         kind: Kind::Reports(
             Rule::InterruptibilityNmiSti,
@@ -245,7 +245,7 @@ pub(crate) const DEFECTS: &[Defect] = &[
     },
     Defect {
         name: "PendingDebugHighHalf",
-        manual: "27.3.1.5: Bits 11:4, bit 13, bit 15, and bits 63:17 (bits 31:17 on processors that \
+        manual: "29.3.1.5: Bits 11:4, bit 13, bit 15, and bits 63:17 (bits 31:17 on processors that \
                  do not support Intel 64 architecture) must be 0.",
         kind: Kind::Sees(|vmcs| {
             let low = word(vmcs, fields::GUEST_PENDING_DEBUG) & 0xFFFF_FFFF;
@@ -255,14 +255,14 @@ pub(crate) const DEFECTS: &[Defect] = &[
     },
     Defect {
         name: "PendingStepNotChecked",
-        manual: "27.3.1.5: If blocking by STI, blocking by MOV SS or the activity state HLT is \
+        manual: "29.3.1.5: If blocking by STI, blocking by MOV SS or the activity state HLT is \
                  indicated, bit 14 (BS) must be 1 if the TF flag is 1 and the BTF flag is 0, and 0 \
                  otherwise.",
         kind: Kind::Ignores(Rule::PendingDebugStep, always),
     },
     Defect {
         name: "EntryToSmm",
-        manual: "27.2.1.3: If the logical processor is not in SMM, the \"entry to SMM\" and \
+        manual: "29.2.1.3: If the logical processor is not in SMM, the \"entry to SMM\" and \
                  \"deactivate dual-monitor treatment\" VM-entry controls must be 0. (Bochs rejects \
                  the first later, as guest state.)",
         kind: Kind::Ignores(Rule::EntrySmmControls, |vmcs, _| {
@@ -282,7 +282,7 @@ pub(crate) const DEFECTS: &[Defect] = &[
     },
     Defect {
         name: "WaitForSipiIsForever",
-        manual: "26.4.1 of the activity states: a start-up IPI ends wait-for-SIPI; there is no other \
+        manual: "28.4.1 of the activity states: a start-up IPI ends wait-for-SIPI; there is no other \
                  processor here to send one.",
         kind: Kind::Stops(|vmcs, _| activity(vmcs) == 3 && event(vmcs).is_none()),
     },

@@ -291,7 +291,7 @@ fn outside(regions: &Regions) -> Outcome {
     Outcome::Passed
 }
 
-/// 31.3, VMXON; and the MSRs that say whether it may.
+/// 33.3, VMXON; and the MSRs that say whether it may.
 fn vmxon(regions: &Regions) -> Outcome {
     let (control, basic) = (Msr::FEATURE_CONTROL, Msr::VMX_BASIC);
     // SAFETY: a processor with VMX has the register.
@@ -323,7 +323,7 @@ fn vmxon(regions: &Regions) -> Outcome {
     Outcome::Passed
 }
 
-/// "VMfail(n): IF VMCS pointer is valid THEN VMfailValid(n) ELSE VMfailInvalid" (31.2).
+/// "VMfail(n): IF VMCS pointer is valid THEN VMfailValid(n) ELSE VMfailInvalid" (33.2).
 fn without_a_vmcs(regions: &Regions) -> Outcome {
     check_eq!(vmptrst(), (Succeed, u64::MAX));
     check_eq!(vmread(fields::GUEST_RIP.encoding()).0, FailInvalid);
@@ -340,7 +340,7 @@ fn without_a_vmcs(regions: &Regions) -> Outcome {
     Outcome::Passed
 }
 
-/// The numbers of table 31-1, and that a VMCS keeps what was written.
+/// The numbers of table 33-1, and that a VMCS keeps what was written.
 fn with_a_vmcs(regions: &Regions) -> Outcome {
     check_eq!(vmclear(regions.one), Succeed);
     check_eq!(vmptrld(regions.one), Succeed);
@@ -478,7 +478,7 @@ fn operands_fault(regions: &Regions) -> Outcome {
     Outcome::Passed
 }
 
-/// In VMX operation CR0 and CR4 keep what it fixes (24.8).
+/// In VMX operation CR0 and CR4 keep what it fixes (26.8).
 fn registers_are_held(_: &Regions) -> Outcome {
     check_eq!(set_cr4(cr4() & !CR4_VMXE), GP);
     check_eq!(set_cr0(cr0() & !CR0_NE), GP);

@@ -1,5 +1,5 @@
 //! Hardware task switches, for a processor that leaves them to the hypervisor (SDM vol. 3A, 8.2 and
-//! 8.3; vol. 3C, 26.4.2).
+//! 8.3; vol. 3C, 28.4.2).
 //!
 //! [`switch`] does what a far CALL or JMP to a TSS, IRET in a nested task, or a task gate in the IDT
 //! does: it saves the old task, marks both, loads the new one, and checks what it loads. A fault

@@ -72,7 +72,7 @@ where
     }
 }
 
-/// Bits of the exit qualification of an EPT violation (SDM vol. 3C, table 28-7).
+/// Bits of the exit qualification of an EPT violation (SDM vol. 3C, table 30-7).
 mod qualification {
     pub(super) const READ: u64 = 1;
     pub(super) const WRITE: u64 = 1 << 1;
@@ -86,7 +86,7 @@ mod qualification {
 
 /// How the access was made, as a processor with L1's EPT would report it. With accessed and dirty flags in it,
 /// the processor's accesses to L2's paging structures count as writes, and are reported as both a read and a
-/// write (SDM vol. 3C, 29.3.3.2 and table 28-7).
+/// write (SDM vol. 3C, 31.3.3.2 and table 30-7).
 fn as_l1_sees(bits: u64, accessed_dirty: bool) -> u64 {
     use qualification as q;
     let walk = bits & q::LINEAR_VALID != 0 && bits & q::FINAL == 0;

@@ -63,7 +63,7 @@ impl NestedVmx {
     }
 
     /// What becomes of CR0 when L2 moves `value` to it and L1 did not want to see that: the bits that
-    /// L1 owns stay (SDM vol. 3C, 26.3).
+    /// L1 owns stay (SDM vol. 3C, 28.3).
     ///
     /// # Errors
     ///
@@ -83,8 +83,8 @@ impl NestedVmx {
         Ok(visible(value, mask12, now))
     }
 
-    /// Whether VMX operation lets whoever runs have these values of CR0 and CR4 (SDM vol. 3C, 24.8 and
-    /// 26.3); if not, the instruction that would load them raises #GP(0).
+    /// Whether VMX operation lets whoever runs have these values of CR0 and CR4 (SDM vol. 3C, 26.8 and
+    /// 28.3); if not, the instruction that would load them raises #GP(0).
     pub fn allows(&self, cr0: u64, cr4: u64) -> bool {
         if self.vmxon.is_none() {
             return true;

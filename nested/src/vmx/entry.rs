@@ -255,7 +255,7 @@ impl NestedVmx {
     }
 
     /// An entry that failed after its controls were accepted: an exit that saves nothing of L2
-    /// (SDM vol. 3C, 27.8).
+    /// (SDM vol. 3C, 29.8).
     fn fail_entry<P, M, S, R>(
         &mut self,
         reason: BasicReason,

@@ -1,4 +1,4 @@
-//! Physical events while L1 or L2 runs: who takes them, and when (SDM vol. 3C, 26.2 and 28.1).
+//! Physical events while L1 or L2 runs: who takes them, and when (SDM vol. 3C, 28.2 and 30.1).
 //!
 //! "Physical" is L1's word: its virtual processor's interrupt controller, NMI line and so on, which are
 //! L0's machine.
@@ -57,7 +57,7 @@ impl NestedVmx {
     /// Never: L0's copy of L1's VMCS has every field.
     pub fn interception(&self, event: PhysicalEvent) -> Result<Option<Acceptance>, AccessError> {
         if !self.is_guest {
-            // INIT is blocked in VMX root operation (24.8).
+            // INIT is blocked in VMX root operation (26.8).
             let blocked = event == PhysicalEvent::Init && self.vmxon.is_some();
             return Ok(blocked.then_some(Acceptance::Blocked));
         }
@@ -72,7 +72,7 @@ impl NestedVmx {
             PhysicalEvent::Nmi if l1.pin.contains(PinControls::NMI_EXITING) => {
                 (BasicReason::ExceptionOrNmi, false)
             }
-            // INIT always exits in non-root operation (26.2).
+            // INIT always exits in non-root operation (28.2).
             PhysicalEvent::Init => (BasicReason::Init, false),
             _ => return Ok(None),
         };

@@ -38,7 +38,7 @@ const LMA: u64 = EferFlags::LONG_MODE_ACTIVE.bits();
 const PAE: u64 = Cr4Flags::PHYSICAL_ADDRESS_EXTENSION.bits();
 const PG: u64 = 1 << 31;
 
-/// VMX-abort indicators (28.7).
+/// VMX-abort indicators (30.7).
 const ABORT_SAVING_MSRS: u32 = 1;
 pub(super) const ABORT_HOST_PDPTES: u32 = 2;
 pub(super) const ABORT_LOADING_MSRS: u32 = 4;
@@ -277,7 +277,7 @@ impl NestedVmx {
         }
     }
 
-    /// L2's state into L1's VMCS (28.3).
+    /// L2's state into L1's VMCS (30.3).
     pub(super) fn save_guest<P: VmcsPair, M, S, R>(
         &mut self,
         l1: &L1Controls,
@@ -321,7 +321,7 @@ impl NestedVmx {
             let left = vmcs02.get(fields::PREEMPTION_TIMER_VALUE)?;
             image.set(fields::PREEMPTION_TIMER_VALUE, left)?;
         }
-        // "bit 31 … is cleared" (28.2).
+        // "bit 31 … is cleared" (30.2).
         let injected = image.get(fields::ENTRY_INTERRUPTION_INFORMATION)?;
         image.set(
             fields::ENTRY_INTERRUPTION_INFORMATION,

@@ -1,4 +1,4 @@
-//! What an exit loads: L1's host state, as `vmcs01`'s guest state (SDM vol. 3C, 28.5).
+//! What an exit loads: L1's host state, as `vmcs01`'s guest state (SDM vol. 3C, 30.5).
 
 use testudo_arch::regs::SegmentRegister;
 use testudo_arch::segment::SegmentAttributes;
@@ -15,12 +15,12 @@ const PAE: u64 = Cr4Flags::PHYSICAL_ADDRESS_EXTENSION.bits();
 const PCIDE: u64 = Cr4Flags::PCID.bits();
 const PG: u64 = 1 << 31;
 
-/// Bits of CR0 that an exit leaves as they are: all but PG, AM, WP, NE, TS, EM, MP and PE (28.5.1).
+/// Bits of CR0 that an exit leaves as they are: all but PG, AM, WP, NE, TS, EM, MP and PE (30.5.1).
 const CR0_KEPT: u64 = !(PG | 1 << 18 | 1 << 16 | 1 << 5 | 0xF);
 
 impl NestedVmx {
-    /// L1's host state into `vmcs01` (28.5). `false`: its page-directory pointers do not suit, and
-    /// L1's processor ends in a VMX abort (28.5.4).
+    /// L1's host state into `vmcs01` (30.5). `false`: its page-directory pointers do not suit, and
+    /// L1's processor ends in a VMX abort (30.5.4).
     pub(super) fn load_host<P: VmcsPair, M: GuestMemory, S, R>(
         &mut self,
         nmi: bool,
@@ -110,7 +110,7 @@ impl NestedVmx {
     }
 }
 
-/// The segments after an exit (28.5.2).
+/// The segments after an exit (30.5.2).
 fn load_host_segments(
     image: &impl VmcsRead,
     long: bool,

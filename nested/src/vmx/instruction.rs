@@ -256,7 +256,7 @@ impl NestedVmx {
         Ok(visible(vmcs01.get(fields::GUEST_CR4)?, mask, shadow))
     }
 
-    /// VMsucceed, VMfailInvalid and VMfailValid (SDM vol. 3C, 31.2), and on to the next instruction.
+    /// VMsucceed, VMfailInvalid and VMfailValid (SDM vol. 3C, 33.2), and on to the next instruction.
     fn finish(&mut self, ending: Ending, vmcs01: &mut impl VmcsWrite) -> Result<(), AccessError> {
         let flags = match ending {
             Ok(()) => 0,

@@ -1,4 +1,4 @@
-//! INVEPT and INVVPID (SDM vol. 3C, 31.3).
+//! INVEPT and INVVPID (SDM vol. 3C, 33.3).
 
 use testudo_arch::GuestMemory;
 use testudo_vmx::caps::EptVpidCaps;
@@ -72,7 +72,7 @@ impl NestedVmx {
         Ok([all as u64, (all >> 64) as u64])
     }
 
-    /// What a VM entry asks of an EPT pointer (SDM vol. 3C, 27.2.1.1), for the formats offered.
+    /// What a VM entry asks of an EPT pointer (SDM vol. 3C, 29.2.1.1), for the formats offered.
     fn is_valid_eptp(&self, eptp: u64) -> bool {
         let accessed_dirty = self.caps.ept_vpid.contains(EptVpidCaps::ACCESSED_DIRTY);
         let reserved = if accessed_dirty { 0xF80 } else { 0xFC0 };

@@ -118,7 +118,7 @@ pub trait SecondStage {
 pub struct EptFault {
     /// The address of L2's that was accessed.
     pub gpa: Gpa,
-    /// The exit qualification (SDM vol. 3C, table 28-7).
+    /// The exit qualification (SDM vol. 3C, table 30-7).
     pub qualification: u64,
 }
 
@@ -278,7 +278,7 @@ impl NestedVmx {
     }
 
     /// Where L1's VMXON region is, if L1 is in VMX operation. While it is, CR4.VMXE cannot be
-    /// cleared, and INIT is blocked (SDM vol. 3C, 24.8).
+    /// cleared, and INIT is blocked (SDM vol. 3C, 26.8).
     #[inline]
     pub fn vmxon_region(&self) -> Option<Gpa> {
         self.vmxon

@@ -1,5 +1,5 @@
 //! The areas from which exits load MSRs of L1 and in which they store MSRs of L2, and the MSRs that
-//! the VMCS itself holds (SDM vol. 3C, 28.4 and 28.6).
+//! the VMCS itself holds (SDM vol. 3C, 30.4 and 30.6).
 
 use testudo_arch::{EferFlags, Gpa, GuestMemory, Msr};
 use testudo_vmx::structures::MsrEntry;

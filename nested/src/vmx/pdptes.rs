@@ -1,5 +1,5 @@
 //! The four page-directory pointers of PAE paging, which entries and exits read from L1's memory
-//! (SDM vol. 3A, 4.4.1; vol. 3C, 27.3.1.6 and 28.5.4).
+//! (SDM vol. 3A, 4.4.1; vol. 3C, 29.3.1.6 and 30.5.4).
 
 use testudo_arch::{Gpa, GuestMemory};
 use testudo_vmx::caps::Processor;

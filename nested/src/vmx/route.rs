@@ -1,5 +1,5 @@
 //! Whose an exit of L2 is: L1's, if L1 asked for it or no control decides, and L0's otherwise
-//! (SDM vol. 3C, 26.1 and 26.2).
+//! (SDM vol. 3C, 28.1 and 28.2).
 
 use testudo_arch::{Gpa, Gprs, GuestMemory, Msr};
 use testudo_vmx::controls::{ExceptionBitmap, PinControls, PrimaryControls, SecondaryControls};
@@ -68,7 +68,7 @@ pub fn route<M: GuestMemory>(
         // before each entry.
         R::ExternalInterrupt | R::Init | R::Sipi | R::IoSmi | R::OtherSmi => false,
         R::EntryMachineCheck => false,
-        // No control decides about these (26.1.2).
+        // No control decides about these (28.1.2).
         R::TripleFault
         | R::TaskSwitch
         | R::Cpuid
@@ -134,7 +134,7 @@ fn exception_wanted(exit: &ExitDetails<'_>, vmcs12: &VmcsImage) -> Result<bool, 
     Ok(bitmap.exits(vector, exit.error_code, mask, matching))
 }
 
-/// Guest/host masks, CR3 targets and the CR8 controls (26.1.3).
+/// Guest/host masks, CR3 targets and the CR8 controls (28.1.3).
 fn control_register_wanted(
     exit: &ExitDetails<'_>,
     vmcs12: &VmcsImage,
@@ -195,7 +195,7 @@ fn is_cr3_target(value: u64, vmcs12: &VmcsImage) -> Result<bool, AccessError> {
 }
 
 /// "Use I/O bitmaps" overrides "unconditional I/O exiting"; an access that wraps around the last port
-/// always exits (26.1.3).
+/// always exits (28.1.3).
 fn port_wanted<M: GuestMemory>(
     exit: &ExitDetails<'_>,
     vmcs12: &VmcsImage,
@@ -227,7 +227,7 @@ fn port_wanted<M: GuestMemory>(
 }
 
 /// Four bitmaps of a kilobyte: reads of low, reads of high, writes of low, writes of high MSRs
-/// (25.6.9). MSRs outside them always exit.
+/// (27.6.9). MSRs outside them always exit.
 fn msr_wanted<M: GuestMemory>(
     exit: &ExitDetails<'_>,
     vmcs12: &VmcsImage,

@@ -1,5 +1,5 @@
 //! VMCS shadowing: L1's most frequent VMREADs and VMWRITEs without an exit, where the processor
-//! offers it (SDM vol. 3C, 25.10 and 31.3, VMREAD and VMWRITE).
+//! offers it (SDM vol. 3C, 27.10 and 33.3, VMREAD and VMWRITE).
 //!
 //! The processor's own shadow VMCS, which the link pointer of `vmcs01` names, holds the fields below
 //! while L1 runs; L0's copy holds all others. The two meet when L1 enters L2, when L2 exits to L1, and

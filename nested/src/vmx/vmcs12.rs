@@ -2,7 +2,7 @@
 //!
 //! # Layout, version 1
 //!
-//! The region is a page. Its contents are the processor's affair (SDM vol. 3C, 25.2), and here the
+//! The region is a page. Its contents are the processor's affair (SDM vol. 3C, 27.2), and here the
 //! processor is this layer:
 //!
 //! | bytes | what |
@@ -84,7 +84,7 @@ pub(super) fn clear(memory: &impl GuestMemory, at: Gpa) -> Result<(), MemoryFaul
     memory.write(at.wrapping_add(LAUNCH_STATE as u64), &[0; 4])
 }
 
-/// A VMX abort says why in the region (SDM vol. 3C, 28.7).
+/// A VMX abort says why in the region (SDM vol. 3C, 30.7).
 pub(super) fn write_abort(
     memory: &impl GuestMemory,
     at: Gpa,

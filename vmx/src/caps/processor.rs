@@ -138,7 +138,7 @@ impl Processor {
     }
 
     /// Whether WRMSR of `value` to IA32_RTIT_CTL finds nothing reserved: neither bits nor encodings
-    /// (SDM vol. 3C, 33.2.8.2).
+    /// (SDM vol. 3C, 36.2.8.2).
     pub const fn accepts_rtit_ctl(self, value: u64) -> bool {
         let mut range = 32;
         while range < 48 {
@@ -159,7 +159,7 @@ impl Processor {
 }
 
 /// The encodings of IA32_RTIT_CTL's fields that a processor takes: a bit for each (CPUID leaf 0x14,
-/// sub-leaf 1; SDM vol. 3C, 33.3.1).
+/// sub-leaf 1; SDM vol. 3C, 36.3.1).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct RtitEncodings {
     /// MTCFreq, bits 17:14.
@@ -193,7 +193,7 @@ impl RtitEncodings {
     }
 }
 
-/// The bits of IA32_RTIT_CTL that such a processor has (SDM vol. 3C, 33.2.8.2), by CPUID leaf 0x14.
+/// The bits of IA32_RTIT_CTL that such a processor has (SDM vol. 3C, 36.2.8.2), by CPUID leaf 0x14.
 fn rtit_ctl_bits([zero, one]: [[u32; 4]; 2]) -> u64 {
     // TraceEn, OS, User, TSCEn, DisRETC, BranchEn.
     let mut bits = 0x2C0D;

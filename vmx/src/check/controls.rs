@@ -1,4 +1,4 @@
-//! The checks of VM-execution, VM-exit and VM-entry controls (SDM vol. 3C, 27.2.1).
+//! The checks of VM-execution, VM-exit and VM-entry controls (SDM vol. 3C, 29.2.1).
 
 use super::{CR0_PE, Checker, Rule};
 use crate::caps::EptVpidCaps;
@@ -210,7 +210,7 @@ fn ept<V: VmcsRead>(c: &mut Checker<'_, V>) -> Result<(), AccessError> {
     Ok(())
 }
 
-/// The EPT pointer (table 25-9).
+/// The EPT pointer (table 27-9).
 fn ept_pointer<V: VmcsRead>(c: &mut Checker<'_, V>, eptp: u64) {
     let (caps, field) = (c.caps.ept_vpid, fields::EPT_POINTER);
     let memory_type = match eptp & 7 {

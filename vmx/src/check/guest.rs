@@ -1,5 +1,5 @@
-//! The checks of guest registers and non-register state (SDM vol. 3C, 27.3.1.1 and 27.3.1.3 to
-//! 27.3.1.6).
+//! The checks of guest registers and non-register state (SDM vol. 3C, 29.3.1.1 and 29.3.1.3 to
+//! 29.3.1.6).
 
 use super::{
     CR0_CD, CR0_NW, CR0_PE, CR0_PG, CR0_WP, CR4_CET, CR4_PAE, CR4_PCIDE, Checker, EFER_LMA,

@@ -1,4 +1,4 @@
-//! The checks of host state (SDM vol. 3C, 27.2.2 to 27.2.4).
+//! The checks of host state (SDM vol. 3C, 29.2.2 to 29.2.4).
 
 use super::{
     CR0_WP, CR4_CET, CR4_LA57, CR4_PAE, CR4_PCIDE, Checker, EFER_LMA, EFER_LME, Rule, cr3_lam_bits,

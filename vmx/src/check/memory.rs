@@ -138,7 +138,7 @@ fn msr_area<V: VmcsRead>(
         return Ok(());
     }
     let long = c.long_mode_guest();
-    // "The IA32_EFER.LME ... are loaded from" the control, unless IA32_EFER is (27.3.2.1).
+    // "The IA32_EFER.LME ... are loaded from" the control, unless IA32_EFER is (29.3.2.1).
     let long_mode_enable = if c.words.entry.contains(EntryControls::LOAD_EFER) {
         c.get(fields::GUEST_EFER)? & EFER_LME != 0
     } else {

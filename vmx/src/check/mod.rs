@@ -5,8 +5,8 @@
 //! explains a failed entry to a person, guards one before it is tried, and decides for a guest
 //! hypervisor's VMLAUNCH.
 //!
-//! The processor may make the checks of controls and host state (27.2) in any order, and those of
-//! guest state (27.3) too; it reports one violation. [`Violations::outcomes`] has all that it may
+//! The processor may make the checks of controls and host state (29.2) in any order, and those of
+//! guest state (29.3) too; it reports one violation. [`Violations::outcomes`] has all that it may
 //! report.
 //!
 //! ```
@@ -23,7 +23,7 @@
 //! assert_eq!(violations[0].rule, Rule::RflagsReserved);
 //! assert_eq!(
 //!     violations[0].to_string(),
-//!     "The reserved bits of guest RFLAGS are 0, and bit 1 is 1. (SDM vol. 3C, 27.3.1.4), \
+//!     "The reserved bits of guest RFLAGS are 0, and bit 1 is 1. (SDM vol. 3C, 29.3.1.4), \
 //!      but GUEST_RFLAGS is 0x0"
 //! );
 //! # Ok::<(), testudo_vmx::AccessError>(())

@@ -1,4 +1,4 @@
-//! Which MSRs, and which values, a VM entry loads from its MSR-load area (SDM vol. 3C, 27.4).
+//! Which MSRs, and which values, a VM entry loads from its MSR-load area (SDM vol. 3C, 29.4).
 
 use testudo_arch::Msr;
 

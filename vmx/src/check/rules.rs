@@ -1,4 +1,4 @@
-//! Every rule of the VM-entry checks, as data (SDM vol. 3C, 27.2 and 27.3), in the manual's order.
+//! Every rule of the VM-entry checks, as data (SDM vol. 3C, 29.2 and 29.3), in the manual's order.
 
 use core::fmt;
 
@@ -91,7 +91,7 @@ macro_rules! rules {
 }
 
 rules! {
-    "27.2.1.1", CONTROL {
+    "29.2.1.1", CONTROL {
         /// Pin-based controls: bits are 1 or 0 only where the processor allows it.
         PinReserved;
         /// Primary processor-based controls: bits are 1 or 0 only where the processor allows it.
@@ -185,7 +185,7 @@ rules! {
         /// With IPI virtualization, the PID-pointer table is 8-byte aligned and within the width.
         PidPointerTable;
     }
-    "27.2.1.2", CONTROL {
+    "29.2.1.2", CONTROL {
         /// VM-exit controls: bits are 1 or 0 only where the processor allows it.
         ExitReserved;
         /// Secondary VM-exit controls, if activated: bits are 1 only where allowed.
@@ -197,7 +197,7 @@ rules! {
         /// If the VM-exit MSR-load count is not 0, the area is 16-byte aligned and within the width.
         ExitMsrLoadArea;
     }
-    "27.2.1.3", CONTROL {
+    "29.2.1.3", CONTROL {
         /// VM-entry controls: bits are 1 or 0 only where the processor allows it.
         EntryReserved;
         /// The type of an injected event is not 1, and 7 only with a monitor trap flag.
@@ -220,7 +220,7 @@ rules! {
         /// Outside SMM, "entry to SMM" and "deactivate dual-monitor treatment" are 0.
         EntrySmmControls;
     }
-    "27.2.2", HOST {
+    "29.2.2", HOST {
         /// Host CR0 has the bits that VMX operation fixes.
         HostCr0Fixed;
         /// Host CR4 has the bits that VMX operation fixes.
@@ -252,7 +252,7 @@ rules! {
         /// If loaded, the addresses of the host's FRED MSRs are canonical and their reserved bits 0.
         HostFred;
     }
-    "27.2.3", HOST {
+    "29.2.3", HOST {
         /// RPL and TI are 0 in every host selector.
         HostSelectorRplTi;
         /// Host CS is not 0.
@@ -264,7 +264,7 @@ rules! {
         /// The bases of host FS, GS, GDTR, IDTR and TR are canonical.
         HostBaseCanonical;
     }
-    "27.2.4", HOST {
+    "29.2.4", HOST {
         /// The guest or the host can be in IA-32e mode only if the processor is at the entry.
         HostLongModeFromLegacy;
         /// "Host address-space size" is 1 if the processor is in IA-32e mode at the entry.
@@ -280,7 +280,7 @@ rules! {
         /// With "host address-space size" 1, host RIP is canonical.
         LongHostRip;
     }
-    "27.3.1.1", GUEST {
+    "29.3.1.1", GUEST {
         /// Guest CR0 has the bits that VMX operation fixes (PE and PG excepted with unrestricted
         /// guest, CD and NW always).
         GuestCr0Fixed;
@@ -332,7 +332,7 @@ rules! {
         /// If loaded, the addresses of the guest's FRED MSRs are canonical and their reserved bits 0.
         GuestFred;
     }
-    "27.3.1.2", GUEST {
+    "29.3.1.2", GUEST {
         /// The TI flag of guest TR is 0.
         TrTi;
         /// The TI flag of guest LDTR is 0, if it is usable.
@@ -402,13 +402,13 @@ rules! {
         /// G suits the limit in guest LDTR, if it is usable.
         LdtrGranularity;
     }
-    "27.3.1.3", GUEST {
+    "29.3.1.3", GUEST {
         /// The bases of guest GDTR and IDTR are canonical.
         DescriptorTableBase;
         /// Bits 31:16 of the limits of guest GDTR and IDTR are 0.
         DescriptorTableLimit;
     }
-    "27.3.1.4", GUEST {
+    "29.3.1.4", GUEST {
         /// Bits 63:32 of guest RIP are 0, unless CS is 64-bit code in IA-32e mode.
         RipHigh;
         /// In 64-bit mode, the bits of guest RIP beyond the linear-address width are identical.
@@ -423,7 +423,7 @@ rules! {
         /// outside 64-bit mode, its upper half 0.
         GuestSsp;
     }
-    "27.3.1.5", GUEST {
+    "29.3.1.5", GUEST {
         /// The activity state is one that the processor supports.
         ActivityUnsupported;
         /// The activity state is not HLT if the DPL of guest SS is not 0.
@@ -457,11 +457,11 @@ rules! {
         /// processor with RTM, without blocking by MOV SS.
         PendingDebugRtm;
     }
-    "27.3.1.5", NMI_STI {
+    "29.3.1.5", NMI_STI {
         /// STI does not block when an NMI is injected, where the processor makes this requirement.
         InterruptibilityNmiSti;
     }
-    "27.3.1.5", LINK {
+    "29.3.1.5", LINK {
         /// The VMCS link pointer is all ones, or 4 KiB aligned and within the width.
         LinkPointerAddress;
         /// The VMCS link pointer is not the current VMCS.
@@ -469,11 +469,11 @@ rules! {
         /// The VMCS link pointer's region has the revision, and is a shadow exactly with shadowing.
         LinkPointerRegion;
     }
-    "27.3.1.6", PDPTE {
+    "29.3.1.6", PDPTE {
         /// With PAE paging, the reserved bits of every present PDPTE are 0.
         PdpteReserved;
     }
-    "27.4", MSR {
+    "29.4", MSR {
         /// Every entry of the VM-entry MSR-load area names an MSR that may be loaded there.
         MsrLoadRefused;
         /// Every value in the VM-entry MSR-load area is one that WRMSR would take at CPL 0.

@@ -1,4 +1,4 @@
-//! The checks of guest segment registers (SDM vol. 3C, 27.3.1.2).
+//! The checks of guest segment registers (SDM vol. 3C, 29.3.1.2).
 
 use testudo_arch::Segment;
 use testudo_arch::regs::SegmentRegister;

@@ -62,7 +62,7 @@ pub struct StringAccess {
     pub information: StringIo,
 }
 
-/// Why a VM entry failed after its checks of controls and host state (27.8).
+/// Why a VM entry failed after its checks of controls and host state (29.8).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum EntryFailure {
     /// A check of guest state failed.
@@ -76,7 +76,7 @@ pub enum EntryFailure {
     MachineCheck,
 }
 
-/// What the qualification tells of invalid guest state (27.8).
+/// What the qualification tells of invalid guest state (29.8).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum GuestStateFailure {
     /// Nothing more.

@@ -1,4 +1,4 @@
-//! Instruction information: the operands of instructions that exit (SDM vol. 3C, 28.2.5).
+//! Instruction information: the operands of instructions that exit (SDM vol. 3C, 30.2.5).
 
 use testudo_arch::regs::{CpuMode, Gpr, Gprs, SegmentRegister};
 
@@ -60,7 +60,7 @@ pub struct MemoryOperand {
 }
 
 impl MemoryOperand {
-    /// From the instruction information and the exit qualification (table 28-13).
+    /// From the instruction information and the exit qualification (table 30-14).
     #[inline]
     pub const fn new(information: u32, qualification: u64) -> Self {
         let base = Gpr::from_number((information >> 23) as u8);
@@ -134,7 +134,7 @@ impl Operand {
     }
 }
 
-/// The operands of VMREAD and VMWRITE (table 28-14).
+/// The operands of VMREAD and VMWRITE (table 30-15).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct VmcsOperands {
     /// The register that holds the field's encoding.
@@ -154,7 +154,7 @@ impl VmcsOperands {
     }
 }
 
-/// The operands of INVEPT, INVPCID and INVVPID (table 28-9).
+/// The operands of INVEPT, INVPCID and INVVPID (table 30-9).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct InvalidateOperands {
     /// The register that holds the type.
@@ -184,7 +184,7 @@ pub enum GdtrIdtrInstruction {
     Lidt,
 }
 
-/// An access to GDTR or IDTR (table 28-10).
+/// An access to GDTR or IDTR (table 30-10).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct GdtrIdtrAccess {
     /// The instruction.
@@ -222,7 +222,7 @@ pub enum LdtrTrInstruction {
     Ltr,
 }
 
-/// An access to LDTR or TR (table 28-11).
+/// An access to LDTR or TR (table 30-11).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct LdtrTrAccess {
     /// The instruction.
@@ -247,7 +247,7 @@ impl LdtrTrAccess {
     }
 }
 
-/// The address size and segment of INS or OUTS (table 28-8).
+/// The address size and segment of INS or OUTS (table 30-8).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct StringIo {
     /// The size of RCX, RSI and RDI that counts.
@@ -267,7 +267,7 @@ impl StringIo {
     }
 }
 
-/// The destination of RDRAND or RDSEED (table 28-12).
+/// The destination of RDRAND or RDSEED (table 30-12).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct RandomDestination {
     /// The register.

@@ -1,9 +1,9 @@
-//! Exit qualifications, decoded by the reason they belong to (SDM vol. 3C, 28.2.1).
+//! Exit qualifications, decoded by the reason they belong to (SDM vol. 3C, 30.2.1).
 
 use bitflags::bitflags;
 use testudo_arch::regs::Gpr;
 
-/// What made a task switch (table 28-2).
+/// What made a task switch (table 30-2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum TaskSwitchSource {
     /// CALL.
@@ -16,7 +16,7 @@ pub enum TaskSwitchSource {
     TaskGate,
 }
 
-/// A task switch (table 28-2).
+/// A task switch (table 30-2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct TaskSwitch {
     /// The selector of the new task's TSS.
@@ -41,7 +41,7 @@ impl TaskSwitch {
     }
 }
 
-/// A control-register access (table 28-3).
+/// A control-register access (table 30-3).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum CrAccess {
     /// MOV to a control register.
@@ -93,7 +93,7 @@ impl CrAccess {
     }
 }
 
-/// A MOV to or from a debug register (table 28-4).
+/// A MOV to or from a debug register (table 30-4).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct DrAccess {
     /// The debug register's number.
@@ -116,7 +116,7 @@ impl DrAccess {
     }
 }
 
-/// An I/O instruction (table 28-5).
+/// An I/O instruction (table 30-5).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct IoAccess {
     /// The port.
@@ -152,7 +152,7 @@ impl IoAccess {
     }
 }
 
-/// How the APIC-access page was reached (table 28-6).
+/// How the APIC-access page was reached (table 30-6).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ApicAccessKind {
     /// Linear: an instruction read.
@@ -171,7 +171,7 @@ pub enum ApicAccessKind {
     Unknown(u8),
 }
 
-/// An access to the APIC-access page (table 28-6).
+/// An access to the APIC-access page (table 30-6).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ApicAccess {
     /// The offset in the page, if the access was linear.
@@ -203,7 +203,7 @@ impl ApicAccess {
 }
 
 bitflags! {
-    /// The exit qualification of an EPT violation (table 28-7).
+    /// The exit qualification of an EPT violation (table 30-7).
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
     pub struct EptQualification: u64 {
         /// The access was a data read.
@@ -246,7 +246,7 @@ bitflags! {
 }
 
 bitflags! {
-    /// The exit qualification of a debug exception (table 28-1), and what to set in DR6 for it.
+    /// The exit qualification of a debug exception (table 30-1), and what to set in DR6 for it.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
     pub struct DebugQualification: u64 {
         /// The breakpoint condition of DR0 was met.

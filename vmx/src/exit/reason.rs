@@ -1,4 +1,4 @@
-//! Exit reasons (SDM vol. 3C, 25.9.1; vol. 3D, appendix C).
+//! Exit reasons (SDM vol. 3C, 27.9.1; vol. 3D, appendix C).
 
 use core::fmt;
 
@@ -275,7 +275,7 @@ reasons! {
 
 impl BasicReason {
     /// Whether an exit for this reason can occur while an event is being delivered to the guest, so
-    /// that the IDT-vectoring information must be looked at (28.2.4).
+    /// that the IDT-vectoring information must be looked at (30.2.4).
     #[inline]
     pub const fn may_interrupt_delivery(self) -> bool {
         matches!(

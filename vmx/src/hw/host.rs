@@ -1,4 +1,4 @@
-//! The host-state area: what the processor becomes at every VM exit (SDM vol. 3C, 25.5).
+//! The host-state area: what the processor becomes at every VM exit (SDM vol. 3C, 27.5).
 
 use core::arch::asm;
 

@@ -167,7 +167,7 @@ pub unsafe fn vmwrite(field: Encoding, value: u64) -> Result<(), VmFail> {
     Ok(())
 }
 
-/// What INVEPT invalidates (31.3).
+/// What INVEPT invalidates (33.3).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum InveptKind {
     /// The translations made with this EPT pointer.
@@ -204,7 +204,7 @@ pub unsafe fn invept(kind: InveptKind) -> Result<(), VmFail> {
     outcome(flags)
 }
 
-/// What INVVPID invalidates (31.3).
+/// What INVVPID invalidates (33.3).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum InvvpidKind {
     /// The translations of one linear address with this VPID.

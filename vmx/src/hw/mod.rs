@@ -82,7 +82,7 @@ impl RegionFrame {
         self.address
     }
 
-    /// Writes what the processor wants to find at the start of a region (25.2): the revision, and
+    /// Writes what the processor wants to find at the start of a region (27.2): the revision, and
     /// no abort indicator.
     fn prepare(&mut self, revision: u32) {
         // SAFETY: the frame is 4 KiB of exclusive memory, aligned.
@@ -163,7 +163,7 @@ impl ClearVmcs {
     }
 }
 
-/// What a VMCS region is for (25.10).
+/// What a VMCS region is for (27.10).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum VmcsKind {
     /// Entering guests.
@@ -408,7 +408,7 @@ impl HeldInterrupts {
     }
 
     /// Takes, through the host's IDT, the NMI by which a guest exited. NMIs stay blocked after such
-    /// an exit until the handler's IRET (SDM vol. 3C, 28.3.4).
+    /// an exit until the handler's IRET (SDM vol. 3C, 30.3.4).
     #[inline]
     pub fn take_nmi(&mut self) {
         // SAFETY: CPL 0, and the host's IDT is in place outside guests.
@@ -543,7 +543,7 @@ impl CurrentVmcs<'_> {
         Ok(())
     }
 
-    /// After VMLAUNCH the VMCS is launched, unless the entry failed while loading guest state (27.8).
+    /// After VMLAUNCH the VMCS is launched, unless the entry failed while loading guest state (29.8).
     fn first_exit(&mut self) {
         let reason = ExitReason::read(self);
         self.vmcs.launched = reason.is_ok_and(|reason| !reason.is_entry_failure());

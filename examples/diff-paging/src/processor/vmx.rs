@@ -222,7 +222,7 @@ impl Processor for Vmx<'_> {
         ept
     }
 
-    /// SDM vol. 3C, 29.3.3.2: "If accessed and dirty flags for EPT are enabled, processor accesses
+    /// SDM vol. 3C, 31.3.3.2: "If accessed and dirty flags for EPT are enabled, processor accesses
     /// to guest paging-structure entries are treated as writes with regard to EPT violations."
     fn table_rights(&self, case: &Case, table_use: TableUse) -> Rights {
         if case.marks || table_use == TableUse::Update {
@@ -241,7 +241,7 @@ impl Processor for Vmx<'_> {
         }
     }
 
-    /// SDM vol. 3C, 29.3.4.1: a write is eligible for sub-page write permissions if the address is readable
+    /// SDM vol. 3C, 31.3.4.1: a write is eligible for sub-page write permissions if the address is readable
     /// and not writable, and the entry that maps the 4-KByte page has bit 61 set.
     fn allows_piece(&self, case: &Case, gpa: Gpa, flags: EptFlags) -> bool {
         let eligible = case.pieces.is_some() && flags.contains(EptFlags::SUB_PAGE_WRITE);
@@ -249,7 +249,7 @@ impl Processor for Vmx<'_> {
         pieces.is_some_and(|pieces| pieces >> (gpa.0 >> 7 & 31) & 1 != 0)
     }
 
-    /// SDM vol. 3C, table 28-7.
+    /// SDM vol. 3C, table 30-7.
     fn report(&self, case: &Case, refused: &Refused<'_>) -> Option<Outcome> {
         use EptQualification as Q;
         let allowed = match refused.why {

@@ -131,7 +131,7 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         if let Some(event) = interrupted_delivery(&self.processor)? {
             if event == Event::Nmi {
                 // Its delivery blocks NMIs, and the entry that delivers it again must not find
-                // them blocked (SDM vol. 3C, 27.3.1.5).
+                // them blocked (SDM vol. 3C, 29.3.1.5).
                 let state = self.interruptibility();
                 let open = state - Interruptibility::BLOCKING_BY_NMI;
                 self.cache.set_interruptibility(open);
@@ -201,7 +201,7 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         Ok(None)
     }
 
-    /// What a #DB does to the debug registers, which it does not when it exits (SDM vol. 3C, 28.1).
+    /// What a #DB does to the debug registers, which it does not when it exits (SDM vol. 3C, 30.1).
     fn debug_exception(&mut self, cause: DebugQualification) -> Result<(), VcpuError> {
         let dr6 = cause.into_dr6(self.processor.dr6());
         self.processor.set_dr6(dr6);
@@ -214,7 +214,7 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
             self.watchful = true;
         }
         // In a shadow of STI or MOV SS, an entry with TF set demands that a single step is pending
-        // (SDM vol. 3C, 27.3.1.5).
+        // (SDM vol. 3C, 29.3.1.5).
         let stepping = self.cached(Cached::Rflags) & RFlags::TRAP_FLAG.bits() != 0;
         if stepping && self.interruptibility().intersects(cache::SHADOW) {
             let pending = self.processor.get(fields::GUEST_PENDING_DEBUG)?;
@@ -225,7 +225,7 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
     }
 
     /// An IRET had unblocked NMIs when it met a fault, and will be executed again (SDM vol. 3C,
-    /// 28.2.3).
+    /// 30.2.3).
     fn block_nmis_again(&mut self) {
         let state = self.interruptibility() | Interruptibility::BLOCKING_BY_NMI;
         self.cache.set_interruptibility(state);
@@ -351,7 +351,7 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
     }
 
     /// A guest may enter IA-32e mode with a 16-bit TSS in TR, but an entry in this mode takes only
-    /// the type of the 64-bit one (SDM vol. 3C, 27.3.1.2).
+    /// the type of the 64-bit one (SDM vol. 3C, 29.3.1.2).
     pub(super) fn widen_task_register(&mut self) -> Result<(), VcpuError> {
         const BUSY_TSS: u32 = 11;
         let field = state::segment_fields(SegmentRegister::Tr).access_rights;

@@ -394,7 +394,7 @@ impl<'a, P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'a, P, M, S> {
             return Ok(());
         };
         // "If ... the logical processor is in real mode, no error code is delivered" (SDM vol. 3C,
-        // 27.6.1.1), and an entry that asks for it fails.
+        // 29.6.1.1), and an entry that asks for it fails.
         if let Event::Exception { error_code, .. } = &mut event
             && error_code.is_some()
             && self.processor.get(fields::GUEST_CR0)? & PE == 0
@@ -604,7 +604,7 @@ impl<'a, P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'a, P, M, S> {
             None => (false, 0),
             Some(AwaitedInterrupt::External) => (true, 0),
             Some(AwaitedInterrupt::Vector(vector)) => {
-                // An entry with a threshold above the priority fails (SDM vol. 3C, 27.2.1.1).
+                // An entry with a threshold above the priority fails (SDM vol. 3C, 29.2.1.1).
                 let class = vector >> 4;
                 if class > self.task_priority() {
                     (true, 0)

@@ -497,7 +497,7 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         Ok(())
     }
 
-    /// An entry delivers what it injects before it recognizes any interrupt (SDM vol. 3C, 27.6), and
+    /// An entry delivers what it injects before it recognizes any interrupt (SDM vol. 3C, 29.6), and
     /// hypervisors count on it: one that asks for an interrupt in order to come back right after the
     /// delivery would otherwise ask for ever.
     fn end_turn_after_delivery(&mut self) {

@@ -20,9 +20,9 @@ pub struct Refusal {
 /// What the processor said of an entry that failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RefusalCause {
-    /// A control or the host state did not suit (SDM vol. 3C, 27.2).
+    /// A control or the host state did not suit (SDM vol. 3C, 29.2).
     Fail(VmFail),
-    /// Guest state did not suit (27.3 and 27.8).
+    /// Guest state did not suit (29.3 and 29.8).
     Failure(EntryFailure),
 }
 

@@ -1,4 +1,4 @@
-//! Hardware task switches, which always exit on VT-x (SDM vol. 3C, 26.4.2).
+//! Hardware task switches, which always exit on VT-x (SDM vol. 3C, 28.4.2).
 
 use testudo_arch::regs::SystemRegisters;
 use testudo_arch::{Event, Exception, Gpa, GuestMemory, Gva, PAGE_SIZE, PageSize};

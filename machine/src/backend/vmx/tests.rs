@@ -122,7 +122,7 @@ impl Processor for FakeProcessor {
         let information = fields::ENTRY_INTERRUPTION_INFORMATION;
         let injected = self.vmcs.image().get(information).unwrap();
         self.injected.push(injected);
-        // "Bit 31 is cleared on every VM exit" (SDM vol. 3C, 25.8.3).
+        // "Bit 31 is cleared on every VM exit" (SDM vol. 3C, 27.8.3).
         self.vmcs
             .preset(information, u64::from(injected & 0x7FFF_FFFF));
         self.vmcs.preset(fields::IDT_VECTORING_INFORMATION, 0);

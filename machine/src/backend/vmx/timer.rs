@@ -1,5 +1,5 @@
 //! The preemption timer: the processor ends the guest's turn when the next deadline comes, without
-//! an interrupt of the host's (SDM vol. 3C, 25.5.1).
+//! an interrupt of the host's (SDM vol. 3C, 28.5.1).
 //!
 //! The timer counts only while the guest runs, and goes on where it stopped: so it lags behind by
 //! what the host takes for exits, and is set anew every few entries. That keeps the lag short and

@@ -1,5 +1,5 @@
-//! The routing of exits against a second, straight reading of the manual (SDM vol. 3C, 26.1 and
-//! 26.2): which control, by number of word and bit, asks for which exit.
+//! The routing of exits against a second, straight reading of the manual (SDM vol. 3C, 28.1 and
+//! 28.2): which control, by number of word and bit, asks for which exit.
 
 use super::*;
 use crate::vmx::route::{ExitDetails, L0Windows, Route, route};
@@ -36,7 +36,7 @@ const BY_CONTROL: [(u16, u32, u32); 21] = [
     (32, PRIMARY, u32::MAX),
 ];
 
-/// Instructions and events that exit without a control (26.1.2, 26.2), task switches and triple faults.
+/// Instructions and events that exit without a control (28.1.2, 28.2), task switches and triple faults.
 const ALWAYS: [u16; 22] = [
     2, 9, 10, 11, 13, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 33, 34, 50, 53, 55, 59,
 ];
@@ -162,7 +162,7 @@ fn invpcid_needs_both_controls() {
 }
 
 proptest! {
-    /// 25.6.3: bit n of the bitmap, and for page faults mask and match, which invert it.
+    /// 27.6.3: bit n of the bitmap, and for page faults mask and match, which invert it.
     #[test]
     fn exceptions(bitmap: u32, vector in 0u32..32, code: u32, mask: u32, matching: u32) {
         let mut vmcs12 = VmcsImage::new();
@@ -186,7 +186,7 @@ proptest! {
         prop_assert_eq!(routed(&nmi, &vmcs12), Route::L0);
     }
 
-    /// 26.1.3, "CLTS", "LMSW", "MOV from CR3", "MOV to CR0" and so on, bit by bit.
+    /// 28.1.3, "CLTS", "LMSW", "MOV from CR3", "MOV to CR0" and so on, bit by bit.
     #[test]
     fn control_registers(
         kind in 0u64..4, register in prop_oneof![Just(0u64), Just(3), Just(4), Just(8)], value: u64,
@@ -236,7 +236,7 @@ proptest! {
         prop_assert_eq!(routed(&exit, &vmcs12) == Route::L1, wanted);
     }
 
-    /// 25.6.4: bitmap A for ports below 0x8000, B above; wrapping accesses exit; no bitmaps: the
+    /// 27.6.4: bitmap A for ports below 0x8000, B above; wrapping accesses exit; no bitmaps: the
     /// unconditional control.
     #[test]
     fn ports(
@@ -269,7 +269,7 @@ proptest! {
         prop_assert_eq!(route(&exit, &vmcs12, L0Windows::default(), &memory).unwrap() == Route::L1, wanted);
     }
 
-    /// 25.6.9: four kilobytes, reads before writes, low before high.
+    /// 27.6.9: four kilobytes, reads before writes, low before high.
     #[test]
     fn msrs(msr: u32, write: bool, closed in prop::collection::vec(0usize..4096, 0..40), bitmaps: bool) {
         let memory = Memory::new();

@@ -235,7 +235,7 @@ fn msr_areas_are_loaded_and_stored() {
 
 #[test]
 fn bad_msr_areas_fail_the_entry_or_abort() {
-    // The second entry is FS base, which entries refuse (table 27-8).
+    // The second entry is FS base, which entries refuse (29.4).
     for bad in [
         MsrEntry::new(Msr::FS_BASE, 0),
         MsrEntry::new(Msr(0x9999), 0),
@@ -741,7 +741,7 @@ fn page_directory_pointers_are_loaded_by_entries_and_exits() {
     assert_eq!(l1(&vm, fields::GUEST_PDPTE3), 0x4_3001);
 }
 
-/// 28.5.4: "If any of the PDPTEs ... has any reserved bits set, a VMX abort occurs."
+/// 30.5.4: "If any of the PDPTEs ... has any reserved bits set, a VMX abort occurs."
 #[test]
 fn bad_page_directory_pointers_of_l1_abort() {
     for (bad, present) in [(0x4_0003, true), (1 << 51 | 1, true), (0x4_0102, false)] {
