@@ -11,31 +11,27 @@ use crate::run;
 
 pub(super) fn run(tally: &mut Tally, full: bool) -> Result<()> {
     run::progress("a machine under a hypervisor that started first");
-    tally.check("bluepill::adversary_gets_nowhere", adversary("qemu"));
+    tally.check("bluepill::adversary_gets_nowhere", || adversary("qemu"));
     // QEMU alone does not get a second processor of Linux to start when it counts instructions as time.
-    tally.check(
-        "bluepill::linux_has_the_machine",
+    tally.check("bluepill::linux_has_the_machine", || {
         status_of(
             &["--processors", "2", "--run", LOOK_AROUND],
             5,
             "Testudo pill: processors 2",
-        ),
-    );
+        )
+    });
     if full {
-        tally.check(
-            "bluepill::adversary_gets_nowhere_on_bochs",
-            adversary("bochs"),
-        );
-        tally.check(
-            "bluepill::grub_starts_it",
+        tally.check("bluepill::adversary_gets_nowhere_on_bochs", || {
+            adversary("bochs")
+        });
+        tally.check("bluepill::grub_starts_it", || {
             status_of(
                 &["--loader", "grub", "--run", "pill-info"],
                 0,
                 "Testudo pill",
-            ),
-        );
-        tally.check(
-            "bluepill::virtualization_can_be_kept_back",
+            )
+        });
+        tally.check("bluepill::virtualization_can_be_kept_back", || {
             status_of(
                 &[
                     "--no-nesting",
@@ -45,16 +41,15 @@ pub(super) fn run(tally: &mut Tally, full: bool) -> Result<()> {
                 ],
                 0,
                 "",
-            ),
-        );
-        tally.check(
-            "bluepill::kvm_runs_linux",
+            )
+        });
+        tally.check("bluepill::kvm_runs_linux", || {
             status_of(
                 &["--kvm", "--processors", "2", "--run", "nproc; exit 9"],
                 9,
                 "2",
-            ),
-        );
+            )
+        });
     }
     Ok(())
 }

@@ -10,13 +10,15 @@ use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 use crate::{run, workplace};
 
 /// Run all tests: on the host, on emulated bare metal, and end to end
 #[derive(clap::Args)]
 pub(crate) struct Test {
+    /// Only the tests whose names contain this, as they are shown: "virtio::", "boot::linux", "cargo clippy"
+    filter: Option<String>,
     /// Only what runs on the host: unit and property tests, lints, formatting, documentation
     #[arg(long, conflicts_with = "full")]
     quick: bool,
@@ -31,6 +33,8 @@ pub(crate) struct Test {
 /// What has been counted so far.
 #[derive(Default)]
 struct Tally {
+    /// What the names of tests must contain to be run.
+    filter: Option<String>,
     passed: u64,
     failed: u64,
     /// The names of what failed, for the end.
@@ -38,8 +42,22 @@ struct Tally {
 }
 
 impl Tally {
-    /// Counts one check and says how it ended.
-    fn check(&mut self, name: &str, result: Result<()>) {
+    /// Whether a test of this name is to be run.
+    fn wants(&self, name: &str) -> bool {
+        self.filter
+            .as_ref()
+            .is_none_or(|filter| name.contains(filter))
+    }
+
+    /// Runs one check if it is wanted, counts it and says how it ended.
+    fn check(&mut self, name: &str, test: impl FnOnce() -> Result<()>) {
+        if self.wants(name) {
+            self.record(name, test());
+        }
+    }
+
+    /// Counts a check that was made, and says how it ended.
+    fn record(&mut self, name: &str, result: Result<()>) {
         match result {
             Ok(()) => {
                 self.passed += 1;
@@ -71,7 +89,10 @@ impl Test {
     pub(crate) fn run(&self) -> Result<u8> {
         run::set_verbose(self.verbose);
         let start = Instant::now();
-        let mut tally = Tally::default();
+        let mut tally = Tally {
+            filter: self.filter.clone(),
+            ..Tally::default()
+        };
         host(&mut tally)?;
         if !self.quick {
             selftests::run(&mut tally, self.full)?;
@@ -79,6 +100,9 @@ impl Test {
             virtio::run(&mut tally, self.full)?;
             nested::run(&mut tally, self.full)?;
             bluepill::run(&mut tally, self.full)?;
+        }
+        if tally.passed + tally.failed == 0 {
+            bail!("no test's name contains that");
         }
         if !tally.failures.is_empty() {
             println!("\nfailed:");
@@ -101,33 +125,33 @@ fn cargo(arguments: &[&str]) -> Command {
 /// The tests of the host: cargo's own.
 fn host(tally: &mut Tally) -> Result<()> {
     run::progress("formatting, lints, documentation");
-    tally.check(
-        "cargo fmt",
-        run::check(&mut cargo(&["fmt", "--all", "--check"])),
-    );
+    tally.check("cargo fmt", || {
+        run::check(&mut cargo(&["fmt", "--all", "--check"]))
+    });
     for (what, packages) in groups() {
         let lints = ["clippy", "--quiet", "--all-targets"];
-        tally.check(
-            &format!("cargo clippy: {what}"),
-            run::check(cargo(&lints).args(&packages).args(["--", "-D", "warnings"])),
-        );
+        tally.check(&format!("cargo clippy: {what}"), || {
+            run::check(cargo(&lints).args(&packages).args(["--", "-D", "warnings"]))
+        });
         let documentation = ["doc", "--quiet", "--no-deps", "--document-private-items"];
-        tally.check(
-            &format!("cargo doc: {what}"),
+        tally.check(&format!("cargo doc: {what}"), || {
             run::check(
                 cargo(&documentation)
                     .args(&packages)
                     .env("RUSTDOCFLAGS", "-D warnings"),
-            ),
-        );
+            )
+        });
     }
     let fuzz = ["clippy", "--quiet", "--manifest-path", "fuzz/Cargo.toml"];
-    tally.check(
-        "cargo clippy: the fuzz targets",
-        run::check(cargo(&fuzz).args(["--", "-D", "warnings"])),
-    );
+    tally.check("cargo clippy: the fuzz targets", || {
+        run::check(cargo(&fuzz).args(["--", "-D", "warnings"]))
+    });
     run::progress("unit and property tests");
     for (what, packages) in groups() {
+        let name = format!("cargo test: {what}");
+        if !tally.wants(&name) {
+            continue;
+        }
         let (mut closing, mut failures) = (0, 0);
         let mut tests = cargo(&["test", "--no-fail-fast"]);
         tests.args(&packages);
@@ -135,7 +159,7 @@ fn host(tally: &mut Tally) -> Result<()> {
             if let Some((passed, failed)) = closing_line(line) {
                 closing += 1;
                 failures += failed;
-                tally.add(&format!("cargo test: {what}"), passed, failed);
+                tally.add(&name, passed, failed);
             }
         })?;
         if !ended && failures == 0 || closing == 0 {
@@ -148,6 +172,10 @@ fn host(tally: &mut Tally) -> Result<()> {
 /// The concurrent paths of the page tables, in every interleaving. The crates are built another way
 /// for it, so in a folder of their own.
 fn interleavings(tally: &mut Tally) -> Result<()> {
+    const NAME: &str = "cargo test: loom";
+    if !tally.wants(NAME) {
+        return Ok(());
+    }
     run::progress("every interleaving of the page tables' concurrent paths");
     let mut tests = cargo(&["test", "--package", "testudo-ept", "--test", "loom"]);
     tests
@@ -157,7 +185,7 @@ fn interleavings(tally: &mut Tally) -> Result<()> {
     let ended = lines(tests, |line| {
         if let Some((passed, failed)) = closing_line(line) {
             closed = true;
-            tally.add("cargo test: loom", passed, failed);
+            tally.add(NAME, passed, failed);
         }
     })?;
     if !ended || !closed {
@@ -223,6 +251,20 @@ fn closing_line(line: &str) -> Option<(u64, u64)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_filter_keeps_other_tests_from_running() {
+        let mut tally = Tally {
+            filter: Some("virtio::pci".to_owned()),
+            ..Tally::default()
+        };
+        tally.check("boot::linux", || unreachable!("not wanted"));
+        tally.check("virtio::pci_split_1", || Ok(()));
+        tally.check("virtio::pci_split_2", || bail!("as it must"));
+        assert_eq!((tally.passed, tally.failed), (1, 1));
+        assert_eq!(tally.failures, ["virtio::pci_split_2"]);
+        assert!(Tally::default().wants("anything"));
+    }
 
     #[test]
     fn closing_lines_are_counted() {

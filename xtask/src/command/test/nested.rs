@@ -9,40 +9,34 @@ use crate::{bare, run};
 
 /// Small hypervisors; and with `--full` whole ones, each with a Linux in it.
 pub(super) fn run(tally: &mut Tally, full: bool) -> Result<()> {
-    tally.check("nested::entries_and_exits_stay_cheap", costs());
+    tally.check("nested::entries_and_exits_stay_cheap", costs);
     run::progress("hypervisors in guests");
-    tally.check("nested::tiny_vmx_runs_its_guest", tiny_vmx());
-    tally.check(
-        "nested::vmx_instructions_fail_as_the_processors",
-        in_guest("selftest", "vmx::").map(drop),
-    );
+    tally.check("nested::tiny_vmx_runs_its_guest", tiny_vmx);
+    tally.check("nested::vmx_instructions_fail_as_the_processors", || {
+        in_guest("selftest", "vmx::").map(drop)
+    });
     if full {
-        tally.check("nested::kvm_runs_linux", status_of("kvm", &[]));
-        tally.check("nested::xen_runs_linux", status_of("xen", &[]));
-        tally.check(
-            "nested::kvm_with_shadow_paging_runs_linux",
-            status_of("kvm", &["--shadow"]),
-        );
+        tally.check("nested::kvm_runs_linux", || status_of("kvm", &[]));
+        tally.check("nested::xen_runs_linux", || status_of("xen", &[]));
+        tally.check("nested::kvm_with_shadow_paging_runs_linux", || {
+            status_of("kvm", &["--shadow"])
+        });
         // An interrupt that is delivered twice, or a timer that comes early and is forgotten, shows
         // only with several processors.
-        tally.check(
-            "nested::kvm_with_two_processors_runs_linux",
-            status_of("kvm", &["--vcpus", "2"]),
-        );
-        tally.check(
-            "nested::two_kvms_side_by_side",
-            status_of("kvm", &["--guests", "2"]),
-        );
+        tally.check("nested::kvm_with_two_processors_runs_linux", || {
+            status_of("kvm", &["--vcpus", "2"])
+        });
+        tally.check("nested::two_kvms_side_by_side", || {
+            status_of("kvm", &["--guests", "2"])
+        });
         // Instructions are time on Bochs in any case, and it takes minutes.
         let on_vtx = ["--backend", "vmx"];
-        tally.check(
-            "nested::kvm_runs_linux_on_vtx",
-            status_by(&on_vtx, "kvm", "1800", &[]),
-        );
-        tally.check(
-            "nested::kvm_with_shadow_paging_runs_linux_on_vtx",
-            status_by(&on_vtx, "kvm", "1800", &["--shadow"]),
-        );
+        tally.check("nested::kvm_runs_linux_on_vtx", || {
+            status_by(&on_vtx, "kvm", "1800", &[])
+        });
+        tally.check("nested::kvm_with_shadow_paging_runs_linux_on_vtx", || {
+            status_by(&on_vtx, "kvm", "1800", &["--shadow"])
+        });
     }
     Ok(())
 }
