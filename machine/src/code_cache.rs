@@ -17,25 +17,52 @@ pub(crate) struct FetchKey {
 /// The most words that an instruction hangs on: five levels of tables, and its bytes.
 const MAX_WORDS: usize = 7;
 
+/// The words that nearly all hang on at most: four levels of tables, and one of code.
+const FEW_WORDS: usize = 5;
+
+/// A word of memory, and what it must hold.
+type Word<'m> = (&'m AtomicU64, u64);
+
+/// Stands for a word where there are fewer: it always holds what it must.
+static NO_WORD: AtomicU64 = AtomicU64::new(0);
+
 /// One instruction with its length, and every word of memory that says so: the table entries on
 /// the way to it, and its bytes.
 ///
 /// A hit is not an assumption: all these words are read and compared again, which takes a fraction
 /// of the instructions that a walk and decoding take. If they are the same, so is the result.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub(crate) struct CodeCache<'m> {
     key: FetchKey,
-    words: ArrayVec<(&'m AtomicU64, u64), MAX_WORDS>,
+    /// As many as there can be, so that they are compared without being counted.
+    words: [Word<'m>; MAX_WORDS],
+    has_many: bool,
     /// Zero if nothing is remembered.
     length: u8,
+}
+
+impl Default for CodeCache<'_> {
+    fn default() -> Self {
+        Self {
+            key: FetchKey::default(),
+            words: [(&NO_WORD, 0); MAX_WORDS],
+            has_many: false,
+            length: 0,
+        }
+    }
 }
 
 impl<'m> CodeCache<'m> {
     /// The length of the instruction, if it is the one remembered and nothing has changed.
     #[inline]
     pub(crate) fn length(&self, key: &FetchKey) -> Option<u8> {
-        let same = |&(word, value): &(&AtomicU64, u64)| word.load(Ordering::Relaxed) == value;
-        (self.length != 0 && self.key == *key && self.words.iter().all(same)).then_some(self.length)
+        let same = |&(word, value): &Word<'_>| word.load(Ordering::Relaxed) == value;
+        let (few, more) = self.words.split_at(FEW_WORDS);
+        let unchanged = self.length != 0
+            && self.key == *key
+            && few.iter().all(same)
+            && (!self.has_many || more.iter().all(same));
+        unchanged.then_some(self.length)
     }
 
     /// Remembers an instruction that `walk` found, whose bytes `code` are all in that page.
@@ -47,7 +74,7 @@ impl<'m> CodeCache<'m> {
         code: &[u8],
     ) {
         self.length = 0;
-        self.words.clear();
+        let mut words = ArrayVec::<Word<'_>, MAX_WORDS>::new();
         let length = code.len() as u8;
         let first = walk.gpa.0 & !7;
         let last = walk.gpa.0.wrapping_add(u64::from(length).saturating_sub(1)) & !7;
@@ -55,7 +82,7 @@ impl<'m> CodeCache<'m> {
             let Some(word) = memory.word(step.at) else {
                 return;
             };
-            self.words.push((word, step.entry));
+            words.push((word, step.entry));
         }
         // Two words hold nine bytes wherever these begin, and no frequent instruction has more.
         if length == 0 || length > 9 {
@@ -71,12 +98,15 @@ impl<'m> CodeCache<'m> {
                 return;
             };
             let value = word.load(Ordering::Relaxed);
-            self.words.push((word, value));
+            words.push((word, value));
             bytes[8 * index..][..8].copy_from_slice(&value.to_le_bytes());
         }
         // Another vCPU may have changed the code since it was decoded.
         let skip = (walk.gpa.0 & 7) as usize;
         if bytes.get(skip..skip + code.len()) == Some(code) {
+            self.has_many = words.len() > FEW_WORDS;
+            self.words = [(&NO_WORD, 0); MAX_WORDS];
+            self.words[..words.len()].copy_from_slice(&words);
             (self.key, self.length) = (key, length);
         }
     }

@@ -403,10 +403,19 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
         self.vcpu.advance();
     }
 
-    #[inline]
+    #[inline(always)]
     fn answer_cpuid(&mut self) {
-        let Gprs { rax, rcx, .. } = *self.vcpu.gprs();
-        let leaf = rax as u32;
+        let leaf = self.vcpu.gprs().rax as u32;
+        if let Some(&answer) = self.machine.cpuid.constant(leaf) {
+            set_cpuid(self.vcpu.gprs_mut(), answer);
+        } else {
+            self.answer_varying_cpuid(leaf);
+        }
+    }
+
+    #[inline(never)]
+    fn answer_varying_cpuid(&mut self, leaf: u32) {
+        let subleaf = self.vcpu.gprs().rcx as u32;
         // Few leaves depend on these registers.
         let state = CpuidState {
             apic_id: self.index as u32,
@@ -417,10 +426,8 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
             },
             xcr0: if leaf == 0xD { self.vcpu.xcr0() } else { 0 },
         };
-        let [eax, ebx, ecx, edx] = self.machine.cpuid.query(leaf, rcx as u32, &state);
-        let gprs = self.vcpu.gprs_mut();
-        (gprs.rax, gprs.rbx) = (u64::from(eax), u64::from(ebx));
-        (gprs.rcx, gprs.rdx) = (u64::from(ecx), u64::from(edx));
+        let answer = self.machine.cpuid.query(leaf, subleaf, &state);
+        set_cpuid(self.vcpu.gprs_mut(), answer);
     }
 
     fn read_msr(&mut self, msr: Msr) {
@@ -681,6 +688,13 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
         };
         self.fail(reason);
     }
+}
+
+/// Puts what CPUID answers into the registers, whose upper halves it clears.
+#[inline]
+fn set_cpuid(gprs: &mut Gprs, [eax, ebx, ecx, edx]: [u32; 4]) {
+    (gprs.rax, gprs.rbx) = (u64::from(eax), u64::from(ebx));
+    (gprs.rcx, gprs.rdx) = (u64::from(ecx), u64::from(edx));
 }
 
 /// How many ticks of the host's TSC there are until `at`, rounded up.

@@ -236,14 +236,20 @@ pub struct CpuidState {
 
 const LEAVES_PER_RANGE: u32 = 32;
 
+/// Of the four ranges that a leaf's bits 31:30 tell apart, the basic one, that of hypervisors and the
+/// extended one; there is none for the fourth value.
+const SLOTS: usize = 4 * LEAVES_PER_RANGE as usize;
+
 /// A guest's answers, indexed for the exit path.
 #[derive(Clone, Debug)]
 pub struct CpuidTable {
     entries: Vec<CpuidEntry>,
     /// Those of KVM's interface, for which nobody asks often.
     kvm: [[u32; 4]; 2],
-    /// For each leaf of the three ranges, where its first entry is and one past its last.
-    index: [(u8, u8); 3 * LEAVES_PER_RANGE as usize],
+    /// For each leaf, where its first entry is and one past its last.
+    index: [(u8, u8); SLOTS],
+    /// The answers to the leaves that depend on nothing else.
+    constant: [Option<[u32; 4]>; SLOTS],
     /// The size of the XSAVE area with each component alone: its end.
     component_end: [u32; 64],
 }
@@ -258,14 +264,19 @@ impl CpuidTable {
             .filter(|e| slot(e.leaf).is_some())
             .collect();
         entries.sort_by_key(|e| (e.leaf, e.subleaf));
-        let mut index = [(0, 0); 3 * LEAVES_PER_RANGE as usize];
+        let mut index = [(0, 0); SLOTS];
+        let mut constant = [None; SLOTS];
         let mut component_end = [0; 64];
         for (at, entry) in entries.iter().enumerate() {
-            let place = &mut index[slot(entry.leaf).unwrap_or(0)];
+            let slot = slot(entry.leaf).unwrap_or(0);
+            let place = &mut index[slot];
             if place.1 == 0 {
                 place.0 = at as u8;
             }
             place.1 = at as u8 + 1;
+            if !entry.indexed && !varies(entry.leaf) {
+                constant[slot] = Some([entry.eax, entry.ebx, entry.ecx, entry.edx]);
+            }
             if entry.leaf == 0xD && (2..64).contains(&entry.subleaf) {
                 component_end[entry.subleaf as usize] = entry.eax.saturating_add(entry.ebx);
             }
@@ -274,8 +285,15 @@ impl CpuidTable {
             entries,
             kvm: [kvm::BASE, kvm::FEATURES].map(|leaf| cpuid.query(leaf, 0)),
             index,
+            constant,
             component_end,
         }
+    }
+
+    /// What CPUID answers for EAX = `leaf`, if neither ECX nor the vCPU matters.
+    #[inline]
+    pub fn constant(&self, leaf: u32) -> Option<&[u32; 4]> {
+        self.constant[slot(leaf)?].as_ref()
     }
 
     #[cold]
@@ -300,9 +318,10 @@ impl CpuidTable {
             };
             if !entry.indexed || entry.subleaf == subleaf {
                 let answer = [entry.eax, entry.ebx, entry.ecx, entry.edx];
-                return match leaf {
-                    1 | 7 | 0xB | 0xD => self.with_state(answer, leaf, subleaf, state),
-                    _ => answer,
+                return if varies(leaf) {
+                    self.with_state(answer, leaf, subleaf, state)
+                } else {
+                    answer
                 };
             }
         }
@@ -346,12 +365,17 @@ impl CpuidTable {
     }
 }
 
-/// The place of a leaf in the index, for the basic, hypervisor and extended ranges: bits 31:30 tell
-/// them apart.
+/// The place of a leaf in the index.
 #[inline]
 fn slot(leaf: u32) -> Option<usize> {
     let (range, offset) = (leaf >> 30, leaf & 0x3FFF_FFFF);
-    (range < 3 && offset < LEAVES_PER_RANGE).then_some((range * LEAVES_PER_RANGE + offset) as usize)
+    (offset < LEAVES_PER_RANGE).then_some((range * LEAVES_PER_RANGE + offset) as usize)
+}
+
+/// Whether the answer depends on the vCPU.
+#[inline]
+fn varies(leaf: u32) -> bool {
+    matches!(leaf, 1 | 7 | 0xB | 0xD)
 }
 
 #[cfg(test)]
@@ -449,6 +473,11 @@ mod tests {
             let table = CpuidTable::new(&list);
             if !matches!(leaf, 1 | 7 | 0xB | 0xD) {
                 prop_assert_eq!(table.query(leaf, sub, &CpuidState::default()), list.query(leaf, sub));
+            }
+            if let Some(answer) = table.constant(leaf) {
+                for state in [CpuidState::default(), CpuidState { apic_id: 1, cr4: !0, xcr0: !0 }] {
+                    prop_assert_eq!(table.query(leaf, sub, &state), *answer);
+                }
             }
         }
     }

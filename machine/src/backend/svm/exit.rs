@@ -1,29 +1,98 @@
 //! Entering the guest, and settling why it came out.
 
+use core::sync::atomic::{AtomicU32, Ordering};
+
 use testudo_arch::regs::{CpuMode, SegmentRegister};
-use testudo_arch::{Event, Exception, Gprs, GuestMemory, Gva, Msr, PAGE_SIZE, PageSize};
+use testudo_arch::{Cr0Flags, Event, Exception, Gprs, GuestMemory, Gva, Msr, PAGE_SIZE, PageSize};
 use testudo_ept::walk::{Access, AccessKind, walk_nested};
 use testudo_nested::svm::{Instruction, SecondStage};
-use testudo_svm::Exit;
 use testudo_svm::event::{Combined, RawEvent};
-use testudo_svm::exit::{ExceptionInfo, NestedFaultBits, NestedPageFault, PortAccess as SvmPort};
+use testudo_svm::exit::{
+    ExceptionInfo, ExitCode, NestedFaultBits, NestedPageFault, PortAccess as SvmPort,
+};
 use testudo_svm::intercept::Misc1;
+use testudo_svm::{Exit, Vmcb};
 
-use super::{CS_LONG, LMA, SvmVcpu, hide_lme, show_lme};
+use super::{CS_LONG, LMA, LME, SvmVcpu, set_rip};
 use crate::code_cache::FetchKey;
 use crate::emulate;
 use crate::guest_cpu::paging_state;
-use crate::vcpu::{MemoryAccess, PortAccess, Vcpu, VmExit};
+use crate::vcpu::{MemoryAccess, PortAccess, Vcpu, VcpuError, VmExit};
 
 impl<M: GuestMemory, S: SecondStage> SvmVcpu<'_, M, S> {
-    /// Runs the guest once.
-    #[inline]
-    pub(super) fn enter_l1(&mut self) {
-        if self.nested.is_some() {
-            self.prepare_l1();
+    /// Goes on after an exit of a quiet guest.
+    #[inline(never)]
+    pub(super) fn run_on(&mut self, requests: &AtomicU32) -> Result<VmExit, VcpuError> {
+        match self.settle() {
+            Some(exit) => {
+                // What the exit interrupted is due again; else there is nothing new.
+                self.is_quiet = !self.vmcb01.event_inj().is_valid();
+                Ok(exit)
+            }
+            None => {
+                self.is_quiet = false;
+                self.run_watchfully(requests)
+            }
         }
-        self.enter_gate();
-        let hidden = self.hides_lme && hide_lme(&mut self.vmcb01);
+    }
+
+    /// Runs whatever is to run, with regard to all that may have happened.
+    #[inline(never)]
+    pub(super) fn run_watchfully(&mut self, requests: &AtomicU32) -> Result<VmExit, VcpuError> {
+        loop {
+            // Interrupts are held back: what comes after this test makes the guest exit at once.
+            if requests.load(Ordering::Acquire) != 0 {
+                self.ends_next = false;
+                return Ok(VmExit::Interrupted);
+            }
+            if self.is_delivery_due() {
+                return Ok(VmExit::DeliveryDue);
+            }
+            let exit = match &self.nested {
+                Some(nested) if nested.state.is_guest() => self.run_l2(),
+                _ => {
+                    if self.shadow.is_some() {
+                        self.shadow_failure()?;
+                    }
+                    self.enter_l1();
+                    // CPUID needs no more than this, and never interrupts an event.
+                    if self.vmcb01.exit_code() == ExitCode::CPUID.0 {
+                        Some(VmExit::Cpuid)
+                    } else {
+                        self.settle()
+                    }
+                }
+            };
+            if let Some(exit) = exit {
+                self.is_quiet = self.becomes_quiet();
+                return Ok(exit);
+            }
+        }
+    }
+
+    /// Whether the machine is to be told first that the next entry delivers an event and ends.
+    #[inline]
+    fn is_delivery_due(&mut self) -> bool {
+        let wanted = core::mem::take(&mut self.delivery_due)
+            || self.ends_deliveries && is_interrupt(self.vmcb().event_inj());
+        self.ends_next = wanted && !self.ends_next;
+        self.ends_next
+    }
+
+    /// Whether the next entry has nothing to look at, unless something happens.
+    fn becomes_quiet(&self) -> bool {
+        let paging = self.vmcb01.cr0() & Cr0Flags::PAGING.bits() != 0;
+        self.nested.is_none()
+            && self.shadow.is_none()
+            && self.unmasking_iret.is_none()
+            && (paging || !self.hides_lme)
+            && !self.vmcb01.event_inj().is_valid()
+            && !self.l1_asid.is_flush_pending()
+    }
+
+    /// Enters the guest by its VMCB as it is.
+    #[inline(always)]
+    pub(super) fn enter_vmcb01(&mut self) {
         // SAFETY: `new` set the intercepts that `enter` lists, and nothing removes one but the
         // nested layer, where the processor virtualizes what they guard; the rest is what the
         // caller of `new` promised.
@@ -31,14 +100,27 @@ impl<M: GuestMemory, S: SecondStage> SvmVcpu<'_, M, S> {
         unsafe {
             self.processor.enter(&mut self.vmcb01, &mut self.registers);
         }
-        show_lme(&mut self.vmcb01, hidden);
-        self.leave_gate();
-        self.vmcb01.set_event_inj(RawEvent::NONE);
         self.next_rip = if self.saves_next_rip {
             self.vmcb01.n_rip()
         } else {
             0
         };
+    }
+
+    /// Runs the guest once.
+    #[inline]
+    fn enter_l1(&mut self) {
+        if self.nested.is_some() {
+            self.prepare_l1();
+        } else {
+            self.enter_gate();
+            self.asids.prepare(&mut self.l1_asid, &mut self.vmcb01);
+        }
+        let hidden = self.hides_lme && hide_lme(&mut self.vmcb01);
+        self.enter_vmcb01();
+        show_lme(&mut self.vmcb01, hidden);
+        self.leave_gate();
+        self.vmcb01.set_event_inj(RawEvent::NONE);
         if let Some(at) = self.unmasking_iret {
             self.note_progress(at);
         }
@@ -170,6 +252,29 @@ impl<M: GuestMemory, S: SecondStage> SvmVcpu<'_, M, S> {
         }
     }
 
+    /// Ends the instruction that exited.
+    #[inline(never)]
+    pub(super) fn advance_any(&mut self) {
+        let next = self.next_instruction();
+        set_rip(self.vmcb_mut(), next);
+    }
+
+    /// The address behind the instruction that exited, of a quiet guest, if it is known already.
+    #[inline]
+    pub(super) fn quiet_next_instruction(&self) -> Option<u64> {
+        if self.next_rip != 0 {
+            return Some(self.next_rip);
+        }
+        let vmcb = &self.vmcb01;
+        let key = FetchKey {
+            rip: vmcb.rip(),
+            cr3: vmcb.cr3(),
+            cr4: vmcb.cr4(),
+        };
+        let length = self.code_cache.length(&key).filter(|_| is_long(vmcb))?;
+        Some(key.rip.wrapping_add(u64::from(length)))
+    }
+
     /// The address behind the instruction that exited.
     #[inline]
     pub(super) fn next_instruction(&mut self) -> u64 {
@@ -180,8 +285,7 @@ impl<M: GuestMemory, S: SecondStage> SvmVcpu<'_, M, S> {
         let (cr3, cr4) = self.visible_cr3_and_cr4();
         let rip = vmcb.rip();
         let key = FetchKey { rip, cr3, cr4 };
-        let long = vmcb.raw_segment(SegmentRegister::Cs).attributes & CS_LONG != 0
-            && vmcb.efer() & LMA != 0;
+        let long = is_long(vmcb);
         let length = match self.code_cache.length(&key) {
             Some(length) if long => length,
             _ => self.measure_instruction(key),
@@ -235,6 +339,39 @@ impl<M: GuestMemory, S: SecondStage> SvmVcpu<'_, M, S> {
         // the code can lead here, and then the guest goes on at whatever it put there.
         0
     }
+}
+
+/// Takes EFER.LME out of a VMCB whose guest has paging off, for the time of one entry; says whether
+/// it was there.
+#[inline]
+pub(super) fn hide_lme(vmcb: &mut Vmcb) -> bool {
+    let hidden = vmcb.efer() & LME != 0 && vmcb.cr0() & Cr0Flags::PAGING.bits() == 0;
+    if hidden {
+        vmcb.set_efer(vmcb.efer() & !LME);
+    }
+    hidden
+}
+
+/// Puts back what [`hide_lme`] took. No exit is needed in between: the guest's writes to EFER and
+/// CR0 are exits.
+#[inline]
+pub(super) fn show_lme(vmcb: &mut Vmcb, hidden: bool) {
+    if hidden {
+        vmcb.set_efer(vmcb.efer() | LME);
+    }
+}
+
+/// Whether an event to inject is an external interrupt.
+#[inline]
+fn is_interrupt(event: RawEvent) -> bool {
+    const TYPE: u64 = 7 << 8;
+    event.is_valid() && event.0 & TYPE == 0
+}
+
+/// Whether the code is of 64-bit mode.
+#[inline]
+fn is_long(vmcb: &Vmcb) -> bool {
+    vmcb.raw_segment(SegmentRegister::Cs).attributes & CS_LONG != 0 && vmcb.efer() & LMA != 0
 }
 
 fn port_exit(access: SvmPort) -> VmExit {

@@ -27,7 +27,6 @@ use testudo_svm::Vmcb;
 use testudo_svm::asid::{AsidPool, AsidSlot};
 use testudo_svm::caps::{Features, SvmCaps};
 use testudo_svm::defects::Defects;
-use testudo_svm::event::RawEvent;
 use testudo_svm::exit::ExitCode;
 use testudo_svm::hw::{GuestRegisters, HeldInterrupts, VmcbFrame};
 use testudo_svm::intercept::{CrIntercepts, ExceptionIntercepts, Misc1, Misc2, Misc3};
@@ -130,6 +129,10 @@ pub struct SvmVcpu<'a, M, S = NoSecondStage> {
     ends_deliveries: bool,
     /// EFER.LME is kept from the processor while paging is off ([`Defects::LOSES_CR0`]).
     hides_lme: bool,
+    /// Nothing has happened since the last exit that the next entry would have to look at: there is
+    /// no event to deliver and no flush to ask for. Whatever brings such a thing clears it; a
+    /// guest that is a hypervisor, or that runs on shadow paging, is never quiet.
+    is_quiet: bool,
 }
 
 /// The processor that a vCPU runs on, and what it may use there.
@@ -213,6 +216,7 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
             ends_next: false,
             ends_deliveries: place.defects.contains(Defects::REPEATS_INTERRUPTS),
             hides_lme: place.defects.contains(Defects::LOSES_CR0),
+            is_quiet: false,
         };
         if vcpu.hides_lme {
             // CR0.PG must not change without EFER.LME's coming or going with it.
@@ -265,18 +269,10 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
         true
     }
 
-    /// Whether the machine is to be told first that the next entry delivers an event and ends.
-    #[inline]
-    fn is_delivery_due(&mut self) -> bool {
-        let wanted = core::mem::take(&mut self.delivery_due)
-            || self.ends_deliveries && is_interrupt(self.vmcb().event_inj());
-        self.ends_next = wanted && !self.ends_next;
-        self.ends_next
-    }
-
     /// EFER as the guest writes it: LMA stays what the processor made it, and LME cannot change
     /// while paging is on (APM vol. 2, 3.1.7 and 14.6.1).
     fn write_efer(&mut self, value: u64) -> bool {
+        self.is_quiet = false;
         if let Some(done) = self.write_shadow_efer(value) {
             return done;
         }
@@ -350,33 +346,19 @@ fn set_rip(vmcb: &mut Vmcb, rip: u64) {
 impl<M: GuestMemory, S: SecondStage> Vcpu for SvmVcpu<'_, M, S> {
     #[inline]
     fn run(&mut self, requests: &AtomicU32) -> Result<VmExit, VcpuError> {
-        loop {
-            // Interrupts are held back: what comes after this test makes the guest exit at once.
-            if requests.load(Ordering::Acquire) != 0 {
-                self.ends_next = false;
-                return Ok(VmExit::Interrupted);
-            }
-            if self.is_delivery_due() {
-                return Ok(VmExit::DeliveryDue);
-            }
-            let exit = match &self.nested {
-                Some(nested) if nested.state.is_guest() => self.run_l2(),
-                _ => {
-                    if self.shadow.is_some() {
-                        self.shadow_failure()?;
-                    }
-                    self.enter_l1();
-                    // CPUID needs no more than this, and never interrupts an event.
-                    if self.vmcb01.exit_code() == ExitCode::CPUID.0 {
-                        return Ok(VmExit::Cpuid);
-                    }
-                    self.settle()
-                }
-            };
-            if let Some(exit) = exit {
-                return Ok(exit);
-            }
+        if !self.is_quiet {
+            return self.run_watchfully(requests);
         }
+        // Interrupts are held back: what comes after this test makes the guest exit at once.
+        if requests.load(Ordering::Acquire) != 0 {
+            return Ok(VmExit::Interrupted);
+        }
+        self.enter_vmcb01();
+        // CPUID needs no more than this, and never interrupts an event.
+        if self.vmcb01.exit_code() == ExitCode::CPUID.0 {
+            return Ok(VmExit::Cpuid);
+        }
+        self.run_on(requests)
     }
 
     #[inline]
@@ -410,6 +392,7 @@ impl<M: GuestMemory, S: SecondStage> Vcpu for SvmVcpu<'_, M, S> {
     }
 
     fn set_system(&mut self, system: &SystemRegisters) {
+        self.is_quiet = false;
         let efer = system.efer | SVME;
         self.vmcb_mut()
             .set_system_registers(&SystemRegisters { efer, ..*system });
@@ -431,8 +414,12 @@ impl<M: GuestMemory, S: SecondStage> Vcpu for SvmVcpu<'_, M, S> {
 
     #[inline]
     fn advance(&mut self) {
-        let next = self.next_instruction();
-        set_rip(self.vmcb_mut(), next);
+        if self.is_quiet
+            && let Some(next) = self.quiet_next_instruction()
+        {
+            return set_rip(&mut self.vmcb01, next);
+        }
+        self.advance_any();
     }
 
     fn complete_read(&mut self, _: u64) {}
@@ -455,6 +442,7 @@ impl<M: GuestMemory, S: SecondStage> Vcpu for SvmVcpu<'_, M, S> {
 
     #[inline]
     fn inject(&mut self, event: Event) {
+        self.is_quiet = false;
         if event == Event::Nmi {
             self.nmi_masked = true;
             self.unmasking_iret = None;
@@ -505,6 +493,7 @@ impl<M: GuestMemory, S: SecondStage> Vcpu for SvmVcpu<'_, M, S> {
     }
 
     fn forget_memory(&mut self) -> Result<(), VcpuError> {
+        self.is_quiet = false;
         self.l1_asid.flush();
         if let Some(nested) = &mut self.nested {
             nested.stage.flush();
@@ -531,6 +520,7 @@ impl<M: GuestMemory, S: SecondStage> Vcpu for SvmVcpu<'_, M, S> {
     }
 
     fn set_control_register(&mut self, number: u8, value: u64) -> bool {
+        self.is_quiet = false;
         if self.shadow.is_some() {
             return self.write_shadow_register(number, value);
         }
@@ -645,33 +635,6 @@ impl<M: GuestMemory, S: SecondStage> Vcpu for SvmVcpu<'_, M, S> {
             vmcb02.set_tsc_offset(vmcb02.tsc_offset().wrapping_add(moved));
         }
     }
-}
-
-/// Takes EFER.LME out of a VMCB whose guest has paging off, for the time of one entry; says whether
-/// it was there.
-#[inline]
-fn hide_lme(vmcb: &mut Vmcb) -> bool {
-    let hidden = vmcb.efer() & LME != 0 && vmcb.cr0() & Cr0Flags::PAGING.bits() == 0;
-    if hidden {
-        vmcb.set_efer(vmcb.efer() & !LME);
-    }
-    hidden
-}
-
-/// Puts back what [`hide_lme`] took. No exit is needed in between: the guest's writes to EFER and
-/// CR0 are exits.
-#[inline]
-fn show_lme(vmcb: &mut Vmcb, hidden: bool) {
-    if hidden {
-        vmcb.set_efer(vmcb.efer() | LME);
-    }
-}
-
-/// Whether an event to inject is an external interrupt.
-#[inline]
-fn is_interrupt(event: RawEvent) -> bool {
-    const TYPE: u64 = 7 << 8;
-    event.is_valid() && event.0 & TYPE == 0
 }
 
 /// Whether nothing stands in the way of an event: no shadow, and no other event.

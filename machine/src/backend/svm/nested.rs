@@ -14,7 +14,8 @@ use testudo_svm::intercept::Misc1;
 use testudo_svm::vmcb::VintrFlags;
 use testudo_svm::{Exit, Vmcb};
 
-use super::{SvmVcpu, hide_lme, show_lme};
+use super::SvmVcpu;
+use super::exit::{hide_lme, show_lme};
 pub use crate::backend::flusher::Flusher;
 use crate::vcpu::{AwaitedInterrupt, VmExit};
 

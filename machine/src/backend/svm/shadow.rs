@@ -40,11 +40,10 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
     /// true.
     #[inline]
     pub(super) fn enter_gate(&mut self) {
-        if let Some(shadow) = &self.shadow {
-            if shadow.gate().enter() {
-                self.l1_asid.flush();
-            }
-            self.asids.prepare(&mut self.l1_asid, &mut self.vmcb01);
+        if let Some(shadow) = &self.shadow
+            && shadow.gate().enter()
+        {
+            self.l1_asid.flush();
         }
     }
 
