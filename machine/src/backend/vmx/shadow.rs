@@ -51,8 +51,12 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         if let Some(error) = shadow.paging.failure() {
             return Err(error.into());
         }
-        if shadow.paging.gate().enter() {
-            self.forget_translations()?;
+        if shadow.paging.gate().enter()
+            && let Err(error) = self.forget_translations()
+        {
+            // Whoever waits for this vCPU to leave must not wait for ever.
+            self.leave_gate();
+            return Err(error);
         }
         Ok(())
     }

@@ -107,6 +107,8 @@ fn the_processor_has_it_all_or_the_task_priority_alone() {
         };
         let all = caps.secondary.allows(super::super::apic::NEEDED);
         assert_eq!(controls.virtual_apic, all, "{name}");
+        let shadow = Controls::choose_shadow(&caps).unwrap();
+        assert!(!shadow.virtual_apic, "{name}");
         // Without the tables, the control is of no use.
         let vcpu = vcpu_on(&caps);
         assert!(!vcpu.delivers_interrupts());
