@@ -165,16 +165,26 @@ impl<M: FrameAlloc + FrameMem> ShadowMmu<M> {
         memory: &V,
         debt: &mut Debt,
     ) -> Result<PageId, ShadowError> {
-        if key.level > 1
+        self.keep_in_step(key, memory, debt);
+        self.follow_direct(page, address, key, guest, debt)
+    }
+
+    /// A table above the lowest level is not to be out of step, unless it was released.
+    pub(super) fn keep_in_step<V: GuestMemory + ?Sized>(
+        &mut self,
+        key: Key,
+        memory: &V,
+        debt: &mut Debt,
+    ) {
+        if key.kind == Kind::Table
+            && key.level > 1
             && self.pages.is_out_of_step(key.frame)
             && !self.pages.is_released(key.frame)
         {
-            // A table of another level is not to be out of step.
             self.catch_up_frame(key.frame, memory, debt);
             self.pages.set_out_of_step(key.frame, false);
-            self.protect(key.frame, debt);
+            self.watch(key.frame, debt);
         }
-        self.follow_direct(page, address, key, guest, debt)
     }
 
     fn follow_direct(
@@ -219,26 +229,42 @@ impl<M: FrameAlloc + FrameMem> ShadowMmu<M> {
             && !self.pages.is_out_of_step(key.frame);
         let page = self.pages.insert(key, frame);
         if new {
-            self.protect(key.frame, debt);
+            self.watch(key.frame, debt);
         }
         Ok(page)
     }
 
-    /// Takes the write right to a guest frame from every entry that maps it.
-    fn protect(&mut self, frame: u64, debt: &mut Debt) {
+    /// Takes the write right to a guest table from every entry that maps it. Until the flush that this
+    /// may take has ended, other processors can still write there: what the table's shadows say is
+    /// in doubt until they have been compared once more.
+    fn watch(&mut self, frame: u64, debt: &mut Debt) {
+        let mut writable = false;
         for (page, index) in self.pages.mappings_of(1, frame) {
             let at = self.pages[page].entry(index);
             let entry = self.frames.load(at);
             if entry & WRITABLE != 0 {
                 self.frames.store(at, entry & !WRITABLE);
-                debt.everything = true;
+                writable = true;
             }
         }
         for (page, index) in self.pages.mappings_of(2, frame & !0x1FF) {
             self.drop_entry(page, index, debt);
         }
         // Of a mapping that is gone, a processor may still have the translation.
-        debt.everything |= self.lingering;
+        if writable || self.lingering || debt.everything {
+            debt.everything = true;
+            self.pages.doubt(frame);
+        }
+    }
+
+    /// Compares the tables that were in doubt: now they can only be written with our knowledge.
+    pub(super) fn settle_doubts<V: GuestMemory + ?Sized>(&mut self, memory: &V, debt: &mut Debt) {
+        // A call that failed may have left the flush to this one.
+        if !self.owed.everything {
+            for frame in self.pages.take_doubted() {
+                self.catch_up_frame(frame, memory, debt);
+            }
+        }
     }
 
     /// Makes an entry map memory.
@@ -339,12 +365,13 @@ impl<M: FrameAlloc + FrameMem> ShadowMmu<M> {
     /// Brings every table that is out of step up to date. One that the guest has left alone is
     /// watched again.
     pub(super) fn catch_up<V: GuestMemory + ?Sized>(&mut self, memory: &V, debt: &mut Debt) {
+        self.settle_doubts(memory, debt);
         for frame in self.pages.all_out_of_step() {
             let changed = self.catch_up_frame(frame, memory, debt);
             if !changed || self.pages.is_released(frame) {
                 self.pages.set_out_of_step(frame, false);
                 if self.pages.is_table(frame) {
-                    self.protect(frame, debt);
+                    self.watch(frame, debt);
                 }
             }
         }

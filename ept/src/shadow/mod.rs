@@ -145,18 +145,25 @@ pub struct ShadowMmu<M: FrameAlloc + FrameMem> {
     frames: M,
     pages: Pages,
     limit: usize,
-    /// Tables that a call gave up which then failed: the next token takes them.
-    owed: Vec<Hpa>,
+    /// What a call that failed has left to be flushed: the next token takes it.
+    owed: Debt,
     /// Some processor may still use a translation whose entry is gone: the guest has not
     /// invalidated it there yet.
     lingering: bool,
 }
 
 /// What a call leaves to be flushed.
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Debt {
     retired: Vec<Hpa>,
     everything: bool,
+}
+
+impl Debt {
+    fn take_over(&mut self, other: &mut Self) {
+        self.retired.append(&mut other.retired);
+        self.everything |= core::mem::take(&mut other.everything);
+    }
 }
 
 impl<M: FrameAlloc + FrameMem> ShadowMmu<M> {
@@ -166,7 +173,7 @@ impl<M: FrameAlloc + FrameMem> ShadowMmu<M> {
             frames,
             pages: Pages::default(),
             limit: limit.max(16),
-            owed: Vec::new(),
+            owed: Debt::default(),
             lingering: false,
         }
     }
@@ -200,7 +207,7 @@ impl<M: FrameAlloc + FrameMem> ShadowMmu<M> {
     ) -> Result<Flush<'_, M, u64>, ShadowError> {
         let mut debt = Debt::default();
         self.catch_up(memory, &mut debt);
-        let page = self.root(state, &mut debt);
+        let page = self.root(memory, state, &mut debt);
         let page = self.unless_failed(page, &mut debt)?;
         self.pages[page].pins += 1;
         self.unload(processor);
@@ -209,9 +216,16 @@ impl<M: FrameAlloc + FrameMem> ShadowMmu<M> {
         Ok(self.settle(debt, frame.0))
     }
 
-    fn root(&mut self, state: &PagingState, debt: &mut Debt) -> Result<PageId, ShadowError> {
+    fn root<V: GuestMemory + ?Sized>(
+        &mut self,
+        memory: &V,
+        state: &PagingState,
+        debt: &mut Debt,
+    ) -> Result<PageId, ShadowError> {
         self.make_room(debt);
-        let page = self.find_or_new(Key::root(state), debt)?;
+        let key = Key::root(state);
+        self.keep_in_step(key, memory, debt);
+        let page = self.find_or_new(key, debt)?;
         let frame = self.pages[page].frame;
         if !state.mode().is_long() && frame.0 >> 32 != 0 {
             self.give_up(page, debt);
@@ -319,6 +333,7 @@ impl<M: FrameAlloc + FrameMem> ShadowMmu<M> {
         let mut debt = Debt::default();
         // "INVLPG also invalidates all entries in all paging-structure caches ... regardless of the
         // linear addresses to which they correspond" (SDM vol. 3A, 4.10.4.1).
+        self.settle_doubts(memory, &mut debt);
         for frame in self.pages.all_released() {
             self.catch_up_frame(frame, memory, &mut debt);
         }
@@ -382,13 +397,13 @@ impl<M: FrameAlloc + FrameMem> ShadowMmu<M> {
         debt: &mut Debt,
     ) -> Result<T, ShadowError> {
         if result.is_err() {
-            self.owed.append(&mut debt.retired);
+            self.owed.take_over(debt);
         }
         result
     }
 
     fn settle<T>(&mut self, mut debt: Debt, value: T) -> Flush<'_, M, T> {
-        debt.retired.append(&mut self.owed);
+        debt.take_over(&mut self.owed);
         // The guest's roots share tables, so that no single root names what is stale.
         let mut flush = Flush::new(&self.frames, Hpa::ZERO, 0xF << 52, 0, value);
         if debt.everything || !debt.retired.is_empty() {

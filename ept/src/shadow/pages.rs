@@ -75,6 +75,8 @@ pub(super) struct Pages {
     out_of_step: BTreeSet<u64>,
     /// Tables of any level that are out of step until the next load, whoever shadows them.
     released: BTreeSet<u64>,
+    /// Tables that are watched since the last flush began, and may have been written before it ended.
+    unsure: BTreeSet<u64>,
     births: u64,
 }
 
@@ -214,6 +216,16 @@ impl Pages {
 
     pub(super) fn all_out_of_step(&self) -> Vec<u64> {
         self.out_of_step.iter().copied().collect()
+    }
+
+    /// Notes that a table may have been written unseen until the flush that is due.
+    pub(super) fn doubt(&mut self, frame: u64) {
+        self.unsure.insert(frame);
+    }
+
+    /// The tables of which that was noted, which are no longer in doubt.
+    pub(super) fn take_doubted(&mut self) -> BTreeSet<u64> {
+        core::mem::take(&mut self.unsure)
     }
 
     /// Who maps a guest frame with entries of this level. `frame` is the first of the entry's.
