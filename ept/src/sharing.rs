@@ -5,8 +5,8 @@
 //! processor can write to either any more, they are compared in full and become one. A write to
 //! a shared page faults, and [`Sharing::unshare`] gives the writer a page of its own.
 //!
-//! What is shared stays without the write right whatever else is done to the table. A table that is
-//! shared from must not be copied with [`PageTable::duplicate`], whose copy nobody counts.
+//! What is shared stays without the write right whatever else is done to the table; what an edit gives
+//! or takes counts once the page is shared no more. A table that is shared from must not be copied with [`PageTable::duplicate`], whose copy nobody counts.
 
 use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
@@ -144,7 +144,6 @@ impl Candidate {
     fn frozen(&self) -> SmallPage {
         SmallPage {
             shared: true,
-            writable: false,
             ..self.page
         }
     }
@@ -160,8 +159,8 @@ pub struct NoFrame;
 
 /// The pages of one table that share frames.
 ///
-/// Every small writable page in the ranges that are scanned is a frame of `D`: frames that become
-/// superfluous are freed to it, and a writer's own page comes from it.
+/// Every small writable page in the ranges that are scanned is a frame of `D`, mapped once: frames that
+/// become superfluous are freed to it, and a writer's own page comes from it.
 #[derive(Debug)]
 pub struct Sharing<D: FrameAlloc> {
     frames: D,
@@ -332,7 +331,8 @@ impl<D: FrameAlloc> Sharing<D> {
                     founders.push(page);
                 }
                 Some(target)
-                    if is_equal(memory, target, frame)
+                    if target != frame
+                        && is_equal(memory, target, frame)
                         && change(&mut flush, &page, page.frozen(), target, true) =>
                 {
                     self.adjust(target, 1);
@@ -364,7 +364,8 @@ impl<D: FrameAlloc> Sharing<D> {
     }
 
     /// Resolves a write fault: if the page is shared, the writer gets its own, or the frame itself if
-    /// it is the last user. `false` comes out if the page is not shared: the fault has another cause.
+    /// it is the last user. `false` comes out if the page is not shared, or is not to be written in any
+    /// case: the fault has another cause.
     ///
     /// # Errors
     ///
@@ -382,7 +383,8 @@ impl<D: FrameAlloc> Sharing<D> {
     {
         let mut flush = table.token(());
         let address = F::Input::from_u64(address.as_u64() & !(PAGE_SIZE - 1));
-        let Some(old) = table.small_page(address).filter(|page| page.shared) else {
+        let shared = |page: &SmallPage| page.shared && page.writable;
+        let Some(old) = table.small_page(address).filter(shared) else {
             return Ok(flush.map(|()| false));
         };
         let group = self.groups.get(&old.frame);

@@ -4,12 +4,13 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::convert::Infallible;
+use std::sync::atomic::AtomicU64;
 
 use proptest::prelude::*;
 use testudo_arch::{FrameAlloc, Gpa, Hpa, PageSize};
 use testudo_ept::format::npt::{Npt, NptFlags};
 use testudo_ept::sharing::{NoFrame, Pace, PageMemory, Sharing, hash, is_equal, is_zero};
-use testudo_ept::{FramePool, Invalidate, Invalidation, PageTable, Rights};
+use testudo_ept::{FramePool, Invalidate, Invalidation, PageBitmap, PageTable, Rights};
 
 const PAGE: u64 = 4096;
 const FIRST: u64 = 1 << 30;
@@ -230,6 +231,8 @@ fn no_edit_gives_a_shared_page_the_write_right() {
         .track_writes(range.0, range.1)
         .unwrap()
         .discharge(&mut hardware);
+    // The write is the log's first, and then sharing's.
+    assert!(guest.table.allow_tracked_write(Gpa(0)));
     assert!(!guest.table.allow_tracked_write(Gpa(0)));
     guest
         .table
@@ -246,6 +249,95 @@ fn no_edit_gives_a_shared_page_the_write_right() {
     }
     guest.write(0, 8).unwrap();
     assert_eq!((guest.read(0), guest.read(1)), (8, 7));
+}
+
+#[test]
+fn a_shared_page_that_was_protected_stays_so_when_it_is_shared_no_more() {
+    let (data, pool) = (Data::new(32), FramePool::new(16));
+    let mut guest = Guest::new(&data, &pool, &[7, 7]);
+    guest.round(8);
+    guest.round(8);
+    let mut hardware = NoHardware(0);
+    let protect = |guest: &Guest<'_>, rights| {
+        let flush = guest.table.protect(Gpa(0), PAGE, rights).unwrap();
+        flush.discharge(&mut NoHardware(0));
+    };
+    protect(&guest, Rights::READ);
+    let memory = &data;
+    let flush = guest
+        .sharing
+        .unshare(&guest.table, Gpa(0), &memory)
+        .unwrap();
+    assert!(
+        !flush.discharge(&mut hardware),
+        "the fault is not sharing's"
+    );
+    assert_eq!(guest.sharing.stats().sharing, 2);
+    protect(&guest, Rights::READ | Rights::WRITE);
+    guest.write(0, 8).unwrap();
+    assert_eq!((guest.read(0), guest.read(1)), (8, 7));
+    guest.check();
+}
+
+/// A page that was written, and then shared before the log was harvested, is in the log; and one that
+/// is written while it is shared and logged passes both.
+#[test]
+fn a_log_by_write_protection_misses_no_page_that_is_shared() {
+    let (data, pool) = (Data::new(32), FramePool::new(16));
+    let mut guest = Guest::new(&data, &pool, &[7, 7]);
+    let range = (Gpa(0), 2 * PAGE);
+    let words = [const { AtomicU64::new(0) }; 1];
+    let log = PageBitmap::new(0, &words);
+    let harvest = |guest: &Guest<'_>| {
+        let flush = guest.table.harvest_tracked(range.0, range.1, &log).unwrap();
+        flush.discharge(&mut NoHardware(0));
+        log.drain().collect::<Vec<_>>()
+    };
+    let tracked = guest.table.track_writes(range.0, range.1).unwrap();
+    assert_eq!(tracked.discharge(&mut NoHardware(0)), 2);
+    for page in 0..2 {
+        assert!(guest.table.allow_tracked_write(Gpa(page * PAGE)));
+    }
+    guest.round(8);
+    guest.round(8);
+    assert_eq!(guest.sharing.stats().sharing, 2);
+    assert_eq!(harvest(&guest), [0, PAGE]);
+    assert_eq!(harvest(&guest), []);
+    // The first fault is the log's, the second one sharing's.
+    let memory = &data;
+    let flush = guest
+        .sharing
+        .unshare(&guest.table, Gpa(PAGE), &memory)
+        .unwrap();
+    assert!(!flush.discharge(&mut NoHardware(0)));
+    assert!(guest.table.allow_tracked_write(Gpa(PAGE)));
+    assert!(!guest.table.allow_tracked_write(Gpa(PAGE)));
+    guest.write(1, 8).unwrap();
+    assert_eq!(harvest(&guest), [PAGE]);
+    assert_eq!((guest.read(0), guest.read(1)), (7, 8));
+    let untracked = guest.table.untrack_writes(range.0, range.1).unwrap();
+    untracked.discharge(&mut NoHardware(0));
+    guest.write(0, 9).unwrap();
+    assert_eq!((guest.read(0), guest.read(1)), (9, 8));
+    guest.check();
+}
+
+/// A frame that is mapped twice was never promised; but it must not be freed.
+#[test]
+fn a_frame_mapped_twice_is_not_shared_with_itself() {
+    let (data, pool) = (Data::new(8), FramePool::new(16));
+    let mut guest = Guest::new(&data, &pool, &[7]);
+    let frame = guest.table.translate(Gpa(0)).unwrap().address;
+    let mapped = guest
+        .table
+        .map_page(Gpa(PAGE), PageSize::Size4K, frame, FLAGS);
+    mapped.unwrap();
+    guest.pages = 2;
+    for _ in 0..3 {
+        guest.round(8);
+    }
+    assert_eq!(data.free.borrow().len(), 7);
+    assert_eq!(guest.sharing.stats().sharing, 0);
 }
 
 #[test]

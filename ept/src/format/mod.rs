@@ -116,7 +116,7 @@ pub trait Format: Clone + fmt::Debug {
     /// The manual's name.
     const NAME: &'static str;
     /// Bits that hardware ignores in every present entry, at least four, one beside the other. The
-    /// engine uses the two lowest of an entry that is in use; the others are the caller's, among
+    /// engine uses the three lowest of an entry that is in use; the others are the caller's, among
     /// the flags.
     const SOFTWARE: u64;
     /// Whether a page may take several entries, each of which says where the whole page lies: see

@@ -193,7 +193,7 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
             if !self.format.is_present(entry) {
                 return false;
             }
-            let new = self.keep_shared(entry, change(entry, level, offset));
+            let new = self.keep_shared(entry, change(self.alone(entry), level, offset));
             if new == entry {
                 return false;
             }
@@ -233,7 +233,7 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
                 continue;
             }
             let old = self.format.leaf(found.entry, found.level);
-            let new = change(old);
+            let new = change(self.format.leaf(self.alone(found.entry), found.level));
             if new.shift != old.shift
                 || found.level > self.format.largest_level(new.flags)
                 || !self.format.is_valid(new.flags)

@@ -72,17 +72,17 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
         let _editor = self.lock.shared();
         loop {
             let found = self.find(offset);
-            let bits = found.entry & (Self::TRACKED | Self::SHARED);
-            if !self.format.is_present(found.entry) || bits != Self::TRACKED {
+            if !self.format.is_present(found.entry) || found.entry & Self::TRACKED == 0 {
                 return false;
             }
-            let new = self.keep_shared(found.entry, found.entry | self.format.write_bit());
-            if new == found.entry
-                || self
-                    .frames
-                    .compare_exchange(found.at, found.entry, new)
-                    .is_ok()
-            {
+            let alone = self.alone(found.entry) | self.format.write_bit();
+            let new = self.keep_shared(found.entry, alone);
+            if new == found.entry {
+                // A page that is also shared waits for its copy.
+                return new & Self::SHARED == 0;
+            }
+            let swapped = self.frames.compare_exchange(found.at, found.entry, new);
+            if swapped.is_ok() {
                 return true;
             }
         }
@@ -294,7 +294,7 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
                     core::array::from_fn(|n| self.frames.load(at.wrapping_add(n as u64 * 8)));
                 let any = entries.iter().fold(0, |sum, entry| sum | entry);
                 let all = entries.iter().fold(!0, |sum, entry| sum & entry);
-                if any & harvest.wanted != harvest.wanted {
+                if any & harvest.wanted != harvest.wanted && any & Self::SHARED == 0 {
                     index += 8;
                     continue;
                 }
@@ -360,8 +360,8 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
     #[inline]
     fn wash(&self, at: Hpa, mut entry: u64, harvest: Harvest<'_>) -> bool {
         let settled = self.format.accessed_bit() | self.format.dirty_bit();
-        while entry & harvest.wanted == harvest.wanted {
-            let new = entry & !harvest.clear;
+        while self.alone(entry) & harvest.wanted == harvest.wanted {
+            let new = self.keep_shared(entry, self.alone(entry) & !harvest.clear);
             // With A and D set hardware has nothing left to write.
             if entry & settled == settled {
                 self.frames.store(at, new);

@@ -12,13 +12,43 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
         rest & rest.wrapping_neg()
     };
 
-    /// An edit of a shared page neither ends the sharing nor gives the write right.
+    /// The third one: the write right of a shared page, which it has once it is shared no more.
+    const KEPT_WRITE: u64 = Self::SHARED << 1;
+
+    /// A shared page's entry as it would be if the page were its only user's.
+    #[inline]
+    pub(super) fn alone(&self, entry: u64) -> u64 {
+        if entry & Self::SHARED == 0 {
+            return entry;
+        }
+        let rest = entry & !(Self::SHARED | Self::KEPT_WRITE);
+        if entry & Self::KEPT_WRITE == 0 {
+            rest
+        } else {
+            rest | self.format.write_bit()
+        }
+    }
+
+    /// The entry for a page that is shared and would be `alone` otherwise.
+    #[inline]
+    fn shared(&self, alone: u64) -> u64 {
+        let write = self.format.write_bit();
+        let kept = if alone & write == 0 {
+            0
+        } else {
+            Self::KEPT_WRITE
+        };
+        (alone & !write) | Self::SHARED | kept
+    }
+
+    /// An edit of a shared page neither ends the sharing nor gives the write right. `new` is made of
+    /// what [`Self::alone`] says.
     #[inline]
     pub(super) fn keep_shared(&self, old: u64, new: u64) -> u64 {
         if old & Self::SHARED == 0 {
             new
         } else {
-            (new | Self::SHARED) & !self.format.write_bit()
+            self.shared(new & !Self::KEPT_WRITE)
         }
     }
 }
@@ -35,6 +65,7 @@ mod edits {
     pub(crate) struct SmallPage {
         pub(crate) frame: Hpa,
         pub(crate) shared: bool,
+        /// Whether it may be written; if it is shared, once it is not.
         pub(crate) writable: bool,
     }
 
@@ -50,12 +81,12 @@ mod edits {
             (small && !self.is_sized(found)).then(|| SmallPage {
                 frame: self.format.leaf(found.entry, 1).frame,
                 shared: found.entry & Self::SHARED != 0,
-                writable: found.entry & self.format.write_bit() != 0,
+                writable: self.alone(found.entry) & self.format.write_bit() != 0,
             })
         }
 
-        /// Replaces a small page that still is as `old` says by one at `frame`: shared, so without the
-        /// write right, or the writer's own. `false` if it was not as expected.
+        /// Replaces a small page that still is as `old` says, and writable, by one at `frame`: shared, so
+        /// without the write right, or the writer's own. `false` if it was not as expected.
         pub(crate) fn replace_small(
             &self,
             flush: &mut Flush<'_, M, ()>,
@@ -73,13 +104,10 @@ mod edits {
                 if self.describe(&found) != Some(old) {
                     return false;
                 }
-                let mut entry = (found.entry & !self.format.address_mask()) | frame.0;
-                let write = self.format.write_bit();
+                let alone = self.alone(found.entry) & !self.format.address_mask();
+                let mut entry = alone | frame.0;
                 if shared {
-                    entry = (entry | Self::SHARED) & !(write | Self::TRACKED);
-                } else {
-                    // Written in a moment: a log by write protection counts it as dirty.
-                    entry = (entry & !Self::SHARED) | write | Self::TRACKED;
+                    entry = self.shared(entry);
                 }
                 let swapped = self.frames.compare_exchange(found.at, found.entry, entry);
                 if swapped.is_ok() {
