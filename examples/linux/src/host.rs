@@ -1,6 +1,6 @@
 //! The bare machine as the virtual ones' host: the vCPUs of a guest run on consecutive processors.
 
-use core::sync::atomic::{AtomicBool, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use spin::Once;
 use testudo_machine::Host;
@@ -17,6 +17,20 @@ const MAX_CPUS: usize = 64;
 /// Whether a kick came since the vCPU last waited. Interrupt handlers set it too, so that a wait
 /// that races with its interrupt ends.
 static KICKED: [AtomicBool; MAX_CPUS] = [const { AtomicBool::new(false) }; MAX_CPUS];
+
+/// The ticks of the time-stamp counter that vCPUs have waited, if they are counted.
+static WAITED: AtomicU64 = AtomicU64::new(0);
+static COUNT_WAITS: AtomicBool = AtomicBool::new(false);
+
+/// Has waits counted from now on.
+pub(crate) fn count_waits() {
+    COUNT_WAITS.store(true, Ordering::Relaxed);
+}
+
+/// The ticks that vCPUs have waited.
+pub(crate) fn waited() -> u64 {
+    WAITED.load(Ordering::Relaxed)
+}
 
 fn wake() {
     KICKED[rt::cpu::current_id()].store(true, Ordering::Release);
@@ -92,8 +106,13 @@ impl Host for BareMetal {
     fn wait(&self) {
         let kicked = &KICKED[rt::cpu::current_id()];
         rt::irq::disable();
+        let start = COUNT_WAITS.load(Ordering::Relaxed).then(rt::time::tsc);
         while !kicked.swap(false, Ordering::Acquire) {
             rt::irq::wait();
+        }
+        if let Some(start) = start {
+            let ticks = rt::time::tsc().wrapping_sub(start);
+            WAITED.fetch_add(ticks, Ordering::Relaxed);
         }
     }
 }

@@ -27,6 +27,7 @@ use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
+use core::sync::atomic::{AtomicU64, Ordering};
 
 use spin::{Mutex, Once};
 use testudo_arch::apic::ApicPage;
@@ -63,6 +64,8 @@ struct Shared {
     start: BootState,
     count_exits: bool,
     stats: Mutex<ExitStats>,
+    /// What the vCPUs' runs took in ticks of the time-stamp counter, waits included.
+    ticks: AtomicU64,
     output: Output,
     stop: Mutex<Option<Stop>>,
 }
@@ -201,6 +204,7 @@ fn prepare(
         start,
         count_exits: args.stats,
         stats: Mutex::new(ExitStats::default()),
+        ticks: AtomicU64::new(0),
         output,
         stop: Mutex::new(None),
     })
@@ -244,6 +248,14 @@ fn finish(guest: &Shared, args: &Args<'_>) -> u8 {
     };
     if args.stats {
         println!("{}", *guest.stats.lock());
+        // Without waits, as long as there is one guest.
+        let awake = guest
+            .ticks
+            .load(Ordering::Relaxed)
+            .wrapping_sub(host::waited());
+        if args.guests == 1 {
+            println!("{:<18}{awake:>12}", "ticks not waited");
+        }
         if let Some(figures) = guest.backend.shadow_figures() {
             println!("{figures}");
         }
@@ -296,8 +308,12 @@ impl Work for Guest {
         let mut vcpu = VcpuLoop::new(&shared.machine, vcpu, self.lapic, self.start);
         if shared.count_exits {
             vcpu = vcpu.with_stats();
+            host::count_waits();
         }
+        let start = rt::time::tsc();
         let stop = vcpu.run();
+        let ticks = rt::time::tsc().wrapping_sub(start);
+        shared.ticks.fetch_add(ticks, Ordering::Relaxed);
         if let Some(stats) = vcpu.stats() {
             shared.stats.lock().add(&stats);
         }
