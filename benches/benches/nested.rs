@@ -298,6 +298,7 @@ impl VmxVcpu {
         let offer = vmx::Offer {
             ept: true,
             vpid: true,
+            enlightened: false,
         };
         let caps = vmx::offer(processor, processor.processor, offer);
         let mut l0 = samples::valid(processor);

@@ -334,6 +334,7 @@ pub fn exits(data: &[u8]) {
         vcpus: 1,
         memory: MIN_RAM,
         nested: false,
+        hyperv: false,
         time_limit: Some(TIME_LIMIT),
         start_time: 0,
     };

@@ -267,6 +267,9 @@ impl vmx::Msrs for OneMsr {
 const VMXON: u64 = 0x8000;
 const REGIONS: [u64; 3] = [VMXON, 0x9000, 0xA000];
 const OPERAND: u64 = 0x7000;
+/// L1's VP assist page, and its enlightened VMCS.
+const ASSIST: u64 = 0xB000;
+const ENLIGHTENED: u64 = 0xC000;
 
 /// VT-x.
 pub fn vmx(data: &[u8]) {
@@ -274,7 +277,9 @@ pub fn vmx(data: &[u8]) {
 }
 
 fn vmx_in(ram: &GuestRam, input: &mut Input<'_>) {
-    let processor = if input.u8() & 1 == 0 {
+    let choice = input.u8();
+    let enlightened = choice & 2 != 0;
+    let processor = if choice & 1 == 0 {
         fixtures::skylake_sp()
     } else {
         fixtures::nehalem()
@@ -282,6 +287,7 @@ fn vmx_in(ram: &GuestRam, input: &mut Input<'_>) {
     let offer = vmx::Offer {
         ept: true,
         vpid: true,
+        enlightened,
     };
     let caps = vmx::offer(&processor, processor.processor, offer);
     let mut l0 = samples::valid(&processor);
@@ -302,6 +308,15 @@ fn vmx_in(ram: &GuestRam, input: &mut Input<'_>) {
         Box::new(bitmap.clone()),
         PAGES,
     );
+    let good = vmx::enlightened_vmcs(&samples::valid(&caps));
+    if enlightened {
+        nested = nested.with_enlightened_vmcs();
+        ram.write(Gpa(ENLIGHTENED), &good).expect("memory");
+        ram.write(Gpa(ASSIST + 40), &[1]).expect("memory");
+        ram.store_u64(Gpa(ASSIST + 48), ENLIGHTENED)
+            .expect("memory");
+        nested.write_assist_page(ASSIST | 1, ram);
+    }
     let mut pair = Pair {
         l1: Box::new(l0.clone()),
         l2: Box::new(l0.clone()),
@@ -327,7 +342,12 @@ fn vmx_in(ram: &GuestRam, input: &mut Input<'_>) {
         };
         match input.u8() & 7 {
             0 => {
-                let at = 0x8000 + input.u64() % (MEMORY - 0x8000);
+                let any = 0x8000 + input.u64() % (MEMORY - 0x8000);
+                let at = match any % 4 {
+                    0 if enlightened => ENLIGHTENED + any % 1024,
+                    1 if enlightened => ASSIST + 40 + any % 16,
+                    _ => any,
+                };
                 ram.write(Gpa(at), &[input.u8()]).expect("memory");
             }
             1..=3 if !nested.is_guest() => {
@@ -379,7 +399,16 @@ fn vmx_in(ram: &GuestRam, input: &mut Input<'_>) {
                     .map(drop)
                     .expect("every field exists");
             }
-            _ => stage.0 = input.u8(),
+            _ => {
+                stage.0 = input.u8();
+                if enlightened && stage.0 & 8 != 0 {
+                    ram.write(Gpa(ENLIGHTENED), &good).expect("memory");
+                    let named = if stage.0 & 16 != 0 { 1 } else { 0 };
+                    ram.write(Gpa(ASSIST + 40), &[named]).expect("memory");
+                    ram.store_u64(Gpa(ASSIST + 48), ENLIGHTENED)
+                        .expect("memory");
+                }
+            }
         }
         if nested.is_guest() {
             assert_vmx_contained(&pair, &l0, l0_eptp, &processor);

@@ -20,6 +20,7 @@ use crate::irq::{Irqchip, Lapic, LapicFeatures, request};
 use crate::layout::{Layout, LayoutError};
 use crate::paged::{FORGET, Shootdown};
 use crate::policy::cpuid::{CpuidConfig, CpuidTable, for_guest};
+use crate::policy::hyperv::HyperV;
 use crate::stop::Stop;
 use crate::virtio::{AttachError, Devices};
 
@@ -37,6 +38,9 @@ pub struct MachineConfig {
     pub memory: u64,
     /// Whether the guest may be a hypervisor itself.
     pub nested: bool,
+    /// Whether it finds Hyper-V's interface ([`policy::hyperv`](crate::policy::hyperv)), on a backend
+    /// that offers it enlightened VMCSs.
+    pub hyperv: bool,
     /// How long the machine may run, in nanoseconds: then it stops with
     /// [`StopReason::TimeIsUp`](crate::StopReason::TimeIsUp).
     pub time_limit: Option<u64>,
@@ -85,6 +89,7 @@ pub struct Machine<M> {
     pub(crate) power: Arc<PowerSignal>,
     pub(crate) cpuid: CpuidTable,
     guest_cpuid: Cpuid,
+    pub(crate) hyperv: Option<HyperV>,
     /// What tells the vCPUs to forget translations, if any of the memory comes and goes.
     pub(crate) shootdown: Option<Arc<Shootdown>>,
     /// When the time is up, in the host's nanoseconds.
@@ -168,6 +173,7 @@ impl<M: GuestMemory> Machine<M> {
         let cpuid = CpuidConfig {
             vcpus: vcpus as u32,
             nested: config.nested,
+            hyperv: config.hyperv,
         };
         let end = config
             .time_limit
@@ -183,6 +189,7 @@ impl<M: GuestMemory> Machine<M> {
             power,
             cpuid: CpuidTable::new(&guest_cpuid),
             guest_cpuid,
+            hyperv: config.hyperv.then(HyperV::default),
             shootdown: None,
             end,
             physical_bits,

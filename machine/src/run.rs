@@ -18,6 +18,7 @@ use crate::irq::{Lapic, request};
 use crate::machine::Machine;
 use crate::paged::FORGET;
 use crate::policy::cpuid::CpuidState;
+use crate::policy::hyperv::{self, HyperV};
 use crate::policy::msr::MsrPolicy;
 use crate::stats::ExitStats;
 use crate::stop::{Stop, StopReason};
@@ -440,7 +441,7 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
             match msr {
                 Msr::TSC => Some(self.vcpu.guest_tsc(self.machine.host.tsc())),
                 Msr::TSC_ADJUST => Some(self.tsc_adjust),
-                _ => self.msrs.read(msr).ok(),
+                _ => self.machine_msr(msr),
             }
         };
         if let Some(value) = value {
@@ -486,10 +487,36 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
                     }
                     true
                 }
-                _ => self.msrs.write(msr, value).is_ok(),
+                _ => self.set_machine_msr(msr, value),
             }
         };
         self.complete(done);
+    }
+
+    /// A register that is neither the vCPU's nor its local APIC's.
+    fn machine_msr(&mut self, msr: Msr) -> Option<u64> {
+        let read = self.msrs.read(msr).ok();
+        match &self.machine.hyperv {
+            Some(hyperv) if read.is_none() => {
+                self.lapic.set_cr8(self.vcpu.task_priority());
+                hyperv.read(msr, self.index, &mut self.lapic)
+            }
+            _ => read,
+        }
+    }
+
+    fn set_machine_msr(&mut self, msr: Msr, value: u64) -> bool {
+        let done = self.msrs.write(msr, value).is_ok();
+        match &self.machine.hyperv {
+            Some(hyperv) if !done => {
+                self.attention = true;
+                self.lapic.set_cr8(self.vcpu.task_priority());
+                let done = hyperv.write(msr, value, &self.machine.memory, &mut self.lapic);
+                self.vcpu.set_task_priority(self.lapic.cr8());
+                done
+            }
+            _ => done,
+        }
     }
 
     fn set_tsc(&mut self, host_tsc: u64, guest_tsc: u64) {
@@ -665,12 +692,16 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
         }
     }
 
-    /// No hypercalls are offered: RAX says so, as KVM's interface does for an unknown one. User mode
-    /// gets #UD.
+    /// No hypercalls are offered: RAX says so, as KVM's interface does for an unknown one, or Hyper-V's
+    /// for a guest that has turned to that. User mode gets #UD.
     fn hypercall(&mut self) {
         const NOT_IMPLEMENTED: i64 = -1000;
         if self.vcpu.cpl() == 0 {
-            self.vcpu.gprs_mut().rax = NOT_IMPLEMENTED as u64;
+            let hyperv = self.machine.hyperv.as_ref();
+            self.vcpu.gprs_mut().rax = match hyperv.is_some_and(HyperV::has_hypercalls) {
+                true => hyperv::INVALID_HYPERCALL_CODE,
+                false => NOT_IMPLEMENTED as u64,
+            };
             self.vcpu.advance();
         } else {
             self.vcpu.inject(Event::UD);

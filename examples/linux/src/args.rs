@@ -1,4 +1,4 @@
-//! The program's own command line: `memory=MIB vcpus=N guests=N nested paging=nested|shadow timeout=SECONDS stats verbose -- guest command line`.
+//! The program's own command line: `memory=MIB vcpus=N guests=N nested enlightened paging=nested|shadow timeout=SECONDS stats verbose -- guest command line`.
 
 use core::fmt;
 
@@ -17,6 +17,8 @@ pub(crate) struct Args<'a> {
     pub(crate) guests: usize,
     /// Whether the guest may be a hypervisor itself.
     pub(crate) nested: bool,
+    /// Whether it is offered enlightened VMCSs.
+    pub(crate) enlightened: bool,
     /// How its memory is put behind its paging; `None` takes what the processor has.
     pub(crate) paging: Option<Paging>,
     /// How many seconds the guest may run.
@@ -39,7 +41,7 @@ impl fmt::Display for BadWord<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "`{}` is not understood; write `memory=MIB vcpus=N guests=N nested paging=nested|shadow timeout=SECONDS stats verbose DEVICES -- GUEST COMMAND LINE`, \
+            "`{}` is not understood; write `memory=MIB vcpus=N guests=N nested enlightened paging=nested|shadow timeout=SECONDS stats verbose DEVICES -- GUEST COMMAND LINE`, \
              DEVICES being of `{}`",
             self.0,
             DeviceArgs::USAGE
@@ -55,6 +57,7 @@ impl<'a> Args<'a> {
             vcpus: 1,
             guests: 1,
             nested: false,
+            enlightened: false,
             paging: None,
             timeout_s: None,
             stats: false,
@@ -73,6 +76,7 @@ impl<'a> Args<'a> {
                     break;
                 }
                 None if word == "nested" => args.nested = true,
+                None if word == "enlightened" => args.enlightened = true,
                 Some(("paging", "nested")) => args.paging = Some(Paging::Nested),
                 Some(("paging", "shadow")) => args.paging = Some(Paging::Shadow),
                 None if word == "stats" => args.stats = true,

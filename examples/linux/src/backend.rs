@@ -29,6 +29,8 @@ pub(crate) enum BackendError {
     Vmx(#[from] VmxError),
     #[error("a guest on shadow paging cannot be a hypervisor itself")]
     NoNestingOnShadow,
+    #[error("enlightened VMCSs are VT-x's, and this processor has AMD-V")]
+    NoEnlightenedVmcb,
     #[error(transparent)]
     Memory(#[from] PagedError),
     #[error("memory that comes and goes needs nested paging")]
@@ -141,12 +143,17 @@ impl Backend {
         Ok(())
     }
 
-    /// Offers guests the extension, as their CPUID table says it.
-    pub(crate) fn enable_nested(&mut self, guest: &Cpuid) -> Result<(), BackendError> {
+    /// Offers guests the extension, as their CPUID table says it, with enlightened VMCSs or without.
+    pub(crate) fn enable_nested(
+        &mut self,
+        guest: &Cpuid,
+        enlightened: bool,
+    ) -> Result<(), BackendError> {
         match self {
+            Self::Svm(_) if enlightened => Err(BackendError::NoEnlightenedVmcb),
             Self::Svm(svm) => Ok(svm.enable_nested(guest)?),
             Self::Vmx(vmx) => {
-                vmx.enable_nested(guest);
+                vmx.enable_nested(guest, enlightened);
                 Ok(())
             }
         }

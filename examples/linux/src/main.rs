@@ -137,6 +137,7 @@ fn prepare(
         vcpus: args.vcpus,
         memory: args.memory_mib << 20,
         nested: args.nested,
+        hyperv: args.enlightened,
         time_limit: args
             .timeout_s
             .map(|seconds| seconds.saturating_mul(1_000_000_000)),
@@ -173,7 +174,7 @@ fn prepare(
     }
     if args.nested {
         backend
-            .enable_nested(machine.cpuid())
+            .enable_nested(machine.cpuid(), args.enlightened)
             .map_err(|e| e.to_string())?;
     }
     let modules: Vec<_> = boot

@@ -67,6 +67,8 @@ pub(crate) struct VmxBackend {
     caps: VmxCaps,
     /// What a guest hypervisor is told that its processor offers.
     nested_caps: Option<Box<VmxCaps>>,
+    /// Whether it is offered enlightened VMCSs.
+    enlightened: bool,
     /// Which fields its VMREAD and VMWRITE reach without an exit, where the processor has that.
     shadowing: Option<Box<(FieldBitmap, FieldBitmap)>>,
     controls: Controls,
@@ -159,6 +161,7 @@ impl VmxBackend {
         Ok(Self {
             caps,
             nested_caps: None,
+            enlightened: false,
             shadowing: None,
             controls,
             tables,
@@ -172,12 +175,14 @@ impl VmxBackend {
     }
 
     /// Offers guests VMX, on a processor such as their CPUID table says.
-    pub(crate) fn enable_nested(&mut self, guest: &Cpuid) {
+    pub(crate) fn enable_nested(&mut self, guest: &Cpuid, enlightened: bool) {
         let l1 = Processor::read_from(|leaf, sub| guest.query(leaf, sub));
         let all = Offer {
             ept: true,
             vpid: true,
+            enlightened,
         };
+        self.enlightened = enlightened;
         self.controls = self.controls.for_hypervisors();
         self.nested_caps = Some(Box::new(offer(&self.caps, l1, all)));
         self.shadowing = offers_shadowing(&self.caps).then(|| Box::new(shadow_bitmaps()));
@@ -204,6 +209,7 @@ impl VmxBackend {
         let at = address(&*bitmap);
         NestedParts {
             caps: caps.clone(),
+            enlightened: self.enlightened,
             vpid: VPID_L2,
             controls: &self.controls,
             tables: &self.tables,

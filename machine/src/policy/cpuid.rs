@@ -6,6 +6,8 @@ use alloc::vec::Vec;
 use testudo_arch::Cr4Flags;
 use testudo_arch::cpuid::{Cpuid, CpuidEntry};
 
+use super::hyperv;
+
 /// The signature in leaf 0x4000_0000.
 pub const SIGNATURE: [u8; 12] = *b"TestudoTstud";
 
@@ -29,6 +31,8 @@ pub struct CpuidConfig {
     pub vcpus: u32,
     /// Whether the guest may be a hypervisor itself: VMX or SVM is shown if the processor has it.
     pub nested: bool,
+    /// Whether Hyper-V's interface takes the place of ours and KVM's ([`hyperv`]).
+    pub hyperv: bool,
 }
 
 /// Leaf 1, ECX: what a guest may see.
@@ -123,13 +127,19 @@ pub fn for_guest(processor: &Cpuid, config: CpuidConfig) -> Cpuid {
     for level in [0, 1] {
         guest.set(topology(level, config.vcpus));
     }
-    guest.set(interface(0x4000_0000, 0x4000_0000, SIGNATURE));
-    guest.set(interface(kvm::BASE, kvm::FEATURES, kvm::SIGNATURE));
-    guest.set(CpuidEntry {
-        leaf: kvm::FEATURES,
-        eax: kvm::NOP_IO_DELAY,
-        ..CpuidEntry::default()
-    });
+    if config.hyperv {
+        // Guests look for it in the first place only, and prefer what they find in the second.
+        hyperv::announce(&mut guest, config.vcpus);
+        guest.set(interface(kvm::BASE, kvm::BASE, SIGNATURE));
+    } else {
+        guest.set(interface(0x4000_0000, 0x4000_0000, SIGNATURE));
+        guest.set(interface(kvm::BASE, kvm::FEATURES, kvm::SIGNATURE));
+        guest.set(CpuidEntry {
+            leaf: kvm::FEATURES,
+            eax: kvm::NOP_IO_DELAY,
+            ..CpuidEntry::default()
+        });
+    }
     if let Some(basic) = guest.get_mut(0, 0) {
         basic.eax = basic.eax.clamp(0xD, 0x1F);
     }
@@ -137,7 +147,7 @@ pub fn for_guest(processor: &Cpuid, config: CpuidConfig) -> Cpuid {
 }
 
 /// The first leaf of a hypervisor's interface: the last one, and the signature.
-fn interface(leaf: u32, last: u32, signature: [u8; 12]) -> CpuidEntry {
+pub(super) fn interface(leaf: u32, last: u32, signature: [u8; 12]) -> CpuidEntry {
     let [ebx, ecx, edx] =
         [0, 4, 8].map(|i| u32::from_le_bytes([0, 1, 2, 3].map(|j| signature[i + j])));
     CpuidEntry {
@@ -244,7 +254,7 @@ const SLOTS: usize = 4 * LEAVES_PER_RANGE as usize;
 #[derive(Clone, Debug)]
 pub struct CpuidTable {
     entries: Vec<CpuidEntry>,
-    /// Those of KVM's interface, for which nobody asks often.
+    /// Those in the second place, for which nobody asks often.
     kvm: [[u32; 4]; 2],
     /// For each leaf, where its first entry is and one past its last.
     index: [(u8, u8); SLOTS],
@@ -401,6 +411,7 @@ mod tests {
     const CONFIG: CpuidConfig = CpuidConfig {
         vcpus: 2,
         nested: false,
+        hyperv: false,
     };
 
     #[test]

@@ -4,4 +4,5 @@
 //! it does not know raises #GP, as on a processor that does not have it.
 
 pub mod cpuid;
+pub mod hyperv;
 pub mod msr;

@@ -19,6 +19,9 @@ pub struct Offer {
     pub ept: bool,
     /// VPID and INVVPID.
     pub vpid: bool,
+    /// What an enlightened VMCS, version 1, has fields for, and no more: for a vCPU
+    /// [with enlightened VMCSs](super::NestedVmx::with_enlightened_vmcs).
+    pub enlightened: bool,
 }
 
 const PIN: PinControls = PinControls::EXTERNAL_INTERRUPT_EXITING
@@ -129,7 +132,10 @@ pub fn offer(processor: &VmxCaps, l1: testudo_vmx::caps::Processor, offer: Offer
     ept_vpid &= processor.ept_vpid | own;
     // Exit and entry bits for PAT and EFER come in pairs (KVM refuses others).
     let both = |exit, entry| processor.exit.allows(exit) && processor.entry.allows(entry);
-    let (mut exit, mut entry) = (EXIT, ENTRY);
+    let (mut pin, mut exit, mut entry) = (PIN, EXIT, ENTRY);
+    if offer.enlightened {
+        pin -= PinControls::ACTIVATE_PREEMPTION_TIMER;
+    }
     if !both(ExitControls::LOAD_PAT, EntryControls::LOAD_PAT) {
         exit -= ExitControls::LOAD_PAT | ExitControls::SAVE_PAT;
         entry -= EntryControls::LOAD_PAT;
@@ -138,7 +144,7 @@ pub fn offer(processor: &VmxCaps, l1: testudo_vmx::caps::Processor, offer: Offer
         exit -= ExitControls::LOAD_EFER | ExitControls::SAVE_EFER;
         entry -= EntryControls::LOAD_EFER;
     }
-    if !processor.pin.allows(PinControls::ACTIVATE_PREEMPTION_TIMER) {
+    if !(processor.pin.may_be_one() & pin).contains(PinControls::ACTIVATE_PREEMPTION_TIMER) {
         exit -= ExitControls::SAVE_PREEMPTION_TIMER;
     }
     VmxCaps {
@@ -147,7 +153,7 @@ pub fn offer(processor: &VmxCaps, l1: testudo_vmx::caps::Processor, offer: Offer
         basic: Basic(
             u64::from(REVISION) | 4096 << 32 | 6 << 50 | (processor.basic.0 & (1 << 54)) | 1 << 55,
         ),
-        pin: narrow(processor.pin, PIN),
+        pin: narrow(processor.pin, pin),
         primary: narrow(processor.primary, PRIMARY),
         exit: narrow(processor.exit, exit),
         entry: narrow(processor.entry, entry),
@@ -194,6 +200,7 @@ mod tests {
             let all = Offer {
                 ept: true,
                 vpid: true,
+                enlightened: false,
             };
             let caps = offer(&processor, processor.processor, all);
             assert!(caps.pin.allows(PinControls::from_bits_retain(0x9)));
@@ -230,6 +237,7 @@ mod tests {
         let none = Offer {
             ept: false,
             vpid: false,
+            enlightened: false,
         };
         let caps = offer(&processor, processor.processor, none);
         assert!(caps.ept_vpid.is_empty());
@@ -248,6 +256,7 @@ mod tests {
             Offer {
                 ept: true,
                 vpid: true,
+                enlightened: false,
             },
         );
         assert!(!caps.primary.allows(PrimaryControls::USE_TPR_SHADOW));

@@ -37,7 +37,11 @@ impl NestedVmx {
         S: SecondStage,
         R: Msrs,
     {
-        let Some(current) = self.current else {
+        let enlightened = match self.load_enlightened(launch, cx.memory) {
+            Ok(enlightened) => enlightened,
+            Err(fail) => return Ok(Err(fail)),
+        };
+        let Some(current) = self.region() else {
             return Ok(Err(VmFail::Invalid));
         };
         let fail = |error| Ok(Err(VmFail::Valid(error)));
@@ -53,6 +57,7 @@ impl NestedVmx {
             return fail(InstructionError::EventsBlockedByMovSs);
         }
         match (launch, self.vmcs12.launch_state) {
+            _ if enlightened.is_some() => {}
             (true, LaunchState::Launched) => return fail(InstructionError::VmlaunchNonClear),
             (false, LaunchState::Clear) => return fail(InstructionError::VmresumeNonLaunched),
             _ => {}
@@ -171,7 +176,7 @@ impl NestedVmx {
 
         let mut vmcs02 = cx.vmcs.l2();
         joined.write(self.joined.as_ref(), &mut vmcs02)?;
-        if self.in_vmcs02 != self.current || self.rare_dirty {
+        if self.in_vmcs02 != self.region() || self.rare_dirty {
             guest_fields::push(image, &mut vmcs02, &guest_fields::RARE)?;
             vmcs02.set(fields::VMCS_LINK_POINTER, u64::MAX)?;
         }
@@ -200,7 +205,7 @@ impl NestedVmx {
         self.window = false;
         self.nmi_window = false;
         self.joined = Some(joined);
-        self.in_vmcs02 = self.current;
+        self.in_vmcs02 = self.region();
         self.rare_dirty = false;
         Ok(())
     }
@@ -277,7 +282,7 @@ impl NestedVmx {
         let indicator = if !self.load_host(false, cx)? {
             ABORT_HOST_PDPTES
         } else {
-            self.give_to_shadow(cx)?;
+            self.give_to_l1(cx)?;
             if self.load_exit_msrs(cx)? {
                 return Ok(Outcome::FailedEntry);
             }

@@ -258,11 +258,21 @@ impl NestedVmx {
         if !self.load_host(nmi, cx)? {
             return self.abort(ABORT_HOST_PDPTES, cx.memory);
         }
-        self.give_to_shadow(cx)?;
+        self.give_to_l1(cx)?;
         if !self.load_exit_msrs(cx)? {
             return self.abort(ABORT_LOADING_MSRS, cx.memory);
         }
         Ok(Handled::L1(PredictorBarrier::new()))
+    }
+
+    /// The copy to where L1 reads it without an exit, before L1 runs.
+    #[inline]
+    pub(super) fn give_to_l1<P: VmcsPair, M: GuestMemory, S, R>(
+        &mut self,
+        cx: &mut Context<'_, P, M, S, R>,
+    ) -> Result<(), AccessError> {
+        self.store_enlightened(cx.memory);
+        self.give_to_shadow(cx)
     }
 
     fn abort(&mut self, indicator: u32, memory: &impl GuestMemory) -> Result<Handled, AccessError> {
@@ -272,7 +282,8 @@ impl NestedVmx {
 
     /// Says in L1's region why its processor ends.
     pub(super) fn note_abort(&self, indicator: u32, memory: &impl GuestMemory) {
-        if let Some(current) = self.current {
+        // An enlightened VMCS has it in the same place.
+        if let Some(current) = self.region() {
             let _dropped = vmcs12::write_abort(memory, current, indicator).is_err();
         }
     }

@@ -199,7 +199,7 @@ impl NestedVmx {
                 Err(fail) => Err(fail),
             },
         };
-        self.finish(ending, &mut cx.vmcs.l1())?;
+        self.finish(ending, cx.memory, &mut cx.vmcs.l1())?;
         if instruction == I::Vmptrld {
             self.give_to_shadow(cx)?;
         }
@@ -257,15 +257,21 @@ impl NestedVmx {
     }
 
     /// VMsucceed, VMfailInvalid and VMfailValid (SDM vol. 3C, 33.2), and on to the next instruction.
-    fn finish(&mut self, ending: Ending, vmcs01: &mut impl VmcsWrite) -> Result<(), AccessError> {
+    fn finish(
+        &mut self,
+        ending: Ending,
+        memory: &impl GuestMemory,
+        vmcs01: &mut impl VmcsWrite,
+    ) -> Result<(), AccessError> {
         let flags = match ending {
             Ok(()) => 0,
             Err(VmFail::Invalid) => CF,
             // "VMfail(n): IF VMCS pointer is valid THEN VMfailValid(n) ELSE VMfailInvalid".
-            Err(VmFail::Valid(_)) if self.current.is_none() => CF,
+            Err(VmFail::Valid(_)) if self.region().is_none() => CF,
             Err(VmFail::Valid(error)) => {
                 let field = fields::VM_INSTRUCTION_ERROR.encoding();
                 guest_fields::set(&mut self.vmcs12.image, field, error.number().into())?;
+                self.store_instruction_error(error.number(), memory);
                 ZF
             }
         };
@@ -319,7 +325,10 @@ impl NestedVmx {
         if Some(at) == self.current {
             self.vmcs12.launch_state = LaunchState::Clear;
             self.release_current(cx.memory);
-        } else {
+        } else if Some(at) == self.active_enlightened_vmcs() {
+            self.deactivate_enlightened();
+        } else if self.named_enlightened_vmcs(cx.memory).is_none() {
+            // An L1 with enlightened entries clears VMCSs that have fields in that place.
             // Not memory, or not writable: L1 chose the place, and the write goes nowhere.
             let _dropped = vmcs12::clear(cx.memory, at).is_err();
         }
@@ -433,14 +442,15 @@ impl NestedVmx {
         Ok(self.vmcs12.image.write_raw(field, value))
     }
 
-    /// Writes the current VMCS back to L1's memory, and then there is none.
-    fn release_current(&mut self, memory: &impl GuestMemory) {
+    /// Writes the current VMCS back to L1's memory, and then there is none, nor an enlightened one.
+    pub(super) fn release_current(&mut self, memory: &impl GuestMemory) {
         if let Some(at) = self.current {
             // L1 chose the place; what is not memory takes nothing.
             let _dropped = self.vmcs12.store(memory, at).is_err();
             self.current = None;
             self.in_vmcs02 = None;
         }
+        self.deactivate_enlightened();
     }
 
     /// The field with this encoding, if L1's processor has it.

@@ -15,15 +15,18 @@
 //!
 //! # How it is fast
 //!
-//! L1's VMREAD and VMWRITE work on L0's copy of its VMCS. Guest fields that seldom change are written
+//! L1's VMREAD and VMWRITE work on L0's copy of its VMCS; where the processor shadows VMCSs, or with an
+//! enlightened VMCS, L1 needs few of them or none. Guest fields that seldom change are written
 //! to `vmcs02` only if L1 wrote one since the last exit from it, and controls only if they differ from
 //! those of the last entry.
 
 mod caps;
 mod composed;
 mod control_registers;
+mod enlightened;
 mod entry;
 mod events;
+mod evmcs;
 mod exit;
 mod guest_fields;
 mod host;
@@ -54,6 +57,7 @@ pub use caps::{Offer, offer, read_msr};
 pub use composed::{ComposedParts, ComposedStage};
 pub use control_registers::ControlRegisters;
 pub use events::{Acceptance, PhysicalEvent};
+pub use evmcs::{ENLIGHTENED_VERSION, enlightened_vmcs};
 pub use exit::{Handled, PredictorBarrier};
 pub use instruction::{Instruction, Outcome};
 pub use join::{Joined, L0Controls};
@@ -182,6 +186,8 @@ pub struct NestedVmx {
     /// The current-VMCS pointer.
     current: Option<Gpa>,
     vmcs12: vmcs12::Vmcs12,
+    /// Where enlightened VMCSs are offered.
+    enlightened: Option<Box<enlightened::Enlightened>>,
     is_guest: bool,
     /// The region whose guest state `vmcs02` holds.
     in_vmcs02: Option<Gpa>,
@@ -233,6 +239,7 @@ impl NestedVmx {
             vmxon: None,
             current: None,
             vmcs12: vmcs12::Vmcs12::new(),
+            enlightened: None,
             is_guest: false,
             in_vmcs02: None,
             rare_dirty: true,
@@ -252,6 +259,7 @@ impl NestedVmx {
     pub fn reset(&mut self) {
         self.vmxon = None;
         self.current = None;
+        self.set_enlightened(0, None);
         self.is_guest = false;
         self.in_vmcs02 = None;
         self.rare_dirty = true;

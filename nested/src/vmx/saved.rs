@@ -6,9 +6,10 @@
 //! | --- | --- |
 //! | 0 | `TESTNVMX` |
 //! | 8 | version, 32 bits |
-//! | 12 | flags, 32 bits: 1 in VMX operation, 2 a VMCS is current, 4 L2 runs, 8 launched |
-//! | 16, 24 | the VMXON region, the current-VMCS pointer |
-//! | 32 | zero |
+//! | 12 | flags, 32 bits: 1 in VMX operation, 2 a VMCS is current, 4 L2 runs, 8 launched, 16 the VMCS is an enlightened one |
+//! | 16, 24 | the VMXON region, the current-VMCS pointer or the page of the enlightened VMCS |
+//! | 32 | the MSR of the VP assist page |
+//! | 40 | zero |
 //! | 64 | if a VMCS is current: its fields, as in [`VmcsImage`] (4 KiB) |
 //!
 //! All numbers are little-endian. While L2 runs, the image has L2's registers as they stand; those
@@ -43,13 +44,19 @@ pub struct SavedVmx {
     pub current: Option<SavedVmcs>,
     /// Whether L2 runs.
     pub is_guest: bool,
+    /// The MSR of the VP assist page; 0 where enlightened VMCSs are not offered. KVM's layout does not
+    /// have it: there it is among the vCPU's MSRs.
+    pub assist_page: u64,
 }
 
-/// A current VMCS.
+/// A current VMCS, or an enlightened one that is active.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SavedVmcs {
-    /// Where its region is.
+    /// Where its region is. All ones for an enlightened one from KVM's layout: it is where the VP assist
+    /// page says.
     pub at: Gpa,
+    /// Whether it is an enlightened one.
+    pub is_enlightened: bool,
     /// Its launch state.
     pub launch_state: LaunchState,
     /// Its fields.
@@ -69,6 +76,9 @@ pub enum RestoreError {
     /// A region that cannot be one, a current VMCS outside VMX operation, or L2 without a VMCS.
     #[error("an impossible combination of VMX operation and regions")]
     Regions,
+    /// An enlightened VMCS where L1 is not offered them, or one that its VP assist page does not name.
+    #[error("an enlightened VMCS that this vCPU cannot have")]
+    Enlightened,
     /// There is no EPT for L2.
     #[error("no composition of L1's EPT")]
     SecondStage,
@@ -89,6 +99,7 @@ const VMXON: u32 = 1;
 const CURRENT: u32 = 2;
 const GUEST: u32 = 4;
 const LAUNCHED: u32 = 8;
+const ENLIGHTENED: u32 = 16;
 const BLOCK: usize = 64;
 
 impl SavedVmx {
@@ -101,9 +112,11 @@ impl SavedVmx {
         let flags = flag(self.vmxon.is_some(), VMXON)
             | flag(current.is_some(), CURRENT)
             | flag(self.is_guest, GUEST)
-            | flag(launched, LAUNCHED);
+            | flag(launched, LAUNCHED)
+            | flag(current.is_some_and(|c| c.is_enlightened), ENLIGHTENED);
         kvm::set_own_header(&mut bytes, NAME, VERSION, flags);
         kvm::set_u64(&mut bytes, 16, self.vmxon.map_or(0, |at| at.0));
+        kvm::set_u64(&mut bytes, 32, self.assist_page);
         if let Some(current) = current {
             kvm::set_u64(&mut bytes, 24, current.at.0);
             bytes[BLOCK..].copy_from_slice(current.image.as_bytes());
@@ -118,7 +131,7 @@ impl SavedVmx {
     /// [`FormatError`], if the bytes are something else.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, FormatError> {
         let flags = kvm::own_header(bytes, NAME, VERSION)?;
-        if flags & !(VMXON | CURRENT | GUEST | LAUNCHED) != 0 {
+        if flags & !(VMXON | CURRENT | GUEST | LAUNCHED | ENLIGHTENED) != 0 {
             return Err(FormatError::Flags(flags));
         }
         let is_current = flags & CURRENT != 0;
@@ -139,6 +152,7 @@ impl SavedVmx {
             image.as_mut_bytes().copy_from_slice(&bytes[BLOCK..]);
             SavedVmcs {
                 at: Gpa(kvm::u64_at(bytes, 24)),
+                is_enlightened: flags & ENLIGHTENED != 0,
                 launch_state,
                 image,
             }
@@ -147,6 +161,7 @@ impl SavedVmx {
             vmxon: (flags & VMXON != 0).then(|| Gpa(kvm::u64_at(bytes, 16))),
             current,
             is_guest: flags & GUEST != 0,
+            assist_page: kvm::u64_at(bytes, 32),
         })
     }
 
@@ -155,10 +170,18 @@ impl SavedVmx {
         // KVM's data are two blocks: the VMCS, and the shadow VMCS that it links to.
         let blocks = if self.current.is_some() { 2 } else { 0 };
         let mut bytes = vec![0; kvm::HEADER + blocks * kvm::BLOCK];
-        let flags = if self.is_guest { kvm::GUEST_MODE } else { 0 };
+        let mut flags = if self.is_guest { kvm::GUEST_MODE } else { 0 };
+        // An enlightened VMCS is none that is current.
+        let pointer = match &self.current {
+            Some(current) if current.is_enlightened => {
+                flags |= kvm::EVMCS;
+                u64::MAX
+            }
+            Some(current) => current.at.0,
+            None => u64::MAX,
+        };
         kvm::set_header(&mut bytes, kvm::FORMAT_VMX, flags);
         kvm::set_u64(&mut bytes, 8, self.vmxon.map_or(u64::MAX, |at| at.0));
-        let pointer = self.current.as_ref().map_or(u64::MAX, |c| c.at.0);
         kvm::set_u64(&mut bytes, 16, pointer);
         if let Some(current) = &self.current {
             let block = &mut bytes[kvm::HEADER..kvm::HEADER + kvm::BLOCK];
@@ -177,11 +200,11 @@ impl SavedVmx {
     ///
     /// # Errors
     ///
-    /// [`FormatError`], if the bytes are something else, or use an enlightened VMCS or SMM.
+    /// [`FormatError`], if the bytes are something else, or use SMM.
     pub fn from_kvm(bytes: &[u8]) -> Result<Self, FormatError> {
         const RUN_PENDING: u16 = 2;
         let flags = kvm::header(bytes, kvm::FORMAT_VMX)?;
-        if flags & !(kvm::GUEST_MODE | RUN_PENDING) != 0 || flags & kvm::EVMCS != 0 {
+        if flags & !(kvm::GUEST_MODE | RUN_PENDING | kvm::EVMCS) != 0 {
             return Err(FormatError::Flags(flags.into()));
         }
         let smm = u16::from_le_bytes([bytes[24], bytes[25]]);
@@ -193,9 +216,10 @@ impl SavedVmx {
                 .filter(|p| *p != u64::MAX)
                 .map(Gpa)
         };
+        let is_enlightened = flags & kvm::EVMCS != 0;
         let current = match pointer(16) {
-            None => None,
-            Some(at) => {
+            None if !is_enlightened => None,
+            at => {
                 let block = bytes.get(kvm::HEADER..kvm::HEADER + kvm::BLOCK);
                 let block = block.ok_or(FormatError::Length {
                     found: bytes.len(),
@@ -205,7 +229,8 @@ impl SavedVmx {
                     return Err(FormatError::Version(kvm::u32_at(block, 0)));
                 }
                 Some(SavedVmcs {
-                    at,
+                    at: at.unwrap_or(Gpa(u64::MAX)),
+                    is_enlightened: is_enlightened && at.is_none(),
                     launch_state: match kvm::u32_at(block, 8) {
                         1 => LaunchState::Launched,
                         _ => LaunchState::Clear,
@@ -218,6 +243,7 @@ impl SavedVmx {
             vmxon: pointer(8),
             current,
             is_guest: flags & kvm::GUEST_MODE != 0,
+            assist_page: 0,
         })
     }
 }
@@ -261,8 +287,9 @@ impl NestedVmx {
         } else {
             self.take_from_shadow(cx)?;
         }
-        let current = self.current.map(|at| SavedVmcs {
+        let current = self.region().map(|at| SavedVmcs {
             at,
+            is_enlightened: self.current.is_none(),
             launch_state: self.vmcs12.launch_state,
             image: self.vmcs12.image.clone(),
         });
@@ -270,6 +297,7 @@ impl NestedVmx {
             vmxon: self.vmxon,
             current,
             is_guest: self.is_guest,
+            assist_page: self.assist_page().unwrap_or(0),
         })
     }
 
@@ -288,17 +316,31 @@ impl NestedVmx {
             return Err(RestoreError::Busy);
         }
         let current = saved.current.as_ref();
+        let is_enlightened = current.is_some_and(|c| c.is_enlightened);
+        let interface = saved.assist_page != 0 || is_enlightened;
+        if interface && self.assist_page().is_none() {
+            return Err(RestoreError::Enlightened);
+        }
+        self.set_enlightened(saved.assist_page, None);
+        let mut at = current.map(|c| c.at);
+        if is_enlightened && at == Some(Gpa(u64::MAX)) {
+            at = self.named_enlightened_vmcs(cx.memory);
+            if at.is_none() {
+                return Err(RestoreError::Enlightened);
+            }
+        }
         let region = |at: Option<Gpa>| at.is_none_or(|at| self.is_region_address(at));
         let possible = region(saved.vmxon)
-            && region(current.map(|c| c.at))
+            && region(at)
             && (saved.vmxon.is_some() || current.is_none())
-            && (saved.vmxon.is_none() || saved.vmxon != current.map(|c| c.at))
+            && (saved.vmxon.is_none() || saved.vmxon != at)
             && (current.is_some() || !saved.is_guest);
         if !possible {
             return Err(RestoreError::Regions);
         }
         self.vmxon = saved.vmxon;
-        self.current = current.map(|c| c.at);
+        self.current = at.filter(|_| !is_enlightened);
+        self.set_enlightened(saved.assist_page, at.filter(|_| is_enlightened));
         self.in_vmcs02 = None;
         self.rare_dirty = true;
         self.joined = None;
@@ -307,11 +349,11 @@ impl NestedVmx {
             ept: true,
             l1: true,
         };
-        if let Some(current) = current {
+        if let (Some(current), Some(at)) = (current, at) {
             self.vmcs12.image.clone_from(&current.image);
             self.vmcs12.launch_state = current.launch_state;
             if saved.is_guest {
-                return self.restore_guest(current.at, cx);
+                return self.restore_guest(at, cx);
             }
             self.give_to_shadow(cx)?;
         }

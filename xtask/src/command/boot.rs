@@ -119,6 +119,9 @@ pub(crate) struct Boot {
     /// Let the guest be a hypervisor itself
     #[arg(long)]
     nested: bool,
+    /// On VT-x, offer it enlightened VMCSs by Hyper-V's interface
+    #[arg(long, requires = "nested")]
+    enlightened: bool,
     /// How the guest's memory is put behind its paging [default: nested where the processor can]
     #[arg(long, value_enum)]
     paging: Option<Paging>,
@@ -211,6 +214,9 @@ impl Boot {
         );
         if self.nested {
             command_line.push_str(" nested");
+        }
+        if self.enlightened {
+            command_line.push_str(" enlightened");
         }
         command_line.push_str(self.paging.map_or("", Paging::word));
         command_line.push_str(&limit(&mut machine));

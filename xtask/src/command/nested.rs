@@ -54,6 +54,9 @@ pub(crate) struct Nested {
     /// The virtual processors of each of them
     #[arg(long, value_name = "N", default_value_t = 1)]
     vcpus: u32,
+    /// On VT-x, offer KVM enlightened VMCSs by Hyper-V's interface
+    #[arg(long)]
+    enlightened: bool,
     /// Have the guest hypervisors shadow their guests' page tables instead of nesting them
     #[arg(long)]
     shadow: bool,
@@ -88,6 +91,7 @@ pub(super) fn kvm_system(kernel: &Kernel, vcpus: u32, run: Option<&str>) -> Resu
         depth: 2,
         guests: 1,
         vcpus,
+        enlightened: false,
         shadow: false,
         run: run.map(str::to_owned),
         stats: false,
@@ -118,6 +122,9 @@ impl Nested {
         if self.guest == Guest::Xen && (self.depth != 2 || self.shadow) {
             bail!("with Xen there are two systems, and their page tables are nested");
         }
+        if self.enlightened && self.backend != Backend::Vmx {
+            bail!("enlightened VMCSs are VT-x's: --enlightened goes with --backend vmx");
+        }
         let timeout = self
             .timeout
             .map(|seconds| Duration::try_from_secs_f64(seconds).context("--timeout takes seconds"))
@@ -135,10 +142,11 @@ impl Nested {
             ..Machine::new(self.backend.emulator())
         };
         let stats = if self.stats { " stats" } else { "" };
+        let enlightened = if self.enlightened { " enlightened" } else { "" };
         let limit = limit(&mut machine);
         let payload = Payload {
             command_line: format!(
-                "guests={} memory={} vcpus={} nested{limit}{stats} -- {}",
+                "guests={} memory={} vcpus={} nested{enlightened}{limit}{stats} -- {}",
                 self.guests, outermost.memory, self.vcpus, outermost.command_line,
             ),
             modules: outermost.modules,

@@ -30,6 +30,8 @@ use crate::vcpu::{AwaitedInterrupt, Vcpu, VcpuError, VmExit};
 pub struct NestedParts<'t, S> {
     /// The capabilities that L1 is shown.
     pub caps: VmxCaps,
+    /// Whether L1 is offered enlightened VMCSs: then `caps` are such.
+    pub enlightened: bool,
     /// The VPID of L2: not 0.
     pub vpid: u16,
     /// The controls that the vCPU was made with.
@@ -215,8 +217,12 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         let mut processor = self.caps.clone();
         processor.cr4.ones |= MCE;
         let (bitmap, at) = parts.msr_bitmap;
+        let mut state = NestedVmx::new(caps, &processor, parts.l1_msr_bitmap, bitmap, at);
+        if parts.enlightened {
+            state = state.with_enlightened_vmcs();
+        }
         self.nested = Some(Nested {
-            state: NestedVmx::new(caps, &processor, parts.l1_msr_bitmap, bitmap, at),
+            state,
             stage: parts.stage,
             flusher: parts.flusher,
             has_predictor_barrier: parts.has_predictor_barrier,
@@ -296,6 +302,7 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         match outcome {
             Outcome::Done => {
                 self.follow_shadowing()?;
+                self.select(Level::L1)?;
                 Ok(None)
             }
             Outcome::Fault(fault) => {
@@ -307,11 +314,13 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
                 Ok(None)
             }
             Outcome::Entered { halted } => {
+                self.follow_shadowing()?;
                 self.select(Level::L2)?;
                 self.level = Level::L2;
                 Ok(self.look_at_events(halted))
             }
             Outcome::FailedEntry => {
+                self.follow_shadowing()?;
                 self.return_to_l1()?;
                 Ok(None)
             }
@@ -323,18 +332,16 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
     /// While L1 has a current VMCS, its VMREAD and VMWRITE reach the shadow. Without one the control is
     /// off: VMX instructions outside VMX operation must exit, to raise #UD.
     fn follow_shadowing(&mut self) -> Result<(), VcpuError> {
-        self.select(Level::L1)?;
         let Some(nested) = &mut self.nested else {
             return Ok(());
         };
-        let Some(shadow) = nested.shadow else {
-            return Ok(());
-        };
         let wanted = nested.state.current_vmcs().is_some();
-        if wanted == nested.shadowing {
-            return Ok(());
-        }
+        let shadow = match nested.shadow {
+            Some(shadow) if wanted != nested.shadowing => shadow,
+            _ => return Ok(()),
+        };
         nested.shadowing = wanted;
+        self.select(Level::L1)?;
         let secondary = self.processor.get(fields::SECONDARY_CONTROLS)?;
         let mut secondary = SecondaryControls::from_bits_retain(secondary);
         secondary.set(SHADOWING, wanted);
@@ -592,7 +599,10 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         nested.interrupted = false;
         self.level = Level::L1;
         self.cache.forget();
-        if let Err(error) = self.follow_shadowing() {
+        if let Err(error) = self
+            .select(Level::L1)
+            .and_then(|()| self.follow_shadowing())
+        {
             self.remember(error);
         }
     }

@@ -922,6 +922,7 @@ fn the_task_priority_is_one_in_the_processor_and_the_apic() {
         vcpus: 1,
         memory: MEMORY as u64,
         nested: false,
+        hyperv: false,
         time_limit: None,
         start_time: 0,
     };

@@ -17,6 +17,9 @@ use crate::irq::ApicState;
 use crate::stats::Settled;
 use crate::vcpu::{AwaitedInterrupt, Vcpu, VcpuError, VmExit};
 
+/// HV_X64_MSR_VP_ASSIST_PAGE of Hyper-V's interface.
+const ASSIST_PAGE: Msr = Msr(0x4000_0073);
+
 impl<P: Processor, M: GuestMemory, S: SecondStage> Vcpu for VmxVcpu<'_, P, M, S> {
     // The machine's loop is its only caller, and CPUID is to pass through both without a call.
     #[inline(always)]
@@ -273,6 +276,7 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> Vcpu for VmxVcpu<'_, P, M, S>
                 Some(pat) => *pat,
                 None => self.field(fields::GUEST_PAT),
             },
+            ASSIST_PAGE => self.nested.as_ref()?.state.assist_page()?,
             _ => return testudo_nested::vmx::read_msr(self.nested.as_ref()?.state.caps(), msr),
         })
     }
@@ -299,6 +303,10 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> Vcpu for VmxVcpu<'_, P, M, S>
                     None => self.set_field(fields::GUEST_PAT, value),
                 }
                 Some(valid)
+            }
+            ASSIST_PAGE => {
+                let memory = self.memory;
+                self.nested.as_mut()?.state.write_assist_page(value, memory)
             }
             // FEATURE_CONTROL is locked, and the capabilities are read-only.
             _ => {

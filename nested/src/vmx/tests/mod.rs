@@ -22,6 +22,7 @@ use super::{
 use crate::test_memory::Memory;
 
 mod containment;
+mod enlightened;
 mod instructions;
 mod model;
 mod routing;
@@ -128,12 +129,17 @@ fn fill(vmcs: &mut FakeVmcs, image: &VmcsImage) {
 impl Vm {
     /// A vCPU of an L1 with CR4.VMXE set, outside VMX operation.
     pub(super) fn new() -> Self {
-        let processor = fixtures::skylake_sp();
-        let all = Offer {
+        Self::offered(Offer {
             ept: true,
             vpid: true,
-        };
-        let caps = offer(&processor, processor.processor, all);
+            enlightened: false,
+        })
+    }
+
+    /// The same, with this offer.
+    pub(super) fn offered(wanted: Offer) -> Self {
+        let processor = fixtures::skylake_sp();
+        let caps = offer(&processor, processor.processor, wanted);
         let mut l0 = samples::valid(&processor);
         assert!(samples::enable_ept(&mut l0, &processor).unwrap());
         l0.set(fields::EPT_POINTER, L0_EPTP).unwrap();
@@ -178,6 +184,10 @@ impl Vm {
             Box::new(MsrBitmap::all_exit()),
             BITMAP_AT,
         );
+        let nested = match wanted.enlightened {
+            true => nested.with_enlightened_vmcs(),
+            false => nested,
+        };
         let memory = Memory::new();
         // The first 2 MiB, mapped as they are.
         memory.store_u64(Gpa(0x1000), 0x2003).unwrap();

@@ -5,7 +5,7 @@ use crate::FormatError;
 use crate::vmx::{RestoreError, SavedVmx, kvm_layout};
 use proptest::prelude::*;
 
-fn save(vm: &mut Vm) -> SavedVmx {
+pub(super) fn save(vm: &mut Vm) -> SavedVmx {
     let mut cx = Context {
         gprs: &mut vm.gprs,
         vmcs: &mut vm.vmcs,
@@ -16,7 +16,7 @@ fn save(vm: &mut Vm) -> SavedVmx {
     vm.nested.save(&mut cx).unwrap()
 }
 
-fn restore(vm: &mut Vm, saved: &SavedVmx) -> Result<(), RestoreError> {
+pub(super) fn restore(vm: &mut Vm, saved: &SavedVmx) -> Result<(), RestoreError> {
     let mut cx = Context {
         gprs: &mut vm.gprs,
         vmcs: &mut vm.vmcs,
@@ -132,8 +132,8 @@ fn kvms_layout_carries_the_same() {
         assert_eq!(theirs.image.read_raw(field), Ok(value), "{field}");
     }
     let mut bad = bytes.clone();
-    bad[0] |= 4;
-    assert_eq!(SavedVmx::from_kvm(&bad), Err(FormatError::Flags(5)));
+    bad[0] |= 8;
+    assert_eq!(SavedVmx::from_kvm(&bad), Err(FormatError::Flags(9)));
     bad = bytes;
     bad[128] = 0;
     assert!(matches!(

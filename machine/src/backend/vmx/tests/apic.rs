@@ -63,6 +63,7 @@ fn machine() -> (Machine<GuestRam>, Lapic, Arc<FakeHost>) {
         vcpus: 1,
         memory: MEMORY as u64,
         nested: false,
+        hyperv: false,
         time_limit: None,
         start_time: 0,
     };

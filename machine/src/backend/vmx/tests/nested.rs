@@ -80,10 +80,12 @@ fn hypervisor_with(shadow: bool) -> Hypervisor {
     let all = Offer {
         ept: true,
         vpid: true,
+        enlightened: false,
     };
     vcpu.processor.has_shadow = shadow;
     let parts = NestedParts {
         caps: offer(caps, caps.processor, all),
+        enlightened: false,
         vpid: 2,
         controls,
         tables,
