@@ -109,6 +109,18 @@ pub trait GuestMemory {
         None
     }
 
+    /// The `count` aligned 64-bit words from `gpa` on, if they are one piece of memory that may be
+    /// written: a table that the owner of this memory shares with the guest, found once and not at
+    /// each access. `None` as for [`Self::word`].
+    ///
+    /// What is said of one such word holds for each of these, but for its last sentence: a device
+    /// stores to its rings, with release ordering.
+    #[inline]
+    fn words(&self, gpa: Gpa, count: usize) -> Option<&[AtomicU64]> {
+        let _ = (gpa, count);
+        None
+    }
+
     /// Copies `parts` of the 4 KiB at `page` to the same offsets of `buf`, as one [`Self::read`]
     /// for each would; an implementation that finds the page once is faster.
     ///
@@ -262,6 +274,10 @@ impl<M: GuestMemory + ?Sized> GuestMemory for &M {
     #[inline]
     fn word(&self, gpa: Gpa) -> Option<&AtomicU64> {
         (**self).word(gpa)
+    }
+    #[inline]
+    fn words(&self, gpa: Gpa, count: usize) -> Option<&[AtomicU64]> {
+        (**self).words(gpa, count)
     }
     #[inline(always)]
     fn read_parts(
@@ -564,14 +580,20 @@ mod ram {
 
         #[inline]
         fn locate(&self, gpa: Gpa, len: u64, write: bool) -> Result<*mut u8, MemoryFault> {
-            // Most accesses are to the first range, and this is on the path of every exit.
-            if let Some(region) = self.regions.first()
-                && let Some(offset) = region.offset_of(gpa, len)
-                && (region.writable || !write)
-            {
-                return Ok(region.pointer.wrapping_add(offset as usize));
+            match self.locate_first(gpa, len, write) {
+                Some(place) => Ok(place),
+                None => self.search(gpa, len, write),
             }
-            self.search(gpa, len, write)
+        }
+
+        /// Where an access begins that lies in the first range, as most do; this is on the path of
+        /// every exit.
+        #[inline]
+        fn locate_first(&self, gpa: Gpa, len: u64, write: bool) -> Option<*mut u8> {
+            let region = self.regions.first()?;
+            let offset = region.offset_of(gpa, len)?;
+            let place = region.pointer.wrapping_add(offset as usize);
+            (region.writable || !write).then_some(place)
         }
 
         #[inline(never)]
@@ -612,6 +634,12 @@ mod ram {
                     kind: FaultKind::NotMemory,
                 }),
             }
+        }
+
+        #[inline(never)]
+        fn search_words(&self, gpa: Gpa, len: u64) -> Option<*mut u8> {
+            // What may go must be looked up each time.
+            self.search_fixed(gpa, len, true).ok()
         }
 
         /// The range of pages that come and go in which `gpa` lies.
@@ -655,8 +683,7 @@ mod ram {
             })
         }
 
-        /// An access that crosses ranges: every part is checked before the first byte moves.
-        #[cold]
+        /// An access wherever it is: every part is checked before the first byte moves.
         fn for_each_part(
             &self,
             gpa: Gpa,
@@ -693,6 +720,27 @@ mod ram {
                 done += part(at, len - done)?;
             }
             Ok(())
+        }
+
+        /// A read that is not all in the first range.
+        #[inline(never)]
+        fn read_elsewhere(&self, gpa: Gpa, buf: &mut [u8]) -> Result<(), MemoryFault> {
+            self.for_each_part(gpa, buf.len() as u64, false, |from, start, len| {
+                let to = &mut buf[start..start + len];
+                // SAFETY: `for_each_part` found that many bytes inside a live range or page, and
+                // `to`, a unique reference, cannot overlap memory that nothing has a reference into.
+                unsafe { core::ptr::copy_nonoverlapping(from, to.as_mut_ptr(), len) };
+            })
+        }
+
+        /// A write that is not all in the first range.
+        #[inline(never)]
+        fn write_elsewhere(&self, gpa: Gpa, data: &[u8]) -> Result<(), MemoryFault> {
+            self.for_each_part(gpa, data.len() as u64, true, |to, start, len| {
+                let from = &data[start..start + len];
+                // SAFETY: as for a read, and the range is writable.
+                unsafe { core::ptr::copy_nonoverlapping(from.as_ptr(), to, len) };
+            })
         }
 
         #[inline]
@@ -752,17 +800,13 @@ mod ram {
             if buf.is_empty() {
                 return Ok(());
             }
-            if let Ok(from) = self.locate(gpa, buf.len() as u64, false) {
-                // SAFETY: `locate` found that many bytes inside a live range, and `buf`, a unique
-                // reference, cannot overlap memory that nothing has a reference into.
+            if let Some(from) = self.locate_first(gpa, buf.len() as u64, false) {
+                // SAFETY: `locate_first` found that many bytes inside a live range, and `buf`, a
+                // unique reference, cannot overlap memory that nothing has a reference into.
                 unsafe { core::ptr::copy_nonoverlapping(from, buf.as_mut_ptr(), buf.len()) };
                 return Ok(());
             }
-            self.for_each_part(gpa, buf.len() as u64, false, |from, start, len| {
-                let to = &mut buf[start..start + len];
-                // SAFETY: as above, for this part.
-                unsafe { core::ptr::copy_nonoverlapping(from, to.as_mut_ptr(), len) };
-            })
+            self.read_elsewhere(gpa, buf)
         }
 
         #[inline]
@@ -770,16 +814,12 @@ mod ram {
             if data.is_empty() {
                 return Ok(());
             }
-            if let Ok(to) = self.locate(gpa, data.len() as u64, true) {
+            if let Some(to) = self.locate_first(gpa, data.len() as u64, true) {
                 // SAFETY: as for `read`, and the range is writable.
                 unsafe { core::ptr::copy_nonoverlapping(data.as_ptr(), to, data.len()) };
                 return Ok(());
             }
-            self.for_each_part(gpa, data.len() as u64, true, |to, start, len| {
-                let from = &data[start..start + len];
-                // SAFETY: as above, for this part.
-                unsafe { core::ptr::copy_nonoverlapping(from.as_ptr(), to, len) };
-            })
+            self.write_elsewhere(gpa, data)
         }
 
         atomic_access!(load_u16, store_u16, u16, AtomicU16);
@@ -798,6 +838,22 @@ mod ram {
             // SAFETY: as for a load, alignment included; the memory stays as long as this value, whose lifetime the
             // reference has.
             Some(unsafe { AtomicU64::from_ptr(pointer) })
+        }
+
+        #[inline]
+        fn words(&self, gpa: Gpa, count: usize) -> Option<&[AtomicU64]> {
+            if gpa.0 & 7 != 0 {
+                return None;
+            }
+            let len = (count as u64).checked_mul(8)?;
+            let place = match self.locate_first(gpa, len, true) {
+                Some(place) => place,
+                None => self.search_words(gpa, len)?,
+            };
+            // SAFETY: all of the words lie inside a live range, which stays as long as this value,
+            // whose lifetime the slice has; they are aligned there because ranges are aligned alike
+            // on both sides; and they are accessed as atomics and by raw copies only.
+            Some(unsafe { core::slice::from_raw_parts(place.cast(), count) })
         }
 
         fn bring_in(&self, gpa: Gpa) -> BroughtIn {

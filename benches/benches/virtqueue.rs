@@ -3,6 +3,26 @@
 //!
 //! Rates are per chain, or per descriptor where a row says so. A driver fills the rings before
 //! each measured pass.
+//!
+//! On a virtual machine with two cores of a Xeon, everything else stopped, in µs for 128 chains (or
+//! one of 128 descriptors), and our instructions for each as callgrind counts them. Times drift by
+//! some 10 % between rows, counts do not:
+//!
+//! | row | split | batched | packed | batched | rust-vmm | drained |
+//! | --- | --- | --- | --- | --- | --- | --- |
+//! | one-descriptor chains | 3.3 | 3.3 | 3.1 | 1.8 | 13.2 | 13.5 |
+//! | instructions | 259 | 208 | 236 | 200 | | |
+//! | a chain of 128 | 0.86 | 0.77 | 0.66 | 0.67 | 3.5 | 3.6 |
+//! | instructions | 39 | 41 | 41 | 44 | | |
+//! | indirect chains of 1 | 5.1 | 6.3 | 5.8 | 5.1 | 20.0 | 16.8 |
+//! | instructions | 305 | 256 | 283 | 252 | | |
+//! | indirect chains of 8 | 7.0 | 8.1 | 6.9 | 7.1 | 31.9 | 36.7 |
+//! | instructions | 557 | 515 | 514 | 476 | | |
+//! | returning alone | 1.0 | | 0.56 | | 5.0 | |
+//! | instructions | 67 | | 55 | | | |
+//!
+//! In a packed ring the next descriptor of a chain is known before the one before it has arrived,
+//! so it takes less time for as many instructions.
 #![allow(unsafe_code, reason = "guest memory is mapped once, below")]
 
 use std::hint::black_box;

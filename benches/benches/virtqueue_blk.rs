@@ -1,5 +1,8 @@
 //! The block device on a memory image, against its limit: the same chains popped and the same
 //! bytes copied, with nothing decided.
+//!
+//! Measured as the queues were: 59 µs for 64 reads against a limit of 54 on split rings (91 %), 53
+//! against 43 on packed ones (81 %).
 #![allow(unsafe_code, reason = "guest memory is mapped once, below")]
 
 use std::hint::black_box;

@@ -19,15 +19,30 @@ pub struct Segment {
 #[derive(Debug, PartialEq, Eq)]
 #[must_use = "a chain that is not completed is lost to the driver until the queue is reset"]
 pub struct Token {
-    pub(super) id: u16,
-    pub(super) descriptors: u16,
+    /// Its number, and above that how many places of the ring it occupies. Two words travel in
+    /// registers; three parts of them would be packed and unpacked.
+    pub(super) chain: u32,
     pub(super) sequence: u32,
 }
 
 impl Token {
+    #[inline(always)]
+    pub(super) fn new(id: u16, descriptors: u16, sequence: u32) -> Self {
+        Self {
+            chain: u32::from(id) | (u32::from(descriptors) << 16),
+            sequence,
+        }
+    }
+
     /// The number by which the driver knows the chain.
+    #[inline]
     pub fn id(&self) -> u16 {
-        self.id
+        self.chain as u16
+    }
+
+    #[inline(always)]
+    pub(super) fn descriptors(&self) -> u16 {
+        (self.chain >> 16) as u16
     }
 }
 

@@ -17,12 +17,11 @@ pub use chain::{Chain, ReadError, Reader, Segment, Token, Writer};
 
 use alloc::boxed::Box;
 use alloc::vec;
-use alloc::vec::Vec;
 
 use testudo_arch::{Gpa, GuestMemory, MemoryFault};
 
 use crate::Features;
-use descriptor::Taken;
+use descriptor::{Distant, Taken};
 use packed::Packed;
 use split::Split;
 
@@ -253,8 +252,10 @@ impl QueueConfig {
             }
         }
         // A bound of zero would make every chain an error, and no device wants that.
-        let segments = vec![Segment::default(); usize::from(bounds.segments.max(1))];
+        let most = bounds.segments.max(1);
+        let segments = vec![Segment::default(); most.into()];
         let limits = Limits {
+            segments: most,
             max_bytes: bounds.bytes.into(),
             indirect: features.contains(Features::INDIRECT_DESC),
         };
@@ -284,6 +285,17 @@ impl InFlight {
         Self(vec![0; ids.div_ceil(64)].into())
     }
 
+    /// Counts a chain as being with the device.
+    #[inline(always)]
+    fn take(&mut self, taken: &Taken, popped: &mut u32) -> Result<Token, QueueError> {
+        if !self.insert(taken.id) {
+            return Err(QueueError::InFlight(taken.id));
+        }
+        let sequence = *popped;
+        *popped = sequence.wrapping_add(1);
+        Ok(Token::new(taken.id, taken.descriptors, sequence))
+    }
+
     /// Adds `id`; false when it is there already.
     #[inline]
     fn insert(&mut self, id: u16) -> bool {
@@ -308,6 +320,7 @@ impl InFlight {
 /// What a chain may be, besides its number of segments.
 #[derive(Clone, Copy, Debug)]
 struct Limits {
+    segments: u16,
     max_bytes: u64,
     indirect: bool,
 }
@@ -316,6 +329,22 @@ struct Limits {
 enum Ring {
     Split(Split),
     Packed(Packed),
+}
+
+impl Ring {
+    #[cold]
+    #[inline(never)]
+    fn pop_far<M: GuestMemory>(
+        &mut self,
+        memory: &M,
+        segments: &mut [Segment],
+        limits: &Limits,
+    ) -> Result<Option<Taken>, QueueError> {
+        match self {
+            Self::Split(ring) => ring.pop_far(memory, segments, limits),
+            Self::Packed(ring) => ring.pop_far(memory, segments, limits),
+        }
+    }
 }
 
 /// A virtqueue in use.
@@ -359,14 +388,20 @@ impl Queue {
     /// What the driver wrote is no chain within the bounds, see [`QueueError`].
     #[inline]
     pub fn pop<M: GuestMemory>(&mut self, memory: &M) -> Result<Option<Chain<'_>>, QueueError> {
+        let (segments, limits) = (&mut *self.segments, &self.limits);
         let taken = match &mut self.ring {
-            Ring::Split(ring) => ring.pop(memory, &mut self.segments, self.limits)?,
-            Ring::Packed(ring) => ring.pop(memory, &mut self.segments, self.limits)?,
+            Ring::Split(ring) => ring.pop_near(memory, ring.near(memory), segments, limits),
+            Ring::Packed(ring) => ring.pop_near(ring.near(memory), segments, limits),
         };
-        let Some(taken) = taken else {
-            return Ok(None);
+        let taken = match taken {
+            Ok(Some(taken)) => taken,
+            Ok(None) => return Ok(None),
+            Err(Distant) => match self.ring.pop_far(memory, segments, limits)? {
+                Some(taken) => taken,
+                None => return Ok(None),
+            },
         };
-        let token = self.take(&taken)?;
+        let token = self.in_flight.take(&taken, &mut self.popped)?;
         let segments = &self.segments[..taken.segments];
         let (readable, writable) = segments.split_at(taken.readable);
         Ok(Some(Chain {
@@ -374,21 +409,6 @@ impl Queue {
             readable,
             writable,
         }))
-    }
-
-    /// Counts a chain as being with the device.
-    #[inline]
-    fn take(&mut self, taken: &Taken) -> Result<Token, QueueError> {
-        if !self.in_flight.insert(taken.id) {
-            return Err(QueueError::InFlight(taken.id));
-        }
-        let sequence = self.popped;
-        self.popped = sequence.wrapping_add(1);
-        Ok(Token {
-            id: taken.id,
-            descriptors: taken.descriptors,
-            sequence,
-        })
     }
 
     /// Whether a chain is available. A hostile driver may take the answer back, so a loop must not
@@ -418,33 +438,37 @@ impl Queue {
         memory: &M,
         batch: &mut Batch,
     ) -> Result<usize, QueueError> {
-        if batch.chains.is_empty() {
-            batch.filled = 0;
+        let Self {
+            ring,
+            limits,
+            in_flight,
+            popped,
+            ..
+        } = self;
+        match ring {
+            Ring::Split(ring) => {
+                let near = ring.near(memory);
+                batch.fill(
+                    ring,
+                    limits.segments,
+                    in_flight,
+                    popped,
+                    |ring, segments| ring.pop_near(memory, near, segments, limits),
+                    |ring, segments| ring.pop_far(memory, segments, limits),
+                )
+            }
+            Ring::Packed(ring) => {
+                let near = ring.near(memory);
+                batch.fill(
+                    ring,
+                    limits.segments,
+                    in_flight,
+                    popped,
+                    |ring, segments| ring.pop_near(near, segments, limits),
+                    |ring, segments| ring.pop_far(memory, segments, limits),
+                )
+            }
         }
-        let before = batch.chains.len();
-        let bound = self.segments.len();
-        while batch.chains.len() < batch.chains.capacity() {
-            let start = batch.filled;
-            let Some(segments) = batch.segments.get_mut(start..start + bound) else {
-                break;
-            };
-            let taken = match &mut self.ring {
-                Ring::Split(ring) => ring.pop(memory, segments, self.limits)?,
-                Ring::Packed(ring) => ring.pop(memory, segments, self.limits)?,
-            };
-            let Some(taken) = taken else {
-                break;
-            };
-            let token = self.take(&taken)?;
-            batch.filled += taken.segments;
-            batch.chains.push(BatchChain {
-                token,
-                start,
-                writable: start + taken.readable,
-                end: batch.filled,
-            });
-        }
-        Ok(batch.chains.len() - before)
     }
 
     /// Makes a chain available again, as if it had never been taken: it comes again with the next
@@ -458,9 +482,9 @@ impl Queue {
         );
         match &mut self.ring {
             Ring::Split(ring) => ring.give_back(),
-            Ring::Packed(ring) => ring.give_back(token.descriptors),
+            Ring::Packed(ring) => ring.give_back(token.descriptors()),
         }
-        self.in_flight.remove(token.id);
+        self.in_flight.remove(token.id());
         self.popped = last;
     }
 
@@ -480,13 +504,13 @@ impl Queue {
         if self.in_order && token.sequence != self.completed {
             return Err(QueueError::OutOfOrder);
         }
-        match &mut self.ring {
-            Ring::Split(ring) => ring.complete(memory, token.id, written)?,
-            Ring::Packed(ring) => ring.complete(memory, token.id, token.descriptors, written)?,
-        }
-        self.in_flight.remove(token.id);
+        let (id, descriptors) = (token.id(), token.descriptors());
+        self.in_flight.remove(id);
         self.completed = self.completed.wrapping_add(1);
-        Ok(())
+        match &mut self.ring {
+            Ring::Split(ring) => ring.complete(memory, id, written),
+            Ring::Packed(ring) => ring.complete(id, descriptors, written),
+        }
     }
 
     /// Shows the driver all chains returned since the last call, and says whether it wants an
@@ -534,17 +558,20 @@ impl Queue {
 /// Chains taken together, in storage that is allocated once.
 #[derive(Debug)]
 pub struct Batch {
-    chains: Vec<BatchChain>,
+    chains: Box<[BatchChain]>,
     segments: Box<[Segment]>,
+    /// How many chains there are, and how many segments they have.
+    len: usize,
     filled: usize,
 }
 
-#[derive(Debug)]
+/// A chain in a batch: its token's two halves, and how many segments of either kind it has.
+#[derive(Clone, Copy, Debug, Default)]
 struct BatchChain {
-    token: Token,
-    start: usize,
-    writable: usize,
-    end: usize,
+    chain: u32,
+    sequence: u32,
+    readable: u32,
+    segments: u32,
 }
 
 impl Batch {
@@ -553,19 +580,70 @@ impl Batch {
     /// A queue fills it only while a chain as long as its bound would still fit.
     pub fn new(chains: usize, segments: usize) -> Self {
         Self {
-            chains: Vec::with_capacity(chains),
+            chains: vec![BatchChain::default(); chains].into(),
             segments: vec![Segment::default(); segments].into(),
+            len: 0,
             filled: 0,
         }
     }
 
+    /// Fills the batch with the chains that `pop` finds, each of at most `bound` segments; how many
+    /// there were.
+    #[inline(always)]
+    fn fill<R>(
+        &mut self,
+        ring: &mut R,
+        bound: u16,
+        in_flight: &mut InFlight,
+        popped: &mut u32,
+        near: impl Fn(&mut R, &mut [Segment]) -> Result<Option<Taken>, Distant>,
+        far: impl Fn(&mut R, &mut [Segment]) -> Result<Option<Taken>, QueueError>,
+    ) -> Result<usize, QueueError> {
+        let before = self.len;
+        while let Some(chain) = self.chains.get_mut(self.len) {
+            let place = self.filled..self.filled.wrapping_add(bound.into());
+            let Some(segments) = self.segments.get_mut(place) else {
+                break;
+            };
+            let taken = match near(ring, segments) {
+                Ok(Some(taken)) => taken,
+                Ok(None) => break,
+                Err(Distant) => match far(ring, segments)? {
+                    Some(taken) => taken,
+                    None => break,
+                },
+            };
+            let token = in_flight.take(&taken, popped)?;
+            *chain = BatchChain {
+                chain: token.chain,
+                sequence: token.sequence,
+                readable: taken.readable as u32,
+                segments: taken.segments as u32,
+            };
+            self.filled += taken.segments;
+            self.len += 1;
+        }
+        Ok(self.len - before)
+    }
+
     /// Takes the chains out in order; afterwards the batch is empty.
+    #[inline]
     pub fn drain(&mut self) -> impl Iterator<Item = Chain<'_>> {
-        let segments = &self.segments;
-        self.chains.drain(..).map(move |chain| Chain {
-            token: chain.token,
-            readable: &segments[chain.start..chain.writable],
-            writable: &segments[chain.writable..chain.end],
+        let len = core::mem::take(&mut self.len);
+        self.filled = 0;
+        let mut rest = &self.segments[..];
+        self.chains[..len].iter().map(move |chain| {
+            let (segments, after) = rest.split_at(chain.segments as usize);
+            rest = after;
+            let (readable, writable) = segments.split_at(chain.readable as usize);
+            Chain {
+                token: Token {
+                    chain: chain.chain,
+                    sequence: chain.sequence,
+                },
+                readable,
+                writable,
+            }
         })
     }
 }

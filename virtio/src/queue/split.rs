@@ -4,9 +4,11 @@ use core::sync::atomic::{Ordering, fence};
 
 use testudo_arch::{Gpa, GuestMemory};
 
-use super::descriptor::{Collector, Descriptor, INDIRECT, NEXT, Taken};
+use super::descriptor::{Collector, Distant, Far, Flags, Near, Table, Taken};
 use super::{Limits, QueueConfig, QueueError, Segment};
 
+/// A descriptor's tail: the flags, and above them the next one's index.
+const FLAGS: Flags = Flags::at(0);
 /// Offset of the index in both the available and the used ring; the flags are at 0.
 const INDEX: u64 = 2;
 /// Offset of the first element in both.
@@ -58,7 +60,7 @@ impl Split {
     /// The element that a free-running index stands for.
     #[inline]
     fn slot(&self, index: u32) -> u64 {
-        u64::from(index & (u32::from(self.size) - 1))
+        u64::from(index & u32::from(self.size).wrapping_sub(1))
     }
 
     /// Whether there is a chain to take; looks at the driver's index only when all that was known
@@ -82,20 +84,55 @@ impl Split {
         Ok(ahead != 0)
     }
 
+    /// The descriptors, if they are near.
     #[inline(always)]
-    pub(super) fn pop<M: GuestMemory>(
+    pub(super) fn near<'m, M: GuestMemory>(&self, memory: &'m M) -> Option<Near<'m, M>> {
+        Near::find(memory, self.table, self.size.into())
+    }
+
+    /// Takes the next chain if all its descriptors are near: `near` is [`Self::near`]. Whatever is
+    /// wrong, none is taken, and [`Self::pop_far`] says what it is.
+    #[inline(always)]
+    pub(super) fn pop_near<M: GuestMemory>(
+        &mut self,
+        memory: &M,
+        near: Option<Near<'_, M>>,
+        segments: &mut [Segment],
+        limits: &Limits,
+    ) -> Result<Option<Taken>, Distant> {
+        let table = near.ok_or(Distant)?;
+        self.take(memory, table, segments, limits)
+            .map_err(|_| Distant)
+    }
+
+    #[cold]
+    #[inline(never)]
+    pub(super) fn pop_far<M: GuestMemory>(
         &mut self,
         memory: &M,
         segments: &mut [Segment],
-        limits: Limits,
+        limits: &Limits,
+    ) -> Result<Option<Taken>, QueueError> {
+        let table = Far::new(memory, self.table, self.size.into());
+        self.take(memory, table, segments, limits)
+    }
+
+    /// Takes the next chain from `table`, or fails and takes none.
+    #[inline(always)]
+    fn take<M: GuestMemory>(
+        &mut self,
+        memory: &M,
+        table: impl Table,
+        segments: &mut [Segment],
+        limits: &Limits,
     ) -> Result<Option<Taken>, QueueError> {
         if !self.more(memory)? {
             return Ok(None);
         }
         let element = ELEMENTS + 2 * self.slot(self.next_available);
         let head = memory.load_u16(self.available.wrapping_add(element))?;
+        let taken = collect(table, head, segments, limits)?;
         self.next_available = self.next_available.wrapping_add(1);
-        let taken = collect(memory, self.table, self.size, head, segments, limits)?;
         Ok(Some(taken))
     }
 
@@ -104,7 +141,7 @@ impl Split {
         self.next_available = self.next_available.wrapping_sub(1);
     }
 
-    #[inline]
+    #[inline(never)]
     pub(super) fn complete<M: GuestMemory>(
         &mut self,
         memory: &M,
@@ -166,60 +203,34 @@ impl Split {
     }
 }
 
-/// Follows the chain that begins at `head`.
+/// Follows the chain that begins at `head`, into an indirect table if it ends with one.
 #[inline(always)]
-fn collect<M: GuestMemory>(
-    memory: &M,
-    table: Gpa,
-    size: u16,
+fn collect(
+    mut table: impl Table,
     head: u16,
     segments: &mut [Segment],
-    limits: Limits,
+    limits: &Limits,
 ) -> Result<Taken, QueueError> {
     let mut collector = Collector::new(segments, limits);
-    let mut index = head;
+    let mut nested = false;
+    let mut index = head.into();
     loop {
-        if index >= size {
-            return Err(QueueError::DescriptorIndex { index, size });
+        let descriptor = table.read(index)?;
+        if descriptor.tail & FLAGS.indirect != 0 {
+            if nested {
+                return Err(QueueError::NestedIndirect);
+            }
+            nested = true;
+            let count = collector.indirect_table(descriptor, FLAGS)?;
+            table = table.other(descriptor.gpa, count)?;
+            index = 0;
+            continue;
         }
-        let descriptor = Descriptor::read(memory, table, index)?;
-        let flags = descriptor.split_flags();
-        if flags & INDIRECT != 0 {
-            let count = collector.indirect_table(descriptor, flags)?;
-            collector = collect_indirect(memory, descriptor.gpa, count, collector)?;
+        collector.push(descriptor, FLAGS)?;
+        if descriptor.tail & FLAGS.next == 0 {
             break;
         }
-        collector.push(descriptor, flags)?;
-        if flags & NEXT == 0 {
-            break;
-        }
-        index = descriptor.next();
+        index = descriptor.tail >> 16;
     }
-    Ok(collector.finish(head, 1))
-}
-
-/// Follows the chain in an indirect table of `count` descriptors, from its first one.
-#[inline(never)]
-fn collect_indirect<'w, M: GuestMemory>(
-    memory: &M,
-    table: Gpa,
-    count: u16,
-    mut collector: Collector<'w>,
-) -> Result<Collector<'w>, QueueError> {
-    let mut index = 0;
-    loop {
-        if index >= count {
-            return Err(QueueError::DescriptorIndex { index, size: count });
-        }
-        let descriptor = Descriptor::read(memory, table, index)?;
-        let flags = descriptor.split_flags();
-        if flags & INDIRECT != 0 {
-            return Err(QueueError::NestedIndirect);
-        }
-        collector.push(descriptor, flags)?;
-        if flags & NEXT == 0 {
-            return Ok(collector);
-        }
-        index = descriptor.next();
-    }
+    collector.finish(head, 1)
 }

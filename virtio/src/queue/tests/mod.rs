@@ -2,6 +2,7 @@
 
 mod hostile;
 mod model;
+mod near;
 
 use std::boxed::Box;
 use std::vec;
