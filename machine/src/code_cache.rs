@@ -1,4 +1,4 @@
-//! The last instruction that exited, remembered: for processors that do not tell its length.
+//! Instructions that exited, remembered: for processors that do not tell their length.
 
 use core::sync::atomic::{AtomicU64, Ordering};
 
@@ -26,13 +26,20 @@ type Word<'m> = (&'m AtomicU64, u64);
 /// Stands for a word where there are fewer: it always holds what it must.
 static NO_WORD: AtomicU64 = AtomicU64::new(0);
 
-/// One instruction with its length, and every word of memory that says so: the table entries on
+/// How many instructions are remembered: a guest that halts, sets its timer and ends interrupts in turn,
+/// or enters a guest of its own, comes back to a handful.
+const SLOTS: usize = 16;
+
+/// Instructions with their lengths, each with every word of memory that says so: the table entries on
 /// the way to it, and its bytes.
 ///
 /// A hit is not an assumption: all these words are read and compared again, which takes a fraction
 /// of the instructions that a walk and decoding take. If they are the same, so is the result.
 #[derive(Clone, Debug)]
-pub(crate) struct CodeCache<'m> {
+pub(crate) struct CodeCache<'m>([Known<'m>; SLOTS]);
+
+#[derive(Clone, Debug)]
+struct Known<'m> {
     key: FetchKey,
     /// As many as there can be, so that they are compared without being counted.
     words: [Word<'m>; MAX_WORDS],
@@ -43,26 +50,42 @@ pub(crate) struct CodeCache<'m> {
 
 impl Default for CodeCache<'_> {
     fn default() -> Self {
-        Self {
-            key: FetchKey::default(),
-            words: [(&NO_WORD, 0); MAX_WORDS],
-            has_many: false,
-            length: 0,
-        }
+        Self([const { Known::NOTHING }; SLOTS])
     }
 }
 
+/// The place of an instruction: neighbours get different ones, and so do those that are alike in two
+/// pages.
+#[inline]
+fn slot(key: &FetchKey) -> usize {
+    (key.rip ^ key.rip >> 4) as usize % SLOTS
+}
+
+impl Known<'_> {
+    const NOTHING: Self = Self {
+        key: FetchKey {
+            rip: 0,
+            cr3: 0,
+            cr4: 0,
+        },
+        words: [(&NO_WORD, 0); MAX_WORDS],
+        has_many: false,
+        length: 0,
+    };
+}
+
 impl<'m> CodeCache<'m> {
-    /// The length of the instruction, if it is the one remembered and nothing has changed.
+    /// The length of the instruction, if it is remembered and nothing has changed.
     #[inline]
     pub(crate) fn length(&self, key: &FetchKey) -> Option<u8> {
+        let known = &self.0[slot(key)];
         let same = |&(word, value): &Word<'_>| word.load(Ordering::Relaxed) == value;
-        let (few, more) = self.words.split_at(FEW_WORDS);
-        let unchanged = self.length != 0
-            && self.key == *key
+        let (few, more) = known.words.split_at(FEW_WORDS);
+        let unchanged = known.length != 0
+            && known.key == *key
             && few.iter().all(same)
-            && (!self.has_many || more.iter().all(same));
-        unchanged.then_some(self.length)
+            && (!known.has_many || more.iter().all(same));
+        unchanged.then_some(known.length)
     }
 
     /// Remembers an instruction that `walk` found, whose bytes `code` are all in that page.
@@ -73,7 +96,8 @@ impl<'m> CodeCache<'m> {
         walk: &GuestTranslation,
         code: &[u8],
     ) {
-        self.length = 0;
+        let known = &mut self.0[slot(&key)];
+        known.length = 0;
         let mut words = ArrayVec::<Word<'_>, MAX_WORDS>::new();
         let length = code.len() as u8;
         let first = walk.gpa.0 & !7;
@@ -104,10 +128,13 @@ impl<'m> CodeCache<'m> {
         // Another vCPU may have changed the code since it was decoded.
         let skip = (walk.gpa.0 & 7) as usize;
         if bytes.get(skip..skip + code.len()) == Some(code) {
-            self.has_many = words.len() > FEW_WORDS;
-            self.words = [(&NO_WORD, 0); MAX_WORDS];
-            self.words[..words.len()].copy_from_slice(&words);
-            (self.key, self.length) = (key, length);
+            *known = Known {
+                key,
+                has_many: words.len() > FEW_WORDS,
+                length,
+                ..Known::NOTHING
+            };
+            known.words[..words.len()].copy_from_slice(&words);
         }
     }
 }
@@ -162,6 +189,17 @@ mod tests {
             ram.store_u64(Gpa(at), old).unwrap();
             assert_eq!(cache.length(&key), Some(2));
         }
+        // Others come and go beside it.
+        for other in (1..40).map(|n| FetchKey {
+            rip: 0x1010 + n,
+            ..key
+        }) {
+            if slot(&other) != slot(&key) {
+                cache.remember(&ram, other, &found, &[0x0F, 0xA2]);
+                assert_eq!(cache.length(&other), Some(2));
+            }
+        }
+        assert_eq!(cache.length(&key), Some(2));
         for code in [&[0x0F, 0xA3][..], &[], &[0x0F; 10]] {
             cache.remember(&ram, key, &found, code);
             assert_eq!(cache.length(&key), None, "{code:x?}");
