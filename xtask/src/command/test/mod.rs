@@ -2,6 +2,7 @@
 
 mod bluepill;
 mod boots;
+mod costs;
 mod nested;
 mod selftests;
 mod virtio;
@@ -96,6 +97,7 @@ impl Test {
         host(&mut tally)?;
         if !self.quick {
             selftests::run(&mut tally, self.full)?;
+            costs::run(&mut tally);
             boots::run(&mut tally, self.full)?;
             virtio::run(&mut tally, self.full)?;
             nested::run(&mut tally, self.full)?;
