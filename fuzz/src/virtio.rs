@@ -18,9 +18,9 @@ use testudo_virtio::device::{
     MemBackend, MemOptions, Net, NetOptions, Pmem, PortOptions, Rng, Vsock,
 };
 use testudo_virtio::driver::{DriverQueue, ring_bytes};
-use testudo_virtio::queue::Bounds;
+use testudo_virtio::queue::{Batch, Bounds};
 use testudo_virtio::transport::{Mmio, Options, Pci};
-use testudo_virtio::{Device, Features, Segment};
+use testudo_virtio::{Chain, Device, Features, Segment};
 
 use crate::input::Input;
 
@@ -76,6 +76,7 @@ pub fn queue(data: &[u8]) {
         .activate(features, bounds, &guest.ram)
         .unwrap();
     let mut taken = Vec::new();
+    let mut batch = Batch::new(5, 400);
     while !input.is_empty() {
         match input.u8() % 8 {
             // The driver writes somewhere near the ring or an indirect table.
@@ -98,6 +99,14 @@ pub fn queue(data: &[u8]) {
                 Ok(None) => {}
                 Err(_) => return,
             },
+            5 if input.u8() & 7 == 0 => {
+                let end = queue.pop_batch(&guest.ram, &mut batch);
+                taken.extend(batch.drain().map(Chain::into_token));
+                assert!(taken.len() <= usize::from(size));
+                if end.is_err() {
+                    return;
+                }
+            }
             5 if !taken.is_empty() => {
                 let which = usize::from(input.u8()) % taken.len();
                 let token = taken.remove(which);
@@ -376,14 +385,18 @@ pub fn pci(data: &[u8]) {
     }
 }
 
-/// A driver that negotiates properly, keeps its rings in order, and asks for anything.
+/// One of the devices under [`drive`].
 pub fn device(kind: Kind, data: &[u8]) {
+    drive(make(kind), data);
+}
+
+/// A driver that negotiates properly, keeps its rings in order, and asks for anything.
+pub fn drive(device: Box<dyn Device<GuestRam>>, data: &[u8]) {
     /// The rings begin the memory; what is offered lies behind them.
     const AREA: u64 = BASE + 0x3_0000;
     const AREA_SIZE: u64 = BASE + SIZE - AREA;
     let mut input = Input(data);
     let guest = Guest::new();
-    let device = make(kind);
     let sizes = device.queues().to_vec();
     let interrupts = Arc::new(NoInterrupts);
     let memory = guest.ram.clone();

@@ -33,6 +33,8 @@ enum Cli {
     Bluepill(command::bluepill::Bluepill),
     /// Measure what the hypervisor costs, in instructions
     Measure(command::measure::Measure),
+    /// Begin a virtio device: its module, a test with a driver, and a fuzz target, all of which work
+    NewDevice(command::new_device::NewDevice),
 }
 
 fn main() -> ExitCode {
@@ -45,6 +47,7 @@ fn main() -> ExitCode {
         Cli::Nested(nested) => nested.run(),
         Cli::Bluepill(bluepill) => bluepill.run(),
         Cli::Measure(measure) => measure.run(),
+        Cli::NewDevice(device) => device.run(),
     };
     match result {
         Ok(status) => ExitCode::from(status),

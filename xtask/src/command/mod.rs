@@ -7,5 +7,6 @@ pub(crate) mod devices;
 pub(crate) mod diff;
 pub(crate) mod measure;
 pub(crate) mod nested;
+pub(crate) mod new_device;
 pub(crate) mod test;
 mod xen;

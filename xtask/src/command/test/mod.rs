@@ -4,6 +4,7 @@ mod bluepill;
 mod boots;
 mod costs;
 mod nested;
+mod new_device;
 mod selftests;
 mod virtio;
 
@@ -96,6 +97,7 @@ impl Test {
         };
         host(&mut tally)?;
         if !self.quick {
+            new_device::run(&mut tally);
             selftests::run(&mut tally, self.full)?;
             costs::run(&mut tally);
             boots::run(&mut tally, self.full)?;
