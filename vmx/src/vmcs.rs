@@ -24,7 +24,8 @@ pub trait VmcsRead {
     fn read_raw(&self, field: Encoding) -> Result<u64, VmFail>;
 
     /// Reads a field of the table.
-    #[inline]
+    // Of an image, with the field a constant, nothing but the load remains.
+    #[inline(always)]
     fn get<W: Width, A: Access>(&self, field: Field<W, A>) -> Result<W::Value, AccessError>
     where
         Self: Sized,
@@ -46,7 +47,7 @@ pub trait VmcsWrite: VmcsRead {
     fn write_raw(&mut self, field: Encoding, value: u64) -> Result<(), VmFail>;
 
     /// Writes a field of the table that VMWRITE accepts on every processor.
-    #[inline]
+    #[inline(always)]
     fn set<W: Width>(
         &mut self,
         field: Field<W, ReadWrite>,

@@ -15,6 +15,8 @@ use super::exit::{ABORT_HOST_PDPTES, ABORT_LOADING_MSRS};
 use super::instruction::Stop;
 use super::join::{Fixed, Joined, L0Controls, L1Controls};
 use super::pdptes::{self, Pdptes};
+use super::resume::Settled;
+use super::shadow::ALL_SHADOWED;
 use super::vmcs12::LaunchState;
 use super::{Context, Msrs, NestedVmx, Outcome, SecondStage, VmcsPair, guest_fields};
 
@@ -173,6 +175,7 @@ impl NestedVmx {
         };
         let image = &*self.vmcs12.image;
         let joined = Joined::new(&l0, image, l1, &fixed)?;
+        self.settled = Settled::of(image, l1, &l0, composed)?;
 
         let mut vmcs02 = cx.vmcs.l2();
         joined.write(self.joined.as_ref(), &mut vmcs02)?;
@@ -272,6 +275,8 @@ impl NestedVmx {
         M: GuestMemory,
         R: Msrs,
     {
+        self.shadow_misses = ALL_SHADOWED;
+        self.settled = None;
         let image = &mut self.vmcs12.image;
         let number = u64::from(reason.number()) | ENTRY_FAILURE;
         guest_fields::set(image, fields::EXIT_REASON.encoding(), number)?;

@@ -88,6 +88,7 @@ impl NestedVmx {
     ///
     /// L0's own access to a VMCS failed.
     pub fn refresh_clock<P: VmcsPair>(&mut self, vmcs: &mut P) -> Result<(), AccessError> {
+        self.settled = None;
         let l0 = L0Controls::read(&vmcs.l1())?;
         let Some(joined) = &mut self.joined else {
             return Ok(());
@@ -139,6 +140,7 @@ impl NestedVmx {
         wanted: bool,
         vmcs: &mut P,
     ) -> Result<(), AccessError> {
+        self.settled = None;
         let theirs = L1Controls::read(&self.vmcs12.image)?
             .primary
             .contains(window);

@@ -10,6 +10,7 @@ use testudo_vmx::{AccessError, VmcsRead, VmcsWrite, fields};
 
 use super::join::L1Controls;
 use super::route::{ExitDetails, L0Windows, Route, route};
+use super::shadow::{ALL_SHADOWED, follow, shadowed};
 use super::{
     Context, ControlRegisters, EptFault, EptHandled, Msrs, NestedVmx, SecondStage, VmcsPair,
     guest_fields, vmcs12,
@@ -139,12 +140,25 @@ impl NestedVmx {
         M: GuestMemory,
         R: Msrs,
     {
-        {
-            let vmcs02 = cx.vmcs.l2();
-            let image = &mut self.vmcs12.image;
-            guest_fields::pull(&vmcs02, image, &guest_fields::EXIT_INFORMATION)?;
-        }
+        self.take_exit_information(cx)?;
         self.leave(cx)
+    }
+
+    /// All exit information that an exit to L1 copies.
+    #[inline]
+    fn take_exit_information<P: VmcsPair, M, S, R>(
+        &mut self,
+        cx: &mut Context<'_, P, M, S, R>,
+    ) -> Result<(), AccessError> {
+        let vmcs02 = cx.vmcs.l2();
+        let image = &mut *self.vmcs12.image;
+        follow!(
+            &vmcs02, image, self.shadow_misses;
+            EXIT_REASON EXIT_QUALIFICATION EXIT_INTERRUPTION_INFORMATION EXIT_INTERRUPTION_ERROR_CODE
+            IDT_VECTORING_INFORMATION IDT_VECTORING_ERROR_CODE EXIT_INSTRUCTION_LENGTH
+            EXIT_INSTRUCTION_INFORMATION GUEST_LINEAR_ADDRESS
+        );
+        Ok(())
     }
 
     fn reflect_as<P, M, S, R>(
@@ -158,19 +172,17 @@ impl NestedVmx {
         M: GuestMemory,
         R: Msrs,
     {
-        let gpa = {
-            let vmcs02 = cx.vmcs.l2();
-            let image = &mut self.vmcs12.image;
-            guest_fields::pull(&vmcs02, image, &guest_fields::EXIT_INFORMATION)?;
-            vmcs02.get(fields::GUEST_PHYSICAL_ADDRESS)?
-        };
+        self.take_exit_information(cx)?;
+        let gpa = cx.vmcs.l2().get(fields::GUEST_PHYSICAL_ADDRESS)?;
         self.set_exit(reason, qualification)?;
         let field = fields::GUEST_PHYSICAL_ADDRESS.encoding();
         guest_fields::set(&mut self.vmcs12.image, field, gpa)?;
         self.leave(cx)
     }
 
+    /// Gives L1's VMCS exit information that the processor did not report.
     fn set_exit(&mut self, reason: BasicReason, qualification: u64) -> Result<(), AccessError> {
+        self.shadow_misses = ALL_SHADOWED;
         let image = &mut self.vmcs12.image;
         let number = u64::from(reason.number());
         guest_fields::set(image, fields::EXIT_REASON.encoding(), number)?;
@@ -241,6 +253,10 @@ impl NestedVmx {
     {
         let l1 = L1Controls::read(&self.vmcs12.image)?;
         self.save_guest(&l1, cx)?;
+        if self.current.is_none() {
+            // Not for VMREAD to ask for.
+            self.fetch_rare(cx)?;
+        }
         self.is_guest = false;
         self.window = false;
         self.nmi_window = false;
@@ -288,7 +304,9 @@ impl NestedVmx {
         }
     }
 
-    /// L2's state into L1's VMCS (30.3).
+    /// L2's state into L1's VMCS (30.3), but for the fields that seldom change: they are in `vmcs02`, and
+    /// fetched when they are wanted.
+    #[inline]
     pub(super) fn save_guest<P: VmcsPair, M, S, R>(
         &mut self,
         l1: &L1Controls,
@@ -296,15 +314,31 @@ impl NestedVmx {
     ) -> Result<(), AccessError> {
         let vmcs02 = cx.vmcs.l2();
         let ControlRegisters { cr0, cr4, efer } = self.l2_control_registers(&vmcs02)?;
-        let loads_efer = self
-            .joined
-            .is_some_and(|j| j.entry.contains(EntryControls::LOAD_EFER));
+        let loads_efer = self.joined.as_mut().is_some_and(|joined| {
+            let loads = joined.entry.contains(EntryControls::LOAD_EFER);
+            if loads {
+                // The processor keeps the bit in `vmcs02`.
+                let long = efer & LMA != 0;
+                joined.entry.set(EntryControls::IA32E_MODE_GUEST, long);
+            }
+            loads
+        });
         let image = &mut *self.vmcs12.image;
-        guest_fields::pull(&vmcs02, image, &guest_fields::FREQUENT)?;
-        guest_fields::pull(&vmcs02, image, &guest_fields::RARE)?;
+        follow!(
+            &vmcs02, image, self.shadow_misses;
+            GUEST_RIP GUEST_RSP GUEST_RFLAGS GUEST_INTERRUPTIBILITY GUEST_CR3 GUEST_CS_BASE
+            GUEST_CS_ACCESS_RIGHTS GUEST_SS_ACCESS_RIGHTS
+        );
+        self.rare_missing = true;
 
-        image.set(fields::GUEST_CR0, cr0)?;
-        image.set(fields::GUEST_CR4, cr4)?;
+        if cr0 != image.get(fields::GUEST_CR0)? {
+            image.set(fields::GUEST_CR0, cr0)?;
+            self.shadow_misses |= const { shadowed(fields::GUEST_CR0.encoding()) };
+        }
+        if cr4 != image.get(fields::GUEST_CR4)? {
+            image.set(fields::GUEST_CR4, cr4)?;
+            self.shadow_misses |= const { shadowed(fields::GUEST_CR4.encoding()) };
+        }
         image.set(fields::GUEST_ACTIVITY_STATE, ActivityState::Active.number())?;
         // "IA-32e mode guest" follows LMA (IA32_VMX_MISC bit 5, as L1 was told).
         if loads_efer {
@@ -329,15 +363,32 @@ impl NestedVmx {
         if l1.pin.contains(PinControls::ACTIVATE_PREEMPTION_TIMER)
             && l1.exit.contains(ExitControls::SAVE_PREEMPTION_TIMER)
         {
-            let left = vmcs02.get(fields::PREEMPTION_TIMER_VALUE)?;
-            image.set(fields::PREEMPTION_TIMER_VALUE, left)?;
+            follow!(&vmcs02, image, self.shadow_misses; PREEMPTION_TIMER_VALUE);
         }
         // "bit 31 … is cleared" (30.2).
         let injected = image.get(fields::ENTRY_INTERRUPTION_INFORMATION)?;
-        image.set(
-            fields::ENTRY_INTERRUPTION_INFORMATION,
-            injected & !(1 << 31),
-        )
+        if injected & (1 << 31) != 0 {
+            let done = injected & !(1 << 31);
+            image.set(fields::ENTRY_INTERRUPTION_INFORMATION, done)?;
+            self.shadow_misses |=
+                const { shadowed(fields::ENTRY_INTERRUPTION_INFORMATION.encoding()) };
+        }
+        Ok(())
+    }
+
+    /// The guest fields that seldom change, if L1's VMCS misses those of the last exit: before they are
+    /// used, and before `vmcs02` is another's.
+    #[inline]
+    pub(super) fn fetch_rare<P: VmcsPair, M, S, R>(
+        &mut self,
+        cx: &mut Context<'_, P, M, S, R>,
+    ) -> Result<(), AccessError> {
+        if self.rare_missing {
+            self.rare_missing = false;
+            let image = &mut self.vmcs12.image;
+            guest_fields::pull(&cx.vmcs.l2(), image, &guest_fields::RARE)?;
+        }
+        Ok(())
     }
 }
 

@@ -36,7 +36,7 @@ pub(super) const fn slots<const N: usize>(list: [Encoding; N]) -> [Slot; N] {
 }
 
 impl Slot {
-    #[inline]
+    #[inline(always)]
     pub(super) fn load(&self, image: &VmcsImage) -> u64 {
         let at = &image.as_bytes()[self.offset..];
         let mut value = [0; 8];
@@ -48,7 +48,7 @@ impl Slot {
         u64::from_le_bytes(value)
     }
 
-    #[inline]
+    #[inline(always)]
     pub(super) fn store(&self, image: &mut VmcsImage, value: u64) {
         let (at, value) = (
             &mut image.as_mut_bytes()[self.offset..],
@@ -124,19 +124,6 @@ pub(super) const PDPTES: [Slot; 4] = slots([
     f::GUEST_PDPTE3.encoding(),
 ]);
 
-/// Exit information, all of which an exit to L1 copies.
-pub(super) const EXIT_INFORMATION: [Slot; 9] = slots([
-    f::EXIT_REASON.encoding(),
-    f::EXIT_QUALIFICATION.encoding(),
-    f::EXIT_INTERRUPTION_INFORMATION.encoding(),
-    f::EXIT_INTERRUPTION_ERROR_CODE.encoding(),
-    f::IDT_VECTORING_INFORMATION.encoding(),
-    f::IDT_VECTORING_ERROR_CODE.encoding(),
-    f::EXIT_INSTRUCTION_LENGTH.encoding(),
-    f::EXIT_INSTRUCTION_INFORMATION.encoding(),
-    f::GUEST_LINEAR_ADDRESS.encoding(),
-]);
-
 /// Whether a field is one of those that seldom change.
 pub(super) fn is_rare(field: Encoding) -> bool {
     RARE.iter().any(|slot| slot.field == field.full())
@@ -155,6 +142,15 @@ fn read_failed(field: Encoding, fail: VmFail) -> AccessError {
 #[cold]
 fn write_failed(field: Encoding, value: u64, fail: VmFail) -> AccessError {
     AccessError::Write { field, value, fail }
+}
+
+/// A field of a VMCS.
+#[inline(always)]
+pub(super) fn read(vmcs: &impl VmcsRead, field: Encoding) -> Result<u64, AccessError> {
+    match vmcs.read_raw(field) {
+        Ok(value) => Ok(value),
+        Err(fail) => Err(read_failed(field, fail)),
+    }
 }
 
 /// From L1's VMCS to `vmcs02`.
@@ -181,10 +177,7 @@ pub(super) fn pull(
     list: &[Slot],
 ) -> Result<(), AccessError> {
     for slot in list {
-        match vmcs.read_raw(slot.field) {
-            Ok(value) => slot.store(image, value),
-            Err(fail) => return Err(read_failed(slot.field, fail)),
-        }
+        slot.store(image, read(vmcs, slot.field)?);
     }
     Ok(())
 }

@@ -1,10 +1,9 @@
 //! What an exit loads: L1's host state, as `vmcs01`'s guest state (SDM vol. 3C, 30.5).
 
-use testudo_arch::regs::SegmentRegister;
 use testudo_arch::segment::SegmentAttributes;
 use testudo_arch::{Cr4Flags, EferFlags, GuestMemory, Segment};
 use testudo_vmx::controls::{ActivityState, EntryControls, ExitControls, Interruptibility};
-use testudo_vmx::state::write_segment;
+use testudo_vmx::image::VmcsImage;
 use testudo_vmx::{AccessError, VmcsRead, VmcsWrite, fields};
 
 use super::{Context, NestedVmx, VmcsPair, pdptes, visible};
@@ -111,19 +110,27 @@ impl NestedVmx {
 }
 
 /// The segments after an exit (30.5.2).
+#[inline]
 fn load_host_segments(
-    image: &impl VmcsRead,
+    image: &VmcsImage,
     long: bool,
     vmcs01: &mut impl VmcsWrite,
 ) -> Result<(), AccessError> {
-    use SegmentRegister as S;
     let code = if long {
         SegmentAttributes::CODE64
     } else {
         SegmentAttributes::CODE32
     };
-    let cs = Segment::flat(image.get(fields::HOST_CS_SELECTOR)?, code);
-    write_segment(vmcs01, S::Cs, &cs)?;
+    // One after the other, each field by its name: this is most of an exit.
+    macro_rules! segment {
+        ($selector:ident $base:ident $limit:ident $rights:ident <- $value:expr) => {{
+            let segment: Segment = $value;
+            vmcs01.set(fields::$selector, segment.selector)?;
+            vmcs01.set(fields::$base, segment.base)?;
+            vmcs01.set(fields::$limit, segment.limit)?;
+            vmcs01.set(fields::$rights, segment.attributes.bits())?;
+        }};
+    }
     // A null selector makes a data segment unusable; FS and GS have a base all the same.
     let data = |selector: u16, base: u64| Segment {
         base,
@@ -136,45 +143,49 @@ fn load_host_segments(
             },
         )
     };
-    let (fs_base, gs_base) = (
-        image.get(fields::HOST_FS_BASE)?,
-        image.get(fields::HOST_GS_BASE)?,
+    segment!(
+        GUEST_CS_SELECTOR GUEST_CS_BASE GUEST_CS_LIMIT GUEST_CS_ACCESS_RIGHTS
+        <- Segment::flat(image.get(fields::HOST_CS_SELECTOR)?, code)
     );
-    for (register, selector, base) in [
-        (S::Ss, image.get(fields::HOST_SS_SELECTOR)?, 0),
-        (S::Ds, image.get(fields::HOST_DS_SELECTOR)?, 0),
-        (S::Es, image.get(fields::HOST_ES_SELECTOR)?, 0),
-        (S::Fs, image.get(fields::HOST_FS_SELECTOR)?, fs_base),
-        (S::Gs, image.get(fields::HOST_GS_SELECTOR)?, gs_base),
-    ] {
-        write_segment(vmcs01, register, &data(selector, base))?;
-    }
-    let tr = Segment {
-        selector: image.get(fields::HOST_TR_SELECTOR)?,
-        attributes: SegmentAttributes::TSS_BUSY,
-        limit: 0x67,
-        base: image.get(fields::HOST_TR_BASE)?,
-    };
-    write_segment(vmcs01, S::Tr, &tr)?;
-    let none = Segment {
-        attributes: SegmentAttributes::UNUSABLE,
-        ..Segment::default()
-    };
-    write_segment(vmcs01, S::Ldtr, &none)?;
-    for (base, limit, table) in [
-        (
-            fields::GUEST_GDTR_BASE,
-            fields::GUEST_GDTR_LIMIT,
-            fields::HOST_GDTR_BASE,
-        ),
-        (
-            fields::GUEST_IDTR_BASE,
-            fields::GUEST_IDTR_LIMIT,
-            fields::HOST_IDTR_BASE,
-        ),
-    ] {
-        vmcs01.set(base, image.get(table)?)?;
-        vmcs01.set(limit, 0xFFFF)?;
-    }
+    segment!(
+        GUEST_SS_SELECTOR GUEST_SS_BASE GUEST_SS_LIMIT GUEST_SS_ACCESS_RIGHTS
+        <- data(image.get(fields::HOST_SS_SELECTOR)?, 0)
+    );
+    segment!(
+        GUEST_DS_SELECTOR GUEST_DS_BASE GUEST_DS_LIMIT GUEST_DS_ACCESS_RIGHTS
+        <- data(image.get(fields::HOST_DS_SELECTOR)?, 0)
+    );
+    segment!(
+        GUEST_ES_SELECTOR GUEST_ES_BASE GUEST_ES_LIMIT GUEST_ES_ACCESS_RIGHTS
+        <- data(image.get(fields::HOST_ES_SELECTOR)?, 0)
+    );
+    segment!(
+        GUEST_FS_SELECTOR GUEST_FS_BASE GUEST_FS_LIMIT GUEST_FS_ACCESS_RIGHTS
+        <- data(image.get(fields::HOST_FS_SELECTOR)?, image.get(fields::HOST_FS_BASE)?)
+    );
+    segment!(
+        GUEST_GS_SELECTOR GUEST_GS_BASE GUEST_GS_LIMIT GUEST_GS_ACCESS_RIGHTS
+        <- data(image.get(fields::HOST_GS_SELECTOR)?, image.get(fields::HOST_GS_BASE)?)
+    );
+    segment!(
+        GUEST_TR_SELECTOR GUEST_TR_BASE GUEST_TR_LIMIT GUEST_TR_ACCESS_RIGHTS
+        <- Segment {
+            selector: image.get(fields::HOST_TR_SELECTOR)?,
+            attributes: SegmentAttributes::TSS_BUSY,
+            limit: 0x67,
+            base: image.get(fields::HOST_TR_BASE)?,
+        }
+    );
+    segment!(
+        GUEST_LDTR_SELECTOR GUEST_LDTR_BASE GUEST_LDTR_LIMIT GUEST_LDTR_ACCESS_RIGHTS
+        <- Segment {
+            attributes: SegmentAttributes::UNUSABLE,
+            ..Segment::default()
+        }
+    );
+    vmcs01.set(fields::GUEST_GDTR_BASE, image.get(fields::HOST_GDTR_BASE)?)?;
+    vmcs01.set(fields::GUEST_GDTR_LIMIT, 0xFFFF)?;
+    vmcs01.set(fields::GUEST_IDTR_BASE, image.get(fields::HOST_IDTR_BASE)?)?;
+    vmcs01.set(fields::GUEST_IDTR_LIMIT, 0xFFFF)?;
     Ok(())
 }

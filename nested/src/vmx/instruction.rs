@@ -10,6 +10,7 @@ use testudo_vmx::state::read_system_registers;
 use testudo_vmx::{AccessError, InstructionError, VmFail, VmcsRead, VmcsWrite, fields};
 
 use super::operand::{Fault, Operands};
+use super::shadow::ALL_SHADOWED;
 use super::vmcs12::{self, LaunchState, REVISION};
 use super::{Context, Msrs, NestedVmx, SecondStage, VmcsPair, guest_fields, visible};
 
@@ -182,7 +183,12 @@ impl NestedVmx {
             I::Vmclear | I::Vmptrld | I::Vmxoff | I::Vmlaunch | I::Vmresume
         );
         if uses_copy {
-            self.take_from_shadow(cx)?;
+            let written = self.take_from_shadow(cx)?;
+            if instruction == I::Vmresume && self.resume(written, cx)? {
+                return Ok(Outcome::Entered { halted: false });
+            }
+            self.settled = None;
+            self.fetch_rare(cx)?;
         }
         let ending = match instruction {
             I::Vmxon => self.vmxon(cx)?,
@@ -359,6 +365,7 @@ impl NestedVmx {
                 return Ok(Err(VmFail::Valid(InstructionError::VmptrldWrongRevision)));
             }
             self.current = Some(at);
+            self.shadow_misses = ALL_SHADOWED;
             self.rare_dirty = true;
             self.in_vmcs02 = None;
         }
@@ -390,6 +397,9 @@ impl NestedVmx {
         let Some(field) = self.field(gpr(operands.encoding, long, cx.gprs)) else {
             return Ok(Err(UNSUPPORTED));
         };
+        if guest_fields::is_rare(field) {
+            self.fetch_rare(cx)?;
+        }
         let value = match self.vmcs12.image.read_raw(field) {
             Ok(value) => value,
             Err(fail) => return Ok(Err(fail)),
@@ -436,7 +446,9 @@ impl NestedVmx {
                 u64::from_le_bytes(bytes)
             }
         };
+        self.settled = None;
         if guest_fields::is_rare(field) || guest_fields::is_pdpte(field) {
+            self.fetch_rare(cx)?;
             self.rare_dirty = true;
         }
         Ok(self.vmcs12.image.write_raw(field, value))

@@ -17,8 +17,9 @@
 //!
 //! L1's VMREAD and VMWRITE work on L0's copy of its VMCS; where the processor shadows VMCSs, or with an
 //! enlightened VMCS, L1 needs few of them or none. Guest fields that seldom change are written
-//! to `vmcs02` only if L1 wrote one since the last exit from it, and controls only if they differ from
-//! those of the last entry.
+//! to `vmcs02` only if L1 wrote one since the last exit from it, and read from it only when L1 asks for one;
+//! controls are written only if they differ from those of the last entry. A VMRESUME of an L2 whose VMCS is
+//! as the last exit left it, but for what a hypervisor changes at each exit, does nothing else.
 
 mod caps;
 mod composed;
@@ -37,6 +38,7 @@ mod kvm_layout;
 mod msr_areas;
 mod operand;
 mod pdptes;
+mod resume;
 mod route;
 mod saved;
 mod shadow;
@@ -193,6 +195,12 @@ pub struct NestedVmx {
     in_vmcs02: Option<Gpa>,
     /// L1 wrote seldom-used guest fields: `vmcs02` needs them.
     rare_dirty: bool,
+    /// Those in L1's VMCS are older than those in `vmcs02`.
+    rare_missing: bool,
+    /// Where the shadow differs from the copy, but for what L1 has written since.
+    shadow_misses: shadow::ShadowedFields,
+    /// What the last complete entry found, as long as L1's VMCS is as it was then but for L2's own state.
+    settled: Option<resume::Settled>,
     /// The controls that `vmcs02` has.
     joined: Option<join::Joined>,
     msr_bitmap: Box<MsrBitmap>,
@@ -243,6 +251,9 @@ impl NestedVmx {
             is_guest: false,
             in_vmcs02: None,
             rare_dirty: true,
+            rare_missing: false,
+            shadow_misses: shadow::ALL_SHADOWED,
+            settled: None,
             joined: None,
             msr_bitmap,
             msr_bitmap_at,
@@ -263,6 +274,8 @@ impl NestedVmx {
         self.is_guest = false;
         self.in_vmcs02 = None;
         self.rare_dirty = true;
+        self.rare_missing = false;
+        self.settled = None;
         self.window = false;
         self.nmi_window = false;
         self.flush = Flush {

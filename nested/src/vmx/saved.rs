@@ -31,6 +31,7 @@ use testudo_vmx::image::VmcsImage;
 use testudo_vmx::{AccessError, VmcsRead, VmcsWrite, fields};
 
 use super::join::L1Controls;
+use super::shadow::ALL_SHADOWED;
 use super::vmcs12::LaunchState;
 use super::{Context, NestedVmx, SecondStage, VmcsPair, kvm_layout};
 use crate::kvm::{self, FormatError};
@@ -275,6 +276,7 @@ impl NestedVmx {
         if self.is_guest {
             let l1 = L1Controls::read(&self.vmcs12.image)?;
             self.save_guest(&l1, cx)?;
+            self.shadow_misses = ALL_SHADOWED;
             // What is on its way into L2, which an exit would report instead.
             let vmcs02 = cx.vmcs.l2();
             let image = &mut *self.vmcs12.image;
@@ -285,8 +287,11 @@ impl NestedVmx {
             let length = vmcs02.get(fields::ENTRY_INSTRUCTION_LENGTH)?;
             image.set(fields::ENTRY_INSTRUCTION_LENGTH, length)?;
         } else {
+            // What L1 has written is then not in the shadow alone, and no entry would notice it.
             self.take_from_shadow(cx)?;
+            self.settled = None;
         }
+        self.fetch_rare(cx)?;
         let current = self.region().map(|at| SavedVmcs {
             at,
             is_enlightened: self.current.is_none(),
@@ -343,6 +348,9 @@ impl NestedVmx {
         self.set_enlightened(saved.assist_page, at.filter(|_| is_enlightened));
         self.in_vmcs02 = None;
         self.rare_dirty = true;
+        self.rare_missing = false;
+        self.shadow_misses = ALL_SHADOWED;
+        self.settled = None;
         self.joined = None;
         self.flush = super::Flush {
             vpid: true,

@@ -3,10 +3,11 @@
 //!
 //! The processor's own shadow VMCS, which the link pointer of `vmcs01` names, holds the fields below
 //! while L1 runs; L0's copy holds all others. The two meet when L1 enters L2, when L2 exits to L1, and
-//! when another VMCS becomes current.
+//! when another VMCS becomes current. An entry reads all fields that L1 can have written; an exit writes those
+//! that it changed.
 
 use testudo_vmx::bitmap::FieldBitmap;
-use testudo_vmx::{AccessError, fields as f};
+use testudo_vmx::{AccessError, Encoding, fields as f};
 
 use super::guest_fields::{Slot, slots};
 use super::{Context, NestedVmx, VmcsPair, guest_fields};
@@ -25,35 +26,68 @@ const READ_ONLY: [Slot; 10] = slots([
     f::GUEST_PHYSICAL_ADDRESS.encoding(),
 ]);
 
+/// The fields of [`READ_WRITE`], for a macro.
+macro_rules! with_read_write {
+    ($callback:ident!($($arguments:tt)*)) => {
+        $callback! { $($arguments)*
+            GUEST_RIP GUEST_RSP GUEST_RFLAGS GUEST_INTERRUPTIBILITY GUEST_CR0 GUEST_CR3 GUEST_CR4
+            GUEST_CS_BASE GUEST_CS_ACCESS_RIGHTS GUEST_SS_ACCESS_RIGHTS CR0_READ_SHADOW CR4_READ_SHADOW
+            PRIMARY_CONTROLS EXCEPTION_BITMAP ENTRY_INTERRUPTION_INFORMATION ENTRY_EXCEPTION_ERROR_CODE
+            ENTRY_INSTRUCTION_LENGTH CR0_GUEST_HOST_MASK PREEMPTION_TIMER_VALUE
+            // What a hypervisor that runs its guests in threads changes with the thread.
+            HOST_FS_SELECTOR HOST_GS_SELECTOR HOST_FS_BASE HOST_GS_BASE HOST_RSP
+        }
+    };
+}
+
+macro_rules! slots_of {
+    ($($field:ident)*) => { slots([$(f::$field.encoding()),*]) };
+}
+
 /// What L1 reads and writes at many exits. None of them is one of the seldom-used guest fields, whose
 /// changes L0 must notice.
-const READ_WRITE: [Slot; 24] = slots([
-    f::GUEST_RIP.encoding(),
-    f::GUEST_RSP.encoding(),
-    f::GUEST_RFLAGS.encoding(),
-    f::GUEST_INTERRUPTIBILITY.encoding(),
-    f::GUEST_CR0.encoding(),
-    f::GUEST_CR3.encoding(),
-    f::GUEST_CR4.encoding(),
-    f::GUEST_CS_BASE.encoding(),
-    f::GUEST_CS_ACCESS_RIGHTS.encoding(),
-    f::GUEST_SS_ACCESS_RIGHTS.encoding(),
-    f::CR0_READ_SHADOW.encoding(),
-    f::CR4_READ_SHADOW.encoding(),
-    f::PRIMARY_CONTROLS.encoding(),
-    f::EXCEPTION_BITMAP.encoding(),
-    f::ENTRY_INTERRUPTION_INFORMATION.encoding(),
-    f::ENTRY_EXCEPTION_ERROR_CODE.encoding(),
-    f::ENTRY_INSTRUCTION_LENGTH.encoding(),
-    f::CR0_GUEST_HOST_MASK.encoding(),
-    f::PREEMPTION_TIMER_VALUE.encoding(),
-    // What a hypervisor that runs its guests in threads changes with the thread.
-    f::HOST_FS_SELECTOR.encoding(),
-    f::HOST_GS_SELECTOR.encoding(),
-    f::HOST_FS_BASE.encoding(),
-    f::HOST_GS_BASE.encoding(),
-    f::HOST_RSP.encoding(),
-]);
+const READ_WRITE: [Slot; 24] = with_read_write!(slots_of!());
+
+/// The shadowed fields for which a set stands; its bits are in the order of [`READ_WRITE`] and then
+/// [`READ_ONLY`].
+pub(super) type ShadowedFields = u64;
+
+/// All shadowed fields.
+pub(super) const ALL_SHADOWED: ShadowedFields = (1 << (READ_WRITE.len() + READ_ONLY.len())) - 1;
+
+/// The set of this field alone; none if it is not shadowed.
+pub(super) const fn shadowed(field: Encoding) -> ShadowedFields {
+    let mut i = 0;
+    while i < READ_WRITE.len() + READ_ONLY.len() {
+        if shadowed_slot(i).field.0 == field.0 {
+            return 1 << i;
+        }
+        i += 1;
+    }
+    0
+}
+
+const fn shadowed_slot(index: usize) -> Slot {
+    if index < READ_WRITE.len() {
+        READ_WRITE[index]
+    } else {
+        READ_ONLY[index - READ_WRITE.len()]
+    }
+}
+
+/// Fields of a VMCS into L1's; those that have changed are added to a set.
+macro_rules! follow {
+    ($from:expr, $image:expr, $changed:expr; $($field:ident)*) => {$({
+        const SLOT: $crate::vmx::guest_fields::Slot =
+            $crate::vmx::guest_fields::slot(testudo_vmx::fields::$field.encoding());
+        let value = $crate::vmx::guest_fields::read($from, SLOT.field)?;
+        if value != SLOT.load($image) {
+            SLOT.store($image, value);
+            $changed |= const { $crate::vmx::shadow::shadowed(SLOT.field) };
+        }
+    })*};
+}
+pub(super) use follow;
 
 /// The bitmaps for VMREAD and VMWRITE of L1: what exits all the same.
 pub fn shadow_bitmaps() -> (FieldBitmap, FieldBitmap) {
@@ -69,31 +103,37 @@ pub fn shadow_bitmaps() -> (FieldBitmap, FieldBitmap) {
 }
 
 impl NestedVmx {
-    /// What L1 wrote into the shadow, into the copy: before the copy is used.
+    /// What L1 wrote into the shadow, into the copy: before the copy is used. Says which fields differed.
     #[inline]
     pub(super) fn take_from_shadow<P: VmcsPair, M, S, R>(
         &mut self,
         cx: &mut Context<'_, P, M, S, R>,
-    ) -> Result<(), AccessError> {
+    ) -> Result<ShadowedFields, AccessError> {
+        let mut changed = 0;
         if self.current.is_some()
             && let Some(shadow) = cx.vmcs.shadow()
         {
-            guest_fields::pull(&shadow, &mut self.vmcs12.image, &READ_WRITE)?;
+            let image = &mut *self.vmcs12.image;
+            with_read_write!(follow!(&shadow, image, changed;));
         }
-        Ok(())
+        Ok(changed)
     }
 
-    /// The copy into the shadow: after the copy changed, and before L1 runs.
+    /// The copy into the shadow, as far as they differ: after the copy changed, and before L1 runs.
     #[inline]
     pub(super) fn give_to_shadow<P: VmcsPair, M, S, R>(
-        &self,
+        &mut self,
         cx: &mut Context<'_, P, M, S, R>,
     ) -> Result<(), AccessError> {
-        if self.current.is_some()
+        if self.shadow_misses != 0
+            && self.current.is_some()
             && let Some(mut shadow) = cx.vmcs.shadow()
         {
-            guest_fields::push(&self.vmcs12.image, &mut shadow, &READ_WRITE)?;
-            guest_fields::push(&self.vmcs12.image, &mut shadow, &READ_ONLY)?;
+            while self.shadow_misses != 0 {
+                let slot = shadowed_slot(self.shadow_misses.trailing_zeros() as usize);
+                guest_fields::push(&self.vmcs12.image, &mut shadow, &[slot])?;
+                self.shadow_misses &= self.shadow_misses - 1;
+            }
         }
         Ok(())
     }
@@ -101,6 +141,8 @@ impl NestedVmx {
 
 #[cfg(test)]
 mod tests {
+    use std::vec::Vec;
+
     use super::*;
 
     #[test]
@@ -108,6 +150,10 @@ mod tests {
         for field in READ_WRITE.map(|slot| slot.field) {
             assert!(!guest_fields::is_rare(field), "{field}");
         }
+        let all = READ_WRITE.iter().chain(&READ_ONLY);
+        let each: Vec<_> = all.map(|slot| shadowed(slot.field)).collect();
+        assert_eq!(each.iter().fold(0, |set, bit| set ^ bit), ALL_SHADOWED);
+        assert_eq!(shadowed(f::GUEST_DS_BASE.encoding()), 0);
         let (reads, writes) = shadow_bitmaps();
         for field in READ_ONLY.map(|slot| slot.field) {
             let encoding = u64::from(field.0);

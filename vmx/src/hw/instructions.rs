@@ -42,6 +42,14 @@ pub(super) fn failure(invalid: bool) -> VmFail {
     VmFail::Valid(InstructionError::from_number(number as u32))
 }
 
+/// The failure of a VMWRITE of which only is known that CF or ZF was set: it is "VMfailInvalid" where there
+/// is no current VMCS, and "VMfailValid" where there is one (33.2).
+#[cold]
+fn access_failure() -> VmFail {
+    // SAFETY: a VMX instruction has just failed with a flag and no exception, so this is VMX root operation.
+    failure(unsafe { vmptrst() }.is_none())
+}
+
 macro_rules! with_pointer {
     ($($(#[$doc:meta])* $name:ident: $text:literal;)*) => {
         $(
@@ -159,9 +167,8 @@ pub unsafe fn vmread(field: Encoding) -> Result<u64, VmFail> {
 pub unsafe fn vmwrite(field: Encoding, value: u64) -> Result<(), VmFail> {
     // SAFETY: the caller's promise.
     unsafe {
-        asm!("vmwrite {}, {}", "jc {}", "jz {}", in(reg) u64::from(field.0), in(reg) value,
-            label { return Err(failure(true)); },
-            label { return Err(failure(false)); },
+        asm!("vmwrite {}, {}", "jbe {}", in(reg) u64::from(field.0), in(reg) value,
+            label { return Err(access_failure()); },
             options(nostack));
     }
     Ok(())

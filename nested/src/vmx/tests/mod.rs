@@ -17,7 +17,7 @@ use testudo_vmx::{VmcsRead, VmcsWrite, VmxCaps, fields};
 
 use super::{
     Context, EptFault, EptHandled, Handled, Instruction, Msrs, NestedVmx, Offer, Outcome, REVISION,
-    SecondStage, VmcsPair, offer,
+    SecondStage, VmcsPair, guest_fields, offer,
 };
 use crate::test_memory::Memory;
 
@@ -25,6 +25,7 @@ mod containment;
 mod enlightened;
 mod instructions;
 mod model;
+mod resumes;
 mod routing;
 mod saved;
 mod transitions;
@@ -230,17 +231,24 @@ impl Vm {
         vm
     }
 
+    /// As L1's VMWRITE.
     pub(super) fn set12(&mut self, field: impl Into<Encoding>, value: u64) {
-        self.nested
-            .vmcs12
-            .image
-            .write_raw(field.into(), value)
-            .unwrap();
+        let image = &mut self.nested.vmcs12.image;
+        if core::mem::take(&mut self.nested.rare_missing) {
+            guest_fields::pull(&self.vmcs.l2, image, &guest_fields::RARE).unwrap();
+        }
+        image.write_raw(field.into(), value).unwrap();
         self.nested.rare_dirty = true;
+        self.nested.settled = None;
     }
 
+    /// As L1's VMREAD.
     pub(super) fn get12(&self, field: impl Into<Encoding>) -> u64 {
-        self.nested.vmcs12.image.read_raw(field.into()).unwrap()
+        let field = field.into();
+        if self.nested.rare_missing && guest_fields::is_rare(field) {
+            return self.vmcs.l2.read_raw(field).unwrap();
+        }
+        self.nested.vmcs12.image.read_raw(field).unwrap()
     }
 
     /// An instruction with a 64-bit pointer as its memory operand.
