@@ -11,14 +11,15 @@
 
 extern crate alloc;
 
+mod frames;
+
 use alloc::boxed::Box;
 use core::arch::asm;
 use core::error::Error;
-use core::sync::atomic::{AtomicU64, Ordering};
 
 use testudo_arch::cpuid::Cpuid;
 use testudo_arch::regs::SystemRegisters;
-use testudo_arch::{FrameAlloc, FrameMem, Gpa, Hpa};
+use testudo_arch::{Gpa, Hpa};
 use testudo_ept::PageTable;
 use testudo_ept::format::npt::{Npt, NptFlags};
 use testudo_rt::{Boot, memory, println};
@@ -28,6 +29,8 @@ use testudo_svm::permission::{IoPermissionMap, MsrPermissionMap};
 use testudo_svm::vmcb::{NestedControl, VintrFlags, VirtualInterrupts, Vmcb};
 use testudo_svm::{Exit, SvmCaps};
 
+use frames::{Frames, frame, rounds};
+
 /// What the guest runs, in real mode from address 0. RAX at the exit is in the VMCB, ESI is not.
 const GUEST: &[u8] = &[
     0x0F, 0x31, // rdtsc
@@ -36,13 +39,10 @@ const GUEST: &[u8] = &[
     0x0F, 0x01, 0xD9, // vmmcall
 ];
 
-/// Measurements, of which the lowest counts: the first ones fill tables.
-const ROUNDS: usize = 1000;
-
 testudo_rt::entry!(main);
 
-fn main(_: &'static Boot) -> u8 {
-    match measure() {
+fn main(boot: &'static Boot) -> u8 {
+    match measure(boot) {
         Ok((vmrun, vmexit)) => {
             println!("vmrun {vmrun}");
             println!("vmexit {vmexit}");
@@ -55,7 +55,8 @@ fn main(_: &'static Boot) -> u8 {
     }
 }
 
-fn measure() -> Result<(u32, u32), Box<dyn Error>> {
+fn measure(boot: &Boot) -> Result<(u32, u32), Box<dyn Error>> {
+    let rounds = rounds(boot.command_line())?;
     let caps = SvmCaps::from_cpuid(&Cpuid::of_this_processor())?;
     let page = frame()?;
     let table = PageTable::new(Npt::new(caps.physical_address_bits), Frames).ok_or("no memory")?;
@@ -89,7 +90,7 @@ fn measure() -> Result<(u32, u32), Box<dyn Error>> {
     let mut svm = unsafe { Svm::enable(&caps, frames) }?;
     let _held = svm.hold_interrupts();
     let mut lowest = (u32::MAX, u32::MAX);
-    for _ in 0..ROUNDS {
+    for _ in 0..rounds {
         vmcb.set_rip(0);
         let (before, first): (u32, u32);
         let after: u64;
@@ -123,46 +124,8 @@ fn measure() -> Result<(u32, u32), Box<dyn Error>> {
     Ok(lowest)
 }
 
-fn frame() -> Result<Hpa, &'static str> {
-    reserve(4096)
-}
-
 fn reserve(bytes: usize) -> Result<Hpa, &'static str> {
     memory::reserve_zeroed(bytes as u64, 4096)
         .map(Hpa)
         .ok_or("no memory")
-}
-
-/// The runtime's frames, which it has mapped at their own addresses.
-struct Frames;
-
-// SAFETY: the runtime hands out each frame once, zeroed.
-unsafe impl FrameAlloc for Frames {
-    fn alloc(&self) -> Option<Hpa> {
-        memory::alloc_frame().map(Hpa)
-    }
-
-    fn free(&self, frame: Hpa) {
-        // SAFETY: `frame` came from `alloc`, and nobody refers to it, says the trait.
-        unsafe { memory::release(frame.0, 4096) };
-    }
-}
-
-impl FrameMem for Frames {
-    fn load(&self, entry: Hpa) -> u64 {
-        at(entry).load(Ordering::Acquire)
-    }
-
-    fn store(&self, entry: Hpa, value: u64) {
-        at(entry).store(value, Ordering::Release);
-    }
-
-    fn compare_exchange(&self, entry: Hpa, current: u64, new: u64) -> Result<u64, u64> {
-        at(entry).compare_exchange(current, new, Ordering::AcqRel, Ordering::Acquire)
-    }
-}
-
-fn at(entry: Hpa) -> &'static AtomicU64 {
-    // SAFETY: an aligned entry of a frame from `alloc`, which is identity-mapped and stays so.
-    unsafe { AtomicU64::from_ptr(entry.0 as *mut u64) }
 }

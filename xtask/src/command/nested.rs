@@ -19,9 +19,10 @@ const INNERMOST_MEMORY: u64 = 256;
 /// MiB of memory that each hypervisor has beyond its guest's and what its disk takes.
 const HYPERVISOR_MEMORY: u64 = 256;
 /// Where QEMU looks for the firmware that a guest's processor starts in.
-const FIRMWARE: [(&str, &str); 3] = [
+const FIRMWARE: [(&str, &str); 4] = [
     ("seabios", "bios-256k.bin"),
     ("qemu", "linuxboot_dma.bin"),
+    ("qemu", "pvh.bin"),
     ("qemu", "kvmvapic.bin"),
 ];
 
@@ -75,6 +76,12 @@ pub(crate) struct Nested {
     /// Show what is executed
     #[arg(short, long)]
     verbose: bool,
+    /// The first process of the innermost system, if not the usual one
+    #[arg(skip)]
+    first_process: Option<String>,
+    /// What every Linux is told besides
+    #[arg(skip)]
+    words: &'static str,
 }
 
 /// A system that can be started: its memory in MiB and its RAM disk.
@@ -86,20 +93,31 @@ pub(super) struct System {
 /// A Linux whose KVM runs a Linux, which gives a shell or runs commands; its status becomes the outer one's.
 pub(super) fn kvm_system(kernel: &Kernel, vcpus: u32, run: Option<&str>) -> Result<System> {
     let nested = Nested {
-        guest: Guest::Kvm,
-        backend: Backend::Svm,
-        depth: 2,
-        guests: 1,
         vcpus,
-        enlightened: false,
-        shadow: false,
         run: run.map(str::to_owned),
-        stats: false,
-        timeout: None,
-        exact: false,
-        verbose: false,
+        ..Nested::plain()
     };
     nested.around(&nested.innermost(kernel)?, kernel, 1)
+}
+
+/// Linuxes in one another, `depth` of them, with KVM in all but the innermost, which has nothing but its first
+/// process. Each is told `words` besides.
+pub(super) fn counted_system(
+    kernel: &Kernel,
+    depth: u32,
+    shadow: bool,
+    first_process: String,
+    words: &'static str,
+) -> Result<System> {
+    let nested = Nested {
+        depth,
+        shadow,
+        run: Some(String::new()),
+        first_process: Some(first_process),
+        words,
+        ..Nested::plain()
+    };
+    nested.tower(kernel)
 }
 
 /// The guest of our hypervisor.
@@ -111,6 +129,26 @@ struct Outermost {
 }
 
 impl Nested {
+    /// KVM with a Linux on AMD-V.
+    fn plain() -> Self {
+        Self {
+            guest: Guest::Kvm,
+            backend: Backend::Svm,
+            depth: 2,
+            guests: 1,
+            vcpus: 1,
+            enlightened: false,
+            shadow: false,
+            run: None,
+            stats: false,
+            timeout: None,
+            exact: false,
+            verbose: false,
+            first_process: None,
+            words: "",
+        }
+    }
+
     pub(crate) fn run(&self) -> Result<u8> {
         run::set_verbose(self.verbose);
         if !(1..=4).contains(&self.depth) {
@@ -158,14 +196,10 @@ impl Nested {
     /// Linux with KVM, with as many more between it and the innermost Linux as the depth asks for.
     fn kvm(&self) -> Result<Outermost> {
         let kernel = debian::kernel()?;
-        let mut system = self.innermost(&kernel)?;
-        for level in (1..self.depth).rev() {
-            run::progress(format_args!("packing the hypervisor of level {level}"));
-            system = self.around(&system, &kernel, level)?;
-        }
+        let system = self.tower(&kernel)?;
         Ok(Outermost {
             memory: system.memory,
-            command_line: self.command_line().to_owned(),
+            command_line: self.command_line(),
             modules: vec![
                 (
                     format!("kernel {}", kernel.image.display()),
@@ -174,6 +208,15 @@ impl Nested {
                 ("initrd level-1".to_owned(), system.disk),
             ],
         })
+    }
+
+    fn tower(&self, kernel: &Kernel) -> Result<System> {
+        let mut system = self.innermost(kernel)?;
+        for level in (1..self.depth).rev() {
+            run::progress(format_args!("packing the hypervisor of level {level}"));
+            system = self.around(&system, kernel, level)?;
+        }
+        Ok(system)
     }
 
     fn xen(&self) -> Result<Outermost> {
@@ -191,18 +234,16 @@ impl Nested {
         })
     }
 
-    fn command_line(&self) -> &'static str {
-        if self.run.is_some() {
-            "console=ttyS0 quiet"
-        } else {
-            "console=ttyS0"
-        }
+    fn command_line(&self) -> String {
+        let quiet = if self.run.is_some() { " quiet" } else { "" };
+        format!("console=ttyS0{quiet}{}", self.words)
     }
 
     /// The Linux in the middle of it all.
     fn innermost(&self, kernel: &Kernel) -> Result<System> {
         let run = self.run.as_deref().map(reporting);
         let disk = Initrd {
+            init: self.first_process.clone(),
             run,
             ..Initrd::default()
         };
@@ -238,17 +279,14 @@ impl Nested {
     /// check (target/i386/tcg/seg_helper.c) takes an available TSS only.
     fn script(&self, memory: u64, level: u32) -> String {
         let (vcpus, append) = (self.vcpus, self.command_line());
-        let amd = if self.shadow { "npt=0" } else { "" };
-        let intel = if self.shadow { "ept=0" } else { "" };
-        let script = format!(
-            "if grep -q svm /proc/cpuinfo; then modprobe kvm_amd nested=1 {amd}\n\
-             elif grep -q vmx /proc/cpuinfo; then modprobe kvm_intel nested=1 {intel}\n\
-             else echo 'level {level}: the processor has no virtualization'; exit 1; fi\n\
-             qemu-system-x86_64 -accel kvm -cpu host -smp {vcpus} -m {memory} -nodefaults \
-             -no-user-config -display none -vga none -no-reboot -serial stdio -serial file:/status \
-             -L /usr/share/qemu -kernel /guest/kernel -initrd /guest/disk -append '{append}'\n\
-             exit $(tr -dc 0-9 </status)\n"
+        let kvm = kvm_script(
+            self.shadow,
+            &format!(
+                "-smp {vcpus} -m {memory} -serial file:/status \
+                 -kernel /guest/kernel -initrd /guest/disk -append '{append}'"
+            ),
         );
+        let script = format!("{kvm}exit $(tr -dc 0-9 </status)\n");
         if level > 1 {
             reporting(&script)
         } else {
@@ -257,13 +295,25 @@ impl Nested {
     }
 }
 
+/// Loads KVM, with nested or shadow page tables for its guests, and runs QEMU with these arguments besides.
+pub(super) fn kvm_script(shadow: bool, arguments: &str) -> String {
+    let (amd, intel) = if shadow { ("npt=0", "ept=0") } else { ("", "") };
+    format!(
+        "if grep -q svm /proc/cpuinfo; then modprobe kvm_amd nested=1 {amd}\n\
+         elif grep -q vmx /proc/cpuinfo; then modprobe kvm_intel nested=1 {intel}\n\
+         else echo 'the processor has no virtualization'; exit 1; fi\n\
+         qemu-system-x86_64 -accel kvm -cpu host -nodefaults -no-user-config -display none -vga none \
+         -no-reboot -serial stdio -L /usr/share/qemu {arguments}\n"
+    )
+}
+
 /// The commands, with their status told on the second serial port.
 fn reporting(commands: &str) -> String {
     format!("(\n{commands}\n)\necho $? >/dev/ttyS1\npoweroff -f\n")
 }
 
 /// Adds QEMU with everything that it needs at run time.
-fn add_qemu(files: &mut Vec<File>) -> Result<()> {
+pub(super) fn add_qemu(files: &mut Vec<File>) -> Result<()> {
     debian::require(&[Tool {
         program: "qemu-system-x86_64",
         package: "qemu-system-x86",

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use super::{Cpu, Machine, iso, status_in};
+use super::{Cpu, Machine, Program, iso, status_in};
 use crate::bare::Payload;
 use crate::debian::{self, Tool};
 use crate::{run, workplace};
@@ -30,13 +30,23 @@ const VGA: Tool = Tool {
 };
 
 pub(super) fn run(machine: &Machine, program: &Path, payload: &Payload) -> Result<u8> {
+    let folder = workplace::RunFolder::new()?;
+    let iso = iso::make(&folder, program, payload)?;
+    boot(machine, &folder, &iso)
+}
+
+pub(super) fn run_program(machine: &Machine, program: &Program) -> Result<u8> {
+    let folder = workplace::RunFolder::new()?;
+    let iso = iso::make_of_linux(&folder, program)?;
+    boot(machine, &folder, &iso)
+}
+
+/// Boots the image to the machine's end.
+fn boot(machine: &Machine, folder: &workplace::RunFolder, iso: &Path) -> Result<u8> {
     debian::require(&[BOCHS, BIOS, VGA])?;
     if machine.input {
         eprintln!("xtask: Bochs has no console input here");
     }
-    let folder = workplace::RunFolder::new()?;
-
-    let iso = iso::make(&folder, program, payload)?;
     let serial = match &machine.capture {
         Some(file) => file.clone(),
         None => folder.file("serial"),
@@ -45,7 +55,7 @@ pub(super) fn run(machine: &Machine, program: &Path, payload: &Payload) -> Resul
     let configuration = folder.file("bochsrc");
     fs::write(
         &configuration,
-        bochsrc(machine, &iso, &serial, &folder.file("log")),
+        bochsrc(machine, iso, &serial, &folder.file("log")),
     )?;
     let commands = folder.file("commands");
     fs::write(&commands, "c\n")?;

@@ -1,6 +1,7 @@
 //! The emulators that bare-metal programs run on.
 
 mod bochs;
+mod debugger;
 mod iso;
 mod qemu;
 
@@ -107,16 +108,25 @@ impl Machine {
         }
     }
 
-    /// Runs what `program` says on QEMU to its end; the status is what it wrote to the debug-exit port, or 0
-    /// when it powered the machine off.
+    /// Runs what `program` says, on Bochs a Linux kernel, to its end; the status is what it wrote to the
+    /// debug-exit port, or on QEMU 0 when it powered the machine off.
     pub(crate) fn run_program(&self, program: &Program) -> Result<u8> {
-        qemu::run_program(self, program)
+        match self.kind {
+            Kind::Qemu => qemu::run_program(self, program),
+            Kind::Bochs => bochs::run_program(self, program),
+        }
     }
 
     /// Runs what `program` says on QEMU until the console has shown `mark` and the processors have
     /// halted for good; returns how many instructions they executed.
     pub(crate) fn count(&self, program: &Program, mark: &str) -> Result<u64> {
         qemu::count(self, program, mark)
+    }
+
+    /// Runs what `program` says on QEMU until a processor has come to each of these linear addresses in turn;
+    /// returns how many instructions had been executed by then.
+    pub(crate) fn counts_at(&self, program: &Program, addresses: &[u64]) -> Result<Vec<u64>> {
+        qemu::counts_at(self, program, addresses)
     }
 
     fn deadline(&self) -> Option<Instant> {

@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use super::{Cpu, Kind, Loader, Machine, Program, iso, status_in};
+use super::debugger::Debugger;
+use super::{Cpu, Loader, Machine, Program, iso, status_in};
 use crate::bare::Payload;
 use crate::debian::{self, Tool};
 use crate::run;
@@ -108,9 +109,6 @@ pub(super) fn run(machine: &Machine, kernel: &Path, payload: &Payload) -> Result
 }
 
 pub(super) fn run_program(machine: &Machine, program: &Program) -> Result<u8> {
-    if machine.kind != Kind::Qemu {
-        bail!("only QEMU starts a kernel without help");
-    }
     let folder = RunFolder::new()?;
     let complaints = folder.file("complaints");
     let mut qemu = command(machine)?;
@@ -191,6 +189,63 @@ pub(super) fn count(machine: &Machine, program: &Program, mark: &str) -> Result<
     result
 }
 
+/// Runs a program until a processor has come to each of these addresses in turn; returns how many
+/// instructions had been executed each time, that at the address not among them.
+pub(super) fn counts_at(
+    machine: &Machine,
+    program: &Program,
+    addresses: &[u64],
+) -> Result<Vec<u64>> {
+    let folder = RunFolder::new()?;
+    let [console, monitor, debugger] = ["console", "monitor", "debugger"].map(|n| folder.file(n));
+    let mut qemu = command(machine)?;
+    load(&mut qemu, program);
+    qemu.args(["-serial", &format!("file:{}", console.display())]);
+    qemu.args([
+        "-qmp",
+        &format!("unix:{},server=on,wait=off", monitor.display()),
+    ]);
+    qemu.args([
+        "-chardev",
+        &format!(
+            "socket,id=debugger,path={},server=on,wait=off",
+            debugger.display()
+        ),
+    ]);
+    qemu.args(["-S", "-gdb", "chardev:debugger"]);
+    let mut child = run::spawn(qemu.stdin(std::process::Stdio::null()))?;
+    let counting = || {
+        let mut monitor = Monitor::connect(&monitor)?;
+        let mut debugger = Debugger::connect(&debugger, machine.deadline())?;
+        let mut counts = Vec::new();
+        for &address in addresses {
+            debugger.run_to(address).with_context(|| {
+                let shown = fs::read(&console).unwrap_or_default();
+                let shown = String::from_utf8_lossy(&shown).into_owned();
+                format!("the machine shows:\n{}\n", shown.trim_end())
+            })?;
+            counts.push(monitor.instructions()?);
+        }
+        Ok(counts)
+    };
+    let result = counting();
+    // It ends only this way; that it has ended by itself shows in the result.
+    let _ = child.kill();
+    child.wait()?;
+    result
+}
+
+/// Connects to a socket that QEMU is about to open.
+pub(super) fn connect(socket: &Path) -> std::io::Result<UnixStream> {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        match UnixStream::connect(socket) {
+            Err(_) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(20)),
+            result => return result,
+        }
+    }
+}
+
 /// QEMU's machine protocol, as far as counting takes it.
 struct Monitor {
     reader: BufReader<UnixStream>,
@@ -198,16 +253,7 @@ struct Monitor {
 
 impl Monitor {
     fn connect(socket: &Path) -> Result<Self> {
-        let deadline = Instant::now() + Duration::from_secs(20);
-        let stream = loop {
-            match UnixStream::connect(socket) {
-                Ok(stream) => break stream,
-                Err(error) if Instant::now() >= deadline => {
-                    return Err(error).context("QEMU opens no monitor");
-                }
-                Err(_) => std::thread::sleep(Duration::from_millis(20)),
-            }
-        };
+        let stream = connect(socket).context("QEMU opens no monitor")?;
         let mut monitor = Self {
             reader: BufReader::new(stream),
         };

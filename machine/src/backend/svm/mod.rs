@@ -36,6 +36,7 @@ use testudo_svm::vmcb::{InterruptState, NestedControl, VintrFlags, VirtualInterr
 use super::mode::Mode;
 use super::{is_valid_pat, is_valid_xcr0};
 use crate::code_cache::CodeCache;
+use crate::stats::Settled;
 use crate::vcpu::{AwaitedInterrupt, Vcpu, VcpuError, VmExit};
 
 use super::paging::GuestPaging;
@@ -423,6 +424,10 @@ impl<M: GuestMemory, S: SecondStage> Vcpu for SvmVcpu<'_, M, S> {
     }
 
     fn complete_read(&mut self, _: u64) {}
+
+    fn settled(&self) -> Option<Settled> {
+        self.settled_exits()
+    }
 
     #[inline]
     fn can_take_interrupt(&self) -> bool {

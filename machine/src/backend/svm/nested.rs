@@ -17,6 +17,7 @@ use testudo_svm::{Exit, Vmcb};
 use super::SvmVcpu;
 use super::exit::{hide_lme, show_lme};
 pub use crate::backend::flusher::Flusher;
+use crate::stats::Settled;
 use crate::vcpu::{AwaitedInterrupt, VmExit};
 
 /// What a vCPU needs to be a hypervisor's.
@@ -33,6 +34,17 @@ pub(super) struct Nested<S> {
     pub(super) state: NestedSvm,
     pub(super) stage: S,
     flusher: Flusher,
+    counts: Counts,
+}
+
+/// What happened between the levels.
+#[derive(Clone, Copy, Debug, Default)]
+struct Counts {
+    entries: u64,
+    exits: u64,
+    events: u64,
+    resumed: u64,
+    instructions: u64,
 }
 
 impl<S> Nested<S> {
@@ -56,8 +68,28 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
             state,
             stage,
             flusher,
+            counts: Counts::default(),
         });
         self
+    }
+
+    /// What happened between the levels, by name.
+    pub(super) fn settled_exits(&self) -> Option<Settled> {
+        let Counts {
+            entries,
+            exits,
+            events,
+            resumed,
+            instructions,
+        } = self.nested.as_ref()?.counts;
+        Some([
+            ("nested entry", entries),
+            ("nested exit", exits),
+            ("nested event", events),
+            ("nested NPT", resumed),
+            ("other SVM", instructions),
+            Default::default(),
+        ])
     }
 
     /// EFER as whoever runs reads it.
@@ -120,8 +152,12 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
             second_stage: &mut nested.stage,
         };
         match nested.state.exited(&mut context) {
-            Handled::Resume => None,
+            Handled::Resume => {
+                nested.counts.resumed += 1;
+                None
+            }
             Handled::L1(barrier) => {
+                nested.counts.exits += 1;
                 barrier.discharge(predictor_barrier(self.has_predictor_barrier));
                 self.apply_window();
                 None
@@ -152,8 +188,12 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
             second_stage: &mut nested.stage,
         };
         match nested.state.execute(instruction, next, &mut context) {
-            Outcome::Done | Outcome::Refused => None,
+            Outcome::Done | Outcome::Refused => {
+                nested.counts.instructions += 1;
+                None
+            }
             Outcome::Entered => {
+                nested.counts.entries += 1;
                 self.apply_window();
                 None
             }
@@ -162,6 +202,7 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
                 Some(VmExit::InterruptWindow)
             }
             Outcome::Fault(event) => {
+                nested.counts.instructions += 1;
                 self.vmcb_mut().set_event_inj(event.into());
                 None
             }
@@ -232,6 +273,7 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
             second_stage: &mut nested.stage,
         };
         let barrier = nested.state.exit_to_l1(code, 0, 0, &mut context);
+        nested.counts.events += 1;
         barrier.discharge(predictor_barrier(self.has_predictor_barrier));
         true
     }

@@ -90,6 +90,7 @@ pub(super) struct Nested<S> {
 struct Counts {
     entries: u64,
     exits: u64,
+    events: u64,
     resumed: u64,
     accesses: u64,
     instructions: u64,
@@ -447,7 +448,7 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         };
         let handled = layer!(self, nested, exit_to_l1(reason, 0, information))?;
         nested.interrupted = true;
-        nested.counts.exits += 1;
+        nested.counts.events += 1;
         self.rsp_agreed = self.registers.gprs.rsp;
         if let Handled::L1(barrier) = handled {
             barrier.discharge(predictor_barrier(nested.has_predictor_barrier));
@@ -518,6 +519,7 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         let Counts {
             entries,
             exits,
+            events,
             resumed,
             accesses,
             instructions,
@@ -525,10 +527,10 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         Some([
             ("nested entry", entries),
             ("nested exit", exits),
+            ("nested event", events),
             ("nested EPT", resumed),
             ("VMREAD, VMWRITE", accesses),
             ("other VMX", instructions),
-            Default::default(),
         ])
     }
 

@@ -1,5 +1,7 @@
 //! `cargo xtask measure`: what the hypervisor costs, in instructions.
 
+mod nested;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -47,8 +49,15 @@ enum What {
         #[arg(long, value_enum, default_value = "nested")]
         paging: Paging,
     },
-    /// VMRUN and #VMEXIT of a hypervisor that is the guest
-    Nested,
+    /// What a hypervisor that is the guest pays: entries and exits of its guest, and a Linux boot in it
+    Nested {
+        /// Measure this hypervisor too, in our place
+        #[arg(long, value_enum)]
+        peer: Option<nested::Peer>,
+        /// Leave out the boots, which take minutes
+        #[arg(long)]
+        no_boots: bool,
+    },
     /// A Linux boot to its first process on a machine whose hypervisor started first, against the same without it
     Bluepill,
 }
@@ -59,7 +68,7 @@ impl Measure {
         let figures = match self.what {
             What::Exits => self.exits()?,
             What::Boot { paging } => self.boot(paging)?,
-            What::Nested => self.nested()?,
+            What::Nested { peer, no_boots } => nested::figures(self.backend, peer, !no_boots)?,
             What::Bluepill => self.bluepill()?,
         };
         if self.json {
@@ -100,38 +109,6 @@ impl Measure {
             let program = bare::build_binary("meter", "switch-cost")?;
             figures.extend(figures_of(machine(), &program, &alone)?);
         }
-        Ok(figures)
-    }
-
-    /// Runs a tiny hypervisor as the guest, and by itself for comparison.
-    fn nested(&self) -> Result<Vec<(String, String)>> {
-        const MEMORY: u64 = 64;
-        if self.backend.cpu()? != Cpu::Svm {
-            bail!("the measuring hypervisor is one for AMD-V");
-        }
-        let machine = || Machine {
-            cpu: Cpu::Svm,
-            exact: true,
-            ..Machine::new(self.backend.emulator())
-        };
-        let program = bare::build_binary("meter", "nested-cost")?;
-        let payload = Payload {
-            command_line: format!("memory={MEMORY} vcpus=1 nested -- "),
-            modules: vec![("kernel nested-cost".into(), fs::read(&program)?)],
-        };
-        let mut under = machine();
-        under.memory = machine_memory(1, MEMORY, &payload);
-        let mut figures = figures_of(under, &bare::build(HYPERVISOR)?, &payload)?;
-        let alone = Payload {
-            command_line: String::new(),
-            modules: Vec::new(),
-        };
-        let directly = figures_of(machine(), &program, &alone)?;
-        figures.extend(
-            directly
-                .into_iter()
-                .map(|(name, value)| (format!("{name}_directly"), value)),
-        );
         Ok(figures)
     }
 
@@ -319,10 +296,19 @@ fn compared(count: u64, direct: u64) -> Vec<(String, String)> {
 
 /// Runs a program to its end and takes the figures from its output.
 fn figures_of(
-    mut machine: Machine,
+    machine: Machine,
     program: &Path,
     payload: &Payload,
 ) -> Result<Vec<(String, String)>> {
+    Ok(run_meter(machine, program, payload)?.0)
+}
+
+/// As [`figures_of`], with the output.
+fn run_meter(
+    mut machine: Machine,
+    program: &Path,
+    payload: &Payload,
+) -> Result<(Vec<(String, String)>, String)> {
     let folder = workplace::RunFolder::new()?;
     let console = folder.file("console");
     machine.capture = Some(console.clone());
@@ -335,6 +321,11 @@ fn figures_of(
             output.trim_end()
         );
     }
+    Ok((figures_in(&output)?, output))
+}
+
+/// The figures in the output of a measuring program.
+fn figures_in(output: &str) -> Result<Vec<(String, String)>> {
     let figures: Vec<(String, String)> = output.lines().filter_map(figure).collect();
     if figures.is_empty() {
         bail!(
