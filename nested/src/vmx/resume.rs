@@ -213,7 +213,8 @@ impl NestedVmx {
                 | shadowed(fields::GUEST_INTERRUPTIBILITY.encoding())
         };
         if written & flags_and_shadow != 0 {
-            // With no blocking by STI or MOV SS and no event, IF and TF may be anything (SDM vol. 3C, 29.3.1.4 and 29.3.1.5).
+            // With no blocking by STI or MOV SS and no event, IF and TF may be anything
+            // (SDM vol. 3C, 29.3.1.4 and 29.3.1.5).
             let rflags = image.get(fields::GUEST_RFLAGS)?;
             let nmi = Interruptibility::BLOCKING_BY_NMI.bits();
             let state = image.get(fields::GUEST_INTERRUPTIBILITY)?;

@@ -322,10 +322,11 @@ impl Boots {
         let mut addresses = vec![Self::START; boots];
         addresses.push(self.end);
         let counts = LinuxBoots::machine(memory).counts_at(program, &addresses)?;
-        match counts[..] {
-            [.., start, end] => Ok(end - start),
-            _ => bail!("there are two addresses at least"),
-        }
+        let [.., start, end] = counts[..] else {
+            bail!("there are two addresses at least");
+        };
+        run::progress(format_args!("the kernel took {}", end - start));
+        Ok(end - start)
     }
 }
 
