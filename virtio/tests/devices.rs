@@ -37,6 +37,7 @@ macro_rules! in_all_ways {
 in_all_ways! {
     blk_zeroes_discards_and_refuses
     blk_works_on_two_queues
+    blk_tells_its_topology
     net_filters_as_it_is_told
     net_merges_buffers_for_long_frames
     pmem_flushes
@@ -121,6 +122,25 @@ fn blk_works_on_two_queues<T: Connect>(packed: bool) {
             .unwrap();
         assert_eq!(&read[..512], data);
     }
+}
+
+fn blk_tells_its_topology<T: Connect>(packed: bool) {
+    let options = BlkOptions {
+        block_size: 2048,
+        physical_block_exp: 1,
+        optimal_blocks: 64,
+        ..BlkOptions::default()
+    };
+    let disk = Blk::new(MemoryImage(vec![0; 64 << 10]), options);
+    let driver = RawDriver::<T>::new(disk, packed);
+    // BLK_SIZE and TOPOLOGY; their fields are at 20 to 31 (5.2.4).
+    let wanted = Features::bit(6) | Features::bit(10);
+    assert!(driver.features.contains(wanted));
+    let word = |at| driver.guest.read_config_space::<u32>(at).unwrap();
+    assert_eq!(word(20), 2048);
+    // Two logical blocks to a physical one, aligned, at least one at a time, best 64.
+    assert_eq!(word(24), 1 | (1 << 16));
+    assert_eq!(word(28), 64);
 }
 
 fn frame(to: [u8; 6], len: usize) -> Vec<u8> {

@@ -60,12 +60,14 @@ pub struct PortOptions {
     pub console: bool,
 }
 
+/// The most bytes that one buffer of the guest's is filled with, so that a notification makes the
+/// device do a bounded amount of work.
+const MAX_RECEIVE: u32 = 4096;
+
 struct Port {
     options: PortOptions,
     end: Box<dyn ConsolePort>,
     guest_open: bool,
-    /// Bytes taken from the other end for which the guest had no buffer.
-    kept: VecDeque<u8>,
 }
 
 /// The console device.
@@ -123,7 +125,6 @@ impl Console {
             options,
             end,
             guest_open: false,
-            kept: VecDeque::new(),
         });
     }
 
@@ -224,14 +225,6 @@ impl Console {
         };
         let mut next = Next::Idle;
         for turn in 0.. {
-            if port.kept.is_empty() {
-                let mut bytes = [0; 256];
-                let len = port.end.read(&mut bytes).min(bytes.len());
-                port.kept.extend(&bytes[..len]);
-            }
-            if port.kept.is_empty() {
-                break;
-            }
             if turn >= QUEUE_SIZE {
                 next = Next::Again;
                 break;
@@ -240,10 +233,24 @@ impl Console {
                 break;
             };
             let mut writer = chain.writer(memory);
-            let written = writer.write(port.kept.make_contiguous())?;
-            port.kept.drain(..written);
+            let has_room = writer.remaining() > 0;
+            let mut bytes = [0; 256];
+            while writer.remaining() > 0 && writer.written() < MAX_RECEIVE {
+                let want = writer.remaining().min(bytes.len() as u64) as usize;
+                let got = port.end.read(&mut bytes[..want]).min(want);
+                writer.write(&bytes[..got])?;
+                if got < want {
+                    break;
+                }
+            }
+            let written = writer.written();
             let token = chain.into_token();
-            queue.complete(token, written as u32)?;
+            if has_room && written == 0 {
+                // The other end has nothing to say: the buffer waits.
+                queue.give_back(token);
+                break;
+            }
+            queue.complete(token, written)?;
         }
         queue.publish()?;
         Ok(next)
@@ -302,7 +309,6 @@ impl<M: GuestMemory> Device<M> for Console {
         self.messages.clear();
         for port in &mut self.ports {
             port.guest_open = false;
-            port.kept.clear();
         }
     }
 
