@@ -64,6 +64,24 @@ msrs! {
     MCG_CTL = 0x17B, "IA32_MCG_CTL";
     /// Miscellaneous features of the processor.
     MISC_ENABLE = 0x1A0, "IA32_MISC_ENABLE";
+    /// FRED: regular stack pointer of level 0.
+    FRED_RSP0 = 0x1CC, "IA32_FRED_RSP0";
+    /// FRED: regular stack pointer of level 1.
+    FRED_RSP1 = 0x1CD, "IA32_FRED_RSP1";
+    /// FRED: regular stack pointer of level 2.
+    FRED_RSP2 = 0x1CE, "IA32_FRED_RSP2";
+    /// FRED: regular stack pointer of level 3.
+    FRED_RSP3 = 0x1CF, "IA32_FRED_RSP3";
+    /// FRED: stack levels of the first 32 vectors.
+    FRED_STKLVLS = 0x1D0, "IA32_FRED_STKLVLS";
+    /// FRED: shadow stack pointer of level 1.
+    FRED_SSP1 = 0x1D1, "IA32_FRED_SSP1";
+    /// FRED: shadow stack pointer of level 2.
+    FRED_SSP2 = 0x1D2, "IA32_FRED_SSP2";
+    /// FRED: shadow stack pointer of level 3.
+    FRED_SSP3 = 0x1D3, "IA32_FRED_SSP3";
+    /// FRED: entry point, and the stack level of interrupts.
+    FRED_CONFIG = 0x1D4, "IA32_FRED_CONFIG";
     /// Debug control: last-branch records, branch trap.
     DEBUG_CTL = 0x1D9, "IA32_DEBUGCTL";
     /// Last branch from.
@@ -154,6 +172,8 @@ msrs! {
     X2APIC_SELF_IPI = 0x83F, "IA32_X2APIC_SELF_IPI";
     /// The last index reserved for the x2APIC.
     X2APIC_LAST = 0x8FF, "IA32_X2APIC (last)";
+    /// Total memory encryption: what is configured.
+    TME_ACTIVATE = 0x982, "IA32_TME_ACTIVATE";
     /// MPX: bounds configuration.
     BNDCFGS = 0xD90, "IA32_BNDCFGS";
     /// Extended supervisor state mask.

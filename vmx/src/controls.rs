@@ -213,6 +213,8 @@ bitflags! {
         const ENABLE_PCONFIG = 1 << 27;
         /// The ENCLV-exiting bitmap decides which ENCLV leaves exit.
         const ENABLE_ENCLV_EXITING = 1 << 28;
+        /// ENCLS leaves that let a hypervisor manage the enclave pages of its guests work.
+        const EPC_VIRTUALIZATION_EXTENSIONS = 1 << 29;
         /// Bus locks exit.
         const VMM_BUS_LOCK_DETECTION = 1 << 30;
         /// A guest that reaches no instruction boundary for too long exits.
@@ -238,10 +240,19 @@ bitflags! {
         const GUEST_PAGING_VERIFICATION = 1 << 3;
         /// Writes to the interrupt command register become posted interrupts.
         const IPI_VIRTUALIZATION = 1 << 4;
+        /// In SEAM non-root operation: guest-physical addresses have the width that splits shared from
+        /// private ones further up.
+        const SEAM_GUEST_PHYSICAL_ADDRESS_WIDTH = 1 << 5;
         /// RDMSRLIST and WRMSRLIST do not cause #UD.
         const ENABLE_MSR_LIST = 1 << 6;
         /// IA32_SPEC_CTRL is virtualized by a mask and a shadow.
         const VIRTUALIZE_SPEC_CTRL = 1 << 7;
+        /// IA32_TSC_DEADLINE is virtualized, and its expiry becomes a virtual interrupt.
+        const APIC_TIMER_VIRTUALIZATION = 1 << 8;
+        /// PBNDKB does not cause #UD.
+        const ENABLE_PBNDKB = 1 << 9;
+        /// The addresses that architectural PEBS writes to are guest-physical.
+        const PEBS_USES_GUEST_PHYSICAL = 1 << 12;
         const _ = !0;
     }
 }
@@ -300,6 +311,8 @@ bitflags! {
         const SAVE_FRED = 1 << 0;
         /// The FRED MSRs are loaded.
         const LOAD_FRED = 1 << 1;
+        /// IA32_SPEC_CTRL is loaded.
+        const LOAD_SPEC_CTRL = 1 << 2;
         /// Exits during event delivery tell of a shadow stack left busy.
         const PREMATURELY_BUSY_SHADOW_STACK = 1 << 3;
         const _ = !0;
@@ -341,6 +354,10 @@ bitflags! {
         const LOAD_PKRS = 1 << 22;
         /// The FRED MSRs are loaded.
         const LOAD_FRED = 1 << 23;
+        /// IA32_SPEC_CTRL is loaded.
+        const LOAD_SPEC_CTRL = 1 << 24;
+        /// Telemetry may stay on in SEAM non-root operation.
+        const ALLOW_SEAM_GUEST_TELEMETRY = 1 << 25;
         const _ = !0;
     }
 }

@@ -117,6 +117,18 @@ pub enum VmFail {
 }
 
 /// A VMCS field that could not be read or written.
+///
+/// ```
+/// use testudo_vmx::{VmcsRead, caps::fixtures, fake::FakeVmcs, fields};
+///
+/// // A processor of 2008 has no page-modification log.
+/// let vmcs = FakeVmcs::with_caps(&fixtures::nehalem());
+/// assert_eq!(
+///     vmcs.get(fields::PML_ADDRESS).unwrap_err().to_string(),
+///     "VMREAD of PML_ADDRESS: VMfailValid: VMREAD/VMWRITE from/to unsupported VMCS component \
+///      (error 12)"
+/// );
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum AccessError {

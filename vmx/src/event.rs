@@ -25,9 +25,17 @@ pub enum EventType {
     PrivilegedSoftwareException = 5,
     /// `INT3` or `INTO`.
     SoftwareException = 6,
-    /// On entry: a pending MTF exit, or, with FRED, SYSCALL or SYSENTER.
+    /// On entry, by its vector: a pending MTF exit ([`VECTOR_MTF`]); where FRED transitions are
+    /// enabled, SYSCALL ([`VECTOR_SYSCALL`]) or SYSENTER ([`VECTOR_SYSENTER`]).
     Other = 7,
 }
+
+/// The vector of an [other event](EventType::Other): a pending MTF exit.
+pub const VECTOR_MTF: u8 = 0;
+/// The vector of an [other event](EventType::Other): SYSCALL.
+pub const VECTOR_SYSCALL: u8 = 1;
+/// The vector of an [other event](EventType::Other): SYSENTER.
+pub const VECTOR_SYSENTER: u8 = 2;
 
 /// An interruption-information field: of an entry, of an exit, or of IDT vectoring.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -73,6 +81,27 @@ impl InterruptionInformation {
         self.0 & (1 << 12) != 0
     }
 
+    /// Whether the exception was met during the FRED delivery of another event. It decides the stack
+    /// level of its own delivery.
+    #[inline]
+    pub const fn is_nested(self) -> bool {
+        self.0 & Self::NESTED != 0
+    }
+
+    /// Whether the event comes from an instruction, so that its length belongs to it (29.2.1.3).
+    #[inline]
+    pub const fn has_instruction(self) -> bool {
+        match self.event_type() {
+            EventType::SoftwareInterrupt
+            | EventType::PrivilegedSoftwareException
+            | EventType::SoftwareException => true,
+            EventType::Other => matches!(self.vector(), VECTOR_SYSCALL | VECTOR_SYSENTER),
+            _ => false,
+        }
+    }
+
+    const NESTED: u32 = 1 << 13;
+
     /// The event, with the error code and instruction length from their own fields; `None` if the
     /// field is not valid or of a type that is no event.
     pub const fn event(self, error_code: u32, length: u32) -> Option<Event> {
@@ -100,7 +129,7 @@ impl InterruptionInformation {
     }
 }
 
-/// The three fields through which a VM entry injects an event.
+/// The fields through which a VM entry injects an event.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Injection {
     /// VM-entry interruption-information.
@@ -109,6 +138,9 @@ pub struct Injection {
     pub error_code: Option<u32>,
     /// VM-entry instruction length, where the event comes from an instruction.
     pub length: Option<u32>,
+    /// Injected-event data, where FRED transitions are enabled: what the guest's handler finds as the
+    /// event data. Of #PF that is the linear address, of #DB the causes, of #NM IA32_XFD_ERR.
+    pub data: Option<u64>,
 }
 
 impl Injection {
@@ -138,10 +170,57 @@ impl Injection {
             information: InterruptionInformation(information),
             error_code,
             length,
+            data: None,
         })
     }
 
-    /// Writes the fields, so that the next VM entry delivers the event. One to three VMWRITEs.
+    /// What injects again the event whose delivery the last exit interrupted, bit for bit (30.2.4):
+    /// SYSCALL and SYSENTER too, and that an exception is nested. `fred` says whether FRED
+    /// transitions are enabled in the guest (CR4.FRED), so that there are event data. One VMREAD when
+    /// there is no such event.
+    ///
+    /// ```
+    /// use testudo_vmx::event::Injection;
+    /// use testudo_vmx::{VmcsRead, fake::FakeVmcs, fields};
+    ///
+    /// // The delivery of a nested #PF was interrupted.
+    /// let mut vmcs = FakeVmcs::new();
+    /// vmcs.preset(fields::IDT_VECTORING_INFORMATION, 0x8000_2B0E);
+    /// vmcs.preset(fields::IDT_VECTORING_ERROR_CODE, 2);
+    /// vmcs.preset(fields::ORIGINAL_EVENT_DATA, 0x7000);
+    /// Injection::of_interrupted(&vmcs, true)?.unwrap().write(&mut vmcs)?;
+    /// assert_eq!(vmcs.get(fields::ENTRY_INTERRUPTION_INFORMATION)?, 0x8000_2B0E);
+    /// assert_eq!(vmcs.get(fields::INJECTED_EVENT_DATA)?, 0x7000);
+    /// # Ok::<(), testudo_vmx::AccessError>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// A VMREAD failed.
+    pub fn of_interrupted(vmcs: &impl VmcsRead, fred: bool) -> Result<Option<Self>, AccessError> {
+        // Bit 12 is undefined here and reserved there.
+        let information = vmcs.get(fields::IDT_VECTORING_INFORMATION)? & !(1 << 12);
+        let information = InterruptionInformation(information);
+        if !information.is_valid() {
+            return Ok(None);
+        }
+        let mut injection = Self {
+            information,
+            ..Self::default()
+        };
+        if information.has_error_code() {
+            injection.error_code = Some(vmcs.get(fields::IDT_VECTORING_ERROR_CODE)?);
+        }
+        if information.has_instruction() {
+            injection.length = Some(vmcs.get(fields::EXIT_INSTRUCTION_LENGTH)?);
+        }
+        if fred {
+            injection.data = Some(vmcs.get(fields::ORIGINAL_EVENT_DATA)?);
+        }
+        Ok(Some(injection))
+    }
+
+    /// Writes the fields, so that the next VM entry delivers the event. One to four VMWRITEs.
     ///
     /// # Errors
     ///
@@ -153,6 +232,9 @@ impl Injection {
         }
         if let Some(length) = self.length {
             vmcs.set(fields::ENTRY_INSTRUCTION_LENGTH, length)?;
+        }
+        if let Some(data) = self.data {
+            vmcs.set(fields::INJECTED_EVENT_DATA, data)?;
         }
         vmcs.set(fields::ENTRY_INTERRUPTION_INFORMATION, self.information.0)
     }
@@ -187,11 +269,10 @@ pub fn interrupted_delivery(vmcs: &impl VmcsRead) -> Result<Option<Event>, Acces
     } else {
         0
     };
-    let length = match information.event_type() {
-        EventType::SoftwareInterrupt
-        | EventType::PrivilegedSoftwareException
-        | EventType::SoftwareException => vmcs.get(fields::EXIT_INSTRUCTION_LENGTH)?,
-        _ => 0,
+    let length = if information.has_instruction() {
+        vmcs.get(fields::EXIT_INSTRUCTION_LENGTH)?
+    } else {
+        0
     };
     Ok(information.event(error_code, length))
 }
@@ -242,6 +323,8 @@ mod tests {
             vmcs.preset(fields::IDT_VECTORING_ERROR_CODE, injection.error_code.unwrap_or(7).into());
             vmcs.preset(fields::EXIT_INSTRUCTION_LENGTH, injection.length.unwrap_or(7).into());
             prop_assert_eq!(interrupted_delivery(&vmcs).unwrap(), Some(event));
+            let again = Injection::of_interrupted(&vmcs, false).unwrap();
+            prop_assert_eq!(again, Some(injection));
         }
 
         #[test]
@@ -249,6 +332,25 @@ mod tests {
             let event = InterruptionInformation(raw).event(code, length);
             prop_assert!(event.is_none() || raw >> 31 == 1);
         }
+    }
+
+    #[test]
+    fn an_interrupted_syscall_is_injected_again() {
+        let mut vmcs = FakeVmcs::new();
+        vmcs.preset(fields::IDT_VECTORING_INFORMATION, 0x8000_1701);
+        vmcs.preset(fields::EXIT_INSTRUCTION_LENGTH, 2);
+        let expected = Injection {
+            information: InterruptionInformation(0x8000_0701),
+            error_code: None,
+            length: Some(2),
+            data: Some(0),
+        };
+        let found = Injection::of_interrupted(&vmcs, true).unwrap();
+        assert_eq!(found, Some(expected));
+        // Without FRED there is no field for its data.
+        vmcs.fail(fields::ORIGINAL_EVENT_DATA, crate::VmFail::Invalid);
+        let found = Injection::of_interrupted(&vmcs, false).unwrap();
+        assert_eq!(found.unwrap().data, None);
     }
 
     #[test]

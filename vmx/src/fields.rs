@@ -39,8 +39,6 @@ pub enum Feature {
     Entry(EntryControls),
     /// A VM function.
     Function(VmFunctions),
-    /// No control of an ordinary VMCS: the field belongs to trust domains.
-    Never,
 }
 
 impl Feature {
@@ -55,7 +53,6 @@ impl Feature {
             Self::Exit2(bits) => caps.exit2.allows(bits),
             Self::Entry(bits) => caps.entry.allows(bits),
             Self::Function(bits) => caps.functions.contains(bits),
-            Self::Never => false,
         }
     }
 }
@@ -107,15 +104,12 @@ macro_rules! feature {
     (Function $bit:ident) => {
         Feature::Function(VmFunctions::$bit)
     };
-    (Never) => {
-        Feature::Never
-    };
 }
 
 macro_rules! fields {
     ($($width:ident, $area:ident, $access:ident {
         $($(#[doc = $doc:literal])+ $name:ident = $encoding:literal, $section:literal
-            $(if $($class:ident $($bit:ident)?)|+)?;)*
+            $(if $($class:ident $bit:ident)|+)?;)*
     })*) => {
         $($(
             $(#[doc = $doc])+
@@ -130,7 +124,7 @@ macro_rules! fields {
                 name: stringify!($name),
                 manual_name: concat!($($doc),+).trim_ascii(),
                 section: $section,
-                features: &[$($(feature!($class $($bit)?)),+)?],
+                features: &[$($(feature!($class $bit)),+)?],
             },
         )*)*];
     };
@@ -148,6 +142,8 @@ fields! {
         HLAT_PREFIX_SIZE = 0x0006, "27.6.22" if Tertiary ENABLE_HLAT;
         /// Last PID-pointer index
         LAST_PID_POINTER_INDEX = 0x0008, "27.6.8" if Tertiary IPI_VIRTUALIZATION;
+        /// Virtual timer vector
+        VIRTUAL_TIMER_VECTOR = 0x000A, "27.6.27" if Tertiary APIC_TIMER_VIRTUALIZATION;
     }
     u16, Guest, ReadWrite {
         /// Guest ES selector
@@ -250,8 +246,8 @@ fields! {
         LOW_PASID_DIRECTORY = 0x2038, "27.6.23" if Secondary PASID_TRANSLATION;
         /// High PASID directory address
         HIGH_PASID_DIRECTORY = 0x203A, "27.6.23" if Secondary PASID_TRANSLATION;
-        /// Shared EPT pointer, of trust domains
-        SHARED_EPT_POINTER = 0x203C, "27.6.11" if Never;
+        /// SEAM shared EPT pointer, of trust domains
+        SHARED_EPT_POINTER = 0x203C, "27.6.26" if Tertiary SEAM_GUEST_PHYSICAL_ADDRESS_WIDTH;
         /// PCONFIG-exiting bitmap
         PCONFIG_EXITING_BITMAP = 0x203E, "27.6.17" if Secondary ENABLE_PCONFIG;
         /// Hypervisor-managed linear-address translation pointer (HLATP)
@@ -264,12 +260,16 @@ fields! {
         SPEC_CTRL_MASK = 0x204A, "27.6.25" if Tertiary VIRTUALIZE_SPEC_CTRL;
         /// IA32_SPEC_CTRL shadow
         SPEC_CTRL_SHADOW = 0x204C, "27.6.25" if Tertiary VIRTUALIZE_SPEC_CTRL;
+        /// Guest deadline shadow: the deadline as the guest's view of the time-stamp counter has it
+        GUEST_DEADLINE_SHADOW = 0x204E, "27.6.27" if Tertiary APIC_TIMER_VIRTUALIZATION;
         /// Injected-event data
         INJECTED_EVENT_DATA = 0x2052, "27.8.3" if Entry LOAD_FRED;
     }
     u64, ExitInformation, ReadOnly {
         /// Guest-physical address
         GUEST_PHYSICAL_ADDRESS = 0x2400, "27.9.1" if Secondary ENABLE_EPT;
+        /// MSR data: what a WRMSRLIST that exited would have written
+        MSR_DATA = 0x2402, "27.9.4" if Tertiary ENABLE_MSR_LIST;
         /// Original-event data
         ORIGINAL_EVENT_DATA = 0x2404, "27.9.3" if Entry LOAD_FRED;
     }
@@ -316,6 +316,10 @@ fields! {
         GUEST_FRED_SSP2 = 0x2826, "27.4.1" if Entry LOAD_FRED | Exit2 SAVE_FRED;
         /// Guest IA32_FRED_SSP3
         GUEST_FRED_SSP3 = 0x2828, "27.4.1" if Entry LOAD_FRED | Exit2 SAVE_FRED;
+        /// Guest IA32_SPEC_CTRL
+        GUEST_SPEC_CTRL = 0x282E, "27.4.1" if Entry LOAD_SPEC_CTRL;
+        /// Guest deadline: when the guest's timer fires, in ticks of the time-stamp counter
+        GUEST_DEADLINE = 0x2830, "27.4.2" if Tertiary APIC_TIMER_VIRTUALIZATION;
     }
     u64, Host, ReadWrite {
         /// Host IA32_PAT
@@ -342,6 +346,8 @@ fields! {
         HOST_FRED_SSP2 = 0x2C14, "27.5" if Exit2 LOAD_FRED;
         /// Host IA32_FRED_SSP3
         HOST_FRED_SSP3 = 0x2C16, "27.5" if Exit2 LOAD_FRED;
+        /// Host IA32_SPEC_CTRL
+        HOST_SPEC_CTRL = 0x2C1A, "27.5" if Exit2 LOAD_SPEC_CTRL;
     }
     u32, Control, ReadWrite {
         /// Pin-based VM-execution controls
@@ -366,9 +372,9 @@ fields! {
         ENTRY_CONTROLS = 0x4012, "27.8.1";
         /// VM-entry MSR-load count
         ENTRY_MSR_LOAD_COUNT = 0x4014, "27.8.2";
-        /// VM-entry interruption-information field
+        /// VM-entry interruption-information field (injected-event identification)
         ENTRY_INTERRUPTION_INFORMATION = 0x4016, "27.8.3";
-        /// VM-entry exception error code
+        /// VM-entry exception error code (injected-event error code)
         ENTRY_EXCEPTION_ERROR_CODE = 0x4018, "27.8.3";
         /// VM-entry instruction length
         ENTRY_INSTRUCTION_LENGTH = 0x401A, "27.8.3";
@@ -382,19 +388,21 @@ fields! {
         PLE_WINDOW = 0x4022, "27.6.13" if Secondary PAUSE_LOOP_EXITING;
         /// Instruction-timeout control (notify window)
         INSTRUCTION_TIMEOUT_CONTROL = 0x4024, "27.6.24" if Secondary INSTRUCTION_TIMEOUT;
+        /// SEAM-guest KeyID, of trust domains
+        SEAM_KEY_ID = 0x4026, "27.6.26" if Tertiary SEAM_GUEST_PHYSICAL_ADDRESS_WIDTH;
     }
     u32, ExitInformation, ReadOnly {
         /// VM-instruction error
         VM_INSTRUCTION_ERROR = 0x4400, "27.9.5";
         /// Exit reason
         EXIT_REASON = 0x4402, "27.9.1";
-        /// VM-exit interruption information
+        /// VM-exit interruption information (exiting-event identification)
         EXIT_INTERRUPTION_INFORMATION = 0x4404, "27.9.2";
-        /// VM-exit interruption error code
+        /// VM-exit interruption error code (exiting-event error code)
         EXIT_INTERRUPTION_ERROR_CODE = 0x4406, "27.9.2";
-        /// IDT-vectoring information field
+        /// IDT-vectoring information field (original-event identification)
         IDT_VECTORING_INFORMATION = 0x4408, "27.9.3";
-        /// IDT-vectoring error code
+        /// IDT-vectoring error code (original-event error code)
         IDT_VECTORING_ERROR_CODE = 0x440A, "27.9.3";
         /// VM-exit instruction length
         EXIT_INSTRUCTION_LENGTH = 0x440C, "27.9.4";

@@ -29,7 +29,7 @@ pub(crate) enum Kind {
 /// A documented defect.
 pub(crate) struct Defect {
     pub(crate) name: &'static str,
-    /// What the manual says (SDM vol. 3C, edition 325462-083).
+    /// What the manual says (SDM vol. 3C, by the sections of the editions since 2025).
     #[expect(dead_code, reason = "the reason of the entry, for its reader")]
     pub(crate) manual: &'static str,
     pub(crate) kind: Kind,
@@ -91,10 +91,11 @@ const DATA_SEGMENTS: [(Field<u16>, Field<u32>); 4] = [
     (fields::GUEST_GS_SELECTOR, fields::GUEST_GS_ACCESS_RIGHTS),
 ];
 
-const OTHER_EVENT: &str = "29.2.1.3: The field's interruption type (bits 10:8) is not set to a \
-                           reserved value. Value 7 is reserved on logical processors that do not \
-                           support the 1-setting of the \"monitor trap flag\" VM-execution control. \
-                           (Bochs lets it pass, and panics when it comes to the injection.)";
+const OTHER_EVENT: &str = "29.2.1.3: the event type (bits 10:8) is not set to a reserved value; value 7 \
+                           (other event) is reserved on logical processors that support neither the \
+                           1-setting of the \"monitor trap flag\" VM-execution control nor FRED \
+                           transitions. (Bochs lets it pass, and panics when it comes to the \
+                           injection.)";
 
 fn other_event_without_trap_flag(vmcs: &VmcsImage, caps: &VmxCaps) -> bool {
     let trap_flag = caps.primary.allows(PrimaryControls::MONITOR_TRAP_FLAG);
@@ -105,9 +106,10 @@ fn other_event_without_trap_flag(vmcs: &VmcsImage, caps: &VmxCaps) -> bool {
 pub(crate) const DEFECTS: &[Defect] = &[
     Defect {
         name: "ErrorCodeOfAnyEvent",
-        manual: "29.2.1.3: the deliver-error-code bit (bit 11) is 1 only if the interruption type is \
-                 hardware exception, and bit 0 (CR0.PE) is set in the CR0 field if the guest is \
-                 unrestricted. (With IA32_VMX_BASIC bit 56 Bochs checks nothing of it.)",
+        manual: "29.2.1.3: the deliver-error-code bit is 0 if the event type is not hardware exception, \
+                 or if the \"unrestricted guest\" VM-execution control is 1 and bit 0 (CR0.PE) is clear \
+                 in the CR0 field: IA32_VMX_BASIC bit 56 frees the vector alone. (With that bit Bochs \
+                 checks nothing of it.)",
         kind: Kind::Ignores(Rule::EventErrorCodeDelivery, |_, caps| {
             caps.basic.any_error_code()
         }),
@@ -154,8 +156,9 @@ pub(crate) const DEFECTS: &[Defect] = &[
     },
     Defect {
         name: "NullStackSegmentNotChecked",
-        manual: "29.3.1.2: all checks of SS apply if SS is usable; a null selector in 64-bit mode \
-                 is loaded as unusable by instructions, but a VMCS may say otherwise.",
+        manual: "29.3.1.2: SS: if SS is usable, the Type must be 3 or 7; S and P must be 1 if the \
+                 register is usable, and so on; usable is a register whose unusable bit (bit 16) is 0, \
+                 whatever its selector. (Bochs takes a null selector in 64-bit mode for unusable.)",
         kind: Kind::Sees(|vmcs| {
             let rights = word(vmcs, fields::GUEST_SS_ACCESS_RIGHTS);
             let null = word(vmcs, fields::GUEST_SS_SELECTOR) >> 2 == 0;
@@ -171,8 +174,9 @@ pub(crate) const DEFECTS: &[Defect] = &[
     Defect {
         name: "ReadableCodeAsDataNotChecked",
         manual: "29.3.1.2: DS, ES, FS and GS: the DPL cannot be less than the RPL in the selector \
-                 field if the segment is usable and the Type in the access-rights field is in the \
-                 range 0 - 11 (data segment or non-conforming code segment). (Bochs leaves out 11.)",
+                 field if the \"unrestricted guest\" VM-execution control is 0, the register is usable, \
+                 and the Type in the access-rights field is in the range 0 - 11 (data segment or \
+                 non-conforming code segment). (Bochs leaves out 11.)",
         kind: Kind::Sees(|vmcs| {
             for (selector, rights) in DATA_SEGMENTS {
                 if word(vmcs, rights) & 0xF == 11 && !virtual8086(vmcs) {
@@ -214,10 +218,10 @@ pub(crate) const DEFECTS: &[Defect] = &[
     },
     Defect {
         name: "HaltedEventNotChecked",
-        manual: "29.3.1.5: If the valid bit in the VM-entry interruption-information field is 1, the \
-                 interruption to be delivered must not be one that would normally be blocked while \
-                 a logical processor is in the activity state; HLT: only external interrupts, NMI, \
-                 #DB, #MC, and pending MTF exits are allowed.",
+        manual: "29.3.1.5: If the valid bit in the injected-event identification field is 1, the event \
+                 to be delivered must not be one that would normally be blocked while a logical \
+                 processor is in the activity state; HLT: only external interrupts, NMI, hardware \
+                 exceptions with vector 1 or 18, and the other event with vector 0 are allowed.",
         kind: Kind::Ignores(Rule::ActivityEvent, |vmcs, _| activity(vmcs) == 1),
     },
     Defect {
@@ -231,7 +235,7 @@ pub(crate) const DEFECTS: &[Defect] = &[
     Defect {
         name: "VirtualNmiBlockingNotChecked",
         manual: "29.3.1.5: If the \"virtual NMIs\" VM-execution control is 1, the valid bit is 1 and \
-                 the interruption type has value 2 (NMI), bit 3 (blocking by NMI) must be 0.",
+                 the event type has value 2 (NMI), bit 3 (blocking by NMI) must be 0.",
         kind: Kind::Ignores(Rule::InterruptibilityVirtualNmi, always),
     },
     Defect {
@@ -282,13 +286,16 @@ pub(crate) const DEFECTS: &[Defect] = &[
     },
     Defect {
         name: "WaitForSipiIsForever",
-        manual: "28.4.1 of the activity states: a start-up IPI ends wait-for-SIPI; there is no other \
-                 processor here to send one.",
+        manual: "28.2: start-up IPIs cause VM exits in the wait-for-SIPI state; 29.7.2: it blocks \
+                 external interrupts, NMIs, INIT signals and SMIs; 29.7.4: and an expiring preemption \
+                 timer does not exit from it. No other processor is here to send a start-up IPI.",
         kind: Kind::Stops(|vmcs, _| activity(vmcs) == 3 && event(vmcs).is_none()),
     },
     Defect {
         name: "SleepWithoutTimer",
-        manual: "a processor that halts or shuts down without a preemption timer sleeps for good.",
+        manual: "27.4.2: in the states HLT and shutdown the processor executes nothing; 29.7.2: what \
+                 wakes it is an interrupt or an NMI, and none comes here. With a preemption timer, its \
+                 expiry exits.",
         kind: Kind::Stops(|vmcs, _| matches!(activity(vmcs), 1 | 2) && !timer(vmcs)),
     },
 ];

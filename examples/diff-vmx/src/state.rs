@@ -3,7 +3,7 @@
 use core::fmt;
 
 use arrayvec::ArrayVec;
-use testudo_vmx::check::{Rule, samples};
+use testudo_vmx::check::{EntryContext, Rule, samples};
 use testudo_vmx::controls::{
     EntryControls, ExitControls, PinControls, PrimaryControls, SecondaryControls,
 };
@@ -197,7 +197,11 @@ pub(crate) fn is_reachable(rule: Rule, base: &VmcsImage, caps: &VmxCaps) -> bool
         | Rule::LinkPointerRegion
         | Rule::MsrLoadRefused
         | Rule::MsrValueRefused => true,
-        _ => samples::violate(rule, &mut base.clone(), caps).unwrap_or(false),
+        // This program enters from 64-bit mode, outside SMM and SEAM, and traces nothing.
+        _ => {
+            samples::context(rule) == EntryContext::default()
+                && samples::violate(rule, &mut base.clone(), caps).unwrap_or(false)
+        }
     }
 }
 

@@ -1,4 +1,4 @@
-//! Cases on the VMX instructions and how they fail (SDM vol. 3C, chapter 31): the same on a processor
+//! Cases on the VMX instructions and how they fail (SDM vol. 3C, chapter 33): the same on a processor
 //! and on what a hypervisor makes of one for a guest that is a hypervisor itself.
 #![allow(unsafe_code)]
 

@@ -1,4 +1,4 @@
-//! VMLAUNCH and VMRESUME: the checks, the join, and what is loaded (SDM vol. 3C, chapter 27).
+//! VMLAUNCH and VMRESUME: the checks, the join, and what is loaded (SDM vol. 3C, chapter 29).
 
 use testudo_arch::{EferFlags, Gpa, GuestMemory, Hpa, Msr};
 use testudo_vmx::check::{EntryContext, Outcome as Refusal, check_entry_from, check_memory};
@@ -69,6 +69,7 @@ impl NestedVmx {
             in_smm: false,
             current_vmcs: Some(Hpa(current.0)),
             tracing: false,
+            in_seam: false,
         };
         if let Some(refusal) = self.refusal(&context, cx.memory)? {
             return match refusal {

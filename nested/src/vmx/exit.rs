@@ -1,4 +1,4 @@
-//! VM exits to L1: what the processor would save, and what it would load (SDM vol. 3C, chapter 28).
+//! VM exits to L1: what the processor would save, and what it would load (SDM vol. 3C, chapter 30).
 
 use testudo_arch::{Cr4Flags, EferFlags, Gpa, GuestMemory};
 use testudo_vmx::controls::{

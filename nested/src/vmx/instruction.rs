@@ -1,4 +1,4 @@
-//! The VMX instructions, emulated: checks and flags in the manual's order (SDM vol. 3C, chapter 31).
+//! The VMX instructions, emulated: checks and flags in the manual's order (SDM vol. 3C, chapter 33).
 
 use testudo_arch::regs::{Gpr, SystemRegisters};
 use testudo_arch::segment::SegmentAttributes;

@@ -379,6 +379,7 @@ impl NestedVmx {
             in_smm: false,
             current_vmcs: Some(Hpa(at.0)),
             tracing: false,
+            in_seam: false,
         };
         let violations = check_entry_from(&*self.vmcs12.image, &self.caps, &context)?;
         if let Some(&violation) = violations.first() {

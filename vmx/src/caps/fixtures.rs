@@ -2,6 +2,17 @@
 //!
 //! For tests on machines without VT-x, and for asking "would this run on a processor of 2009?". The
 //! values follow what processors of the named generation report; single steppings differ in detail.
+//!
+//! ```
+//! use testudo_vmx::caps::fixtures;
+//! use testudo_vmx::controls::SecondaryControls;
+//! use testudo_vmx::{VmcsRead, fake::FakeVmcs, fields};
+//!
+//! let old = fixtures::nehalem();
+//! assert!(!old.secondary.allows(SecondaryControls::UNRESTRICTED_GUEST));
+//! // What it has not got cannot be read there either.
+//! assert!(FakeVmcs::with_caps(&old).get(fields::PML_ADDRESS).is_err());
+//! ```
 
 use testudo_arch::Msr;
 
@@ -114,6 +125,7 @@ pub fn nehalem() -> VmxCaps {
             rtit_ctl: 0,
             rtit_encodings: NO_TRACE,
             lbr_ctl: 0,
+            spec_ctrl: 0,
         },
     }
     .caps()
@@ -144,6 +156,7 @@ pub fn haswell() -> VmxCaps {
             rtit_ctl: 0,
             rtit_encodings: NO_TRACE,
             lbr_ctl: 0,
+            spec_ctrl: 0x7,
         },
     }
     .caps()
@@ -174,6 +187,7 @@ pub fn skylake_sp() -> VmxCaps {
             rtit_ctl: RTIT_CTL,
             rtit_encodings: RTIT_ENCODINGS,
             lbr_ctl: 0,
+            spec_ctrl: 0x7,
         },
     }
     .caps()
@@ -207,6 +221,7 @@ pub fn ice_lake_sp() -> VmxCaps {
             rtit_ctl: RTIT_CTL,
             rtit_encodings: RTIT_ENCODINGS,
             lbr_ctl: 0,
+            spec_ctrl: 0x7,
         },
     }
     .caps()
@@ -247,6 +262,7 @@ pub fn sapphire_rapids() -> VmxCaps {
             rtit_ctl: RTIT_CTL,
             rtit_encodings: RTIT_ENCODINGS,
             lbr_ctl: 0x7F_000F,
+            spec_ctrl: 0x4FF,
         },
     }
     .caps()
@@ -278,12 +294,45 @@ pub fn bochs_skylake_x() -> VmxCaps {
             rtit_ctl: 0,
             rtit_encodings: NO_TRACE,
             lbr_ctl: 0,
+            spec_ctrl: 0,
         },
     }
     .caps()
 }
 
-/// All of them by name, oldest first.
+/// Everything that the manual of 2025 defines, in one processor that does not exist: FRED, APIC-timer
+/// virtualization, HLAT, trust domains.
+pub fn everything() -> VmxCaps {
+    Fixture {
+        basic: 0x05DA_0400_0000_0020,
+        pin: 0x0000_00FF_0000_0016,
+        primary: [0xFFFB_FFFE_0401_E172, 0xFFFB_FFFE_0400_6172],
+        exit: [0xFFFF_FFFF_0003_6DFF, 0xFFFF_FFFF_0003_6DFB],
+        entry: [0x03FF_FFFF_0000_11FF, 0x03FF_FFFF_0000_11FB],
+        secondary: 0xFFFF_FFFF_0000_0000,
+        tertiary: 0x13FF,
+        exit2: 0xF,
+        ept_vpid: 0x0001_0F01_06F3_41C1,
+        functions: 1,
+        misc: 0x0000_0000_7004_C1E7,
+        cr4_may: 0x1_1BFF_7FFF,
+        vmcs_enum: 0x52,
+        processor: Processor {
+            physical_address_bits: 52,
+            linear_address_bits: 57,
+            features: F::all(),
+            debugctl: 0xFFC7,
+            perf_global_ctrl: 0xF_0000_00FF,
+            rtit_ctl: RTIT_CTL,
+            rtit_encodings: RTIT_ENCODINGS,
+            lbr_ctl: 0x7F_000F,
+            spec_ctrl: 0x5FF,
+        },
+    }
+    .caps()
+}
+
+/// Those of real processors, and the emulator's, by name, oldest first.
 pub fn all() -> [(&'static str, VmxCaps); 6] {
     [
         ("nehalem", nehalem()),

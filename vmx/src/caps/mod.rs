@@ -341,6 +341,10 @@ impl VmxCaps {
             feature_control,
             processor: Processor::read_from(cpuid),
         };
+        let encrypts = ProcessorFeatures::TOTAL_MEMORY_ENCRYPTION;
+        if caps.processor.features.contains(encrypts) {
+            caps.processor = caps.processor.with_tme_activate(read(Msr::TME_ACTIVATE)?);
+        }
         if caps
             .primary
             .allows(PrimaryControls::ACTIVATE_SECONDARY_CONTROLS)

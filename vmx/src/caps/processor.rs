@@ -38,13 +38,15 @@ bitflags! {
         const LAM = 1 << 14;
         /// Architectural last-branch records.
         const ARCH_LBR = 1 << 15;
+        /// Total memory encryption, whose key identifiers may take bits of physical addresses.
+        const TOTAL_MEMORY_ENCRYPTION = 1 << 16;
     }
 }
 
 /// What VM entries depend on besides the VMX capability MSRs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Processor {
-    /// The width of physical addresses.
+    /// The width of physical addresses, without the bits that the keys of trust domains take.
     #[doc(alias = "MAXPHYADDR")]
     pub physical_address_bits: u8,
     /// The widest linear addresses that the processor supports: 48, or 57 with LA57.
@@ -61,6 +63,8 @@ pub struct Processor {
     pub rtit_encodings: RtitEncodings,
     /// The bits of IA32_LBR_CTL that are not reserved.
     pub lbr_ctl: u64,
+    /// The bits of IA32_SPEC_CTRL that are not reserved.
+    pub spec_ctrl: u64,
 }
 
 impl Processor {
@@ -105,6 +109,8 @@ impl Processor {
         features.set(F::FRED, seven_one[0] & (1 << 17) != 0);
         features.set(F::LAM, seven_one[0] & (1 << 26) != 0);
         features.set(F::ARCH_LBR, seven[3] & (1 << 19) != 0);
+        features.set(F::TOTAL_MEMORY_ENCRYPTION, seven[2] & (1 << 13) != 0);
+        let seven_two = if seven[0] >= 2 { basic(7, 2) } else { [0; 4] };
         let sizes = extended(0x8000_0008)[0];
         let physical = if sizes & 0xFF != 0 {
             (sizes & 0xFF).clamp(32, 52)
@@ -128,6 +134,22 @@ impl Processor {
             } else {
                 0
             },
+            spec_ctrl: spec_ctrl_bits(seven[3], seven_two[3]),
+        }
+    }
+
+    /// The same, with what IA32_TME_ACTIVATE takes from the width of physical addresses outside SEAM
+    /// (29.2.1): bits 39:36, once bit 0 says that it is configured.
+    #[must_use]
+    pub fn with_tme_activate(self, value: u64) -> Self {
+        let keys = if value & 1 != 0 {
+            (value >> 36) as u8 & 0xF
+        } else {
+            0
+        };
+        Self {
+            physical_address_bits: self.physical_address_bits.saturating_sub(keys).max(32),
+            ..self
         }
     }
 
@@ -244,6 +266,27 @@ fn debugctl_bits(features: ProcessorFeatures, pdcm: bool, monitoring_version: u3
         bits |= 1 << 15;
     }
     bits
+}
+
+/// The bits of IA32_SPEC_CTRL that such a processor has (SDM vol. 4, 2.1), by EDX of the sub-leaves 0 and
+/// 2 of CPUID leaf 7.
+fn spec_ctrl_bits(zero: u32, two: u32) -> u64 {
+    let bits = [
+        // IBRS, which brings a STIBP that does nothing; STIBP; SSBD.
+        (zero, 26, 0b11),
+        (zero, 27, 1 << 1),
+        (zero, 31, 1 << 2),
+        // PSFD; IPRED_DIS_U and _S; RRSBA_DIS_U and _S; DDPD_U; BHI_DIS_S.
+        (two, 0, 1 << 7),
+        (two, 1, 0b11 << 3),
+        (two, 2, 0b11 << 5),
+        (two, 3, 1 << 8),
+        (two, 4, 1 << 10),
+    ];
+    let has = |&(register, bit, _): &(u32, u32, u64)| register & (1 << bit) != 0;
+    bits.iter()
+        .filter(|row| has(row))
+        .fold(0, |all, row| all | row.2)
 }
 
 /// The enable bits of the counters that CPUID leaf 0xA enumerates (SDM vol. 3B, 20.2.2).

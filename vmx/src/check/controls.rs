@@ -1,13 +1,15 @@
 //! The checks of VM-execution, VM-exit and VM-entry controls (SDM vol. 3C, 29.2.1).
 
-use super::{CR0_PE, Checker, Rule};
-use crate::caps::EptVpidCaps;
+use super::{CR0_PE, CR4_FRED, Checker, Rule};
+use crate::caps::{EptVpidCaps, ProcessorFeatures};
 use crate::controls::{
     ControlWord, EntryControls, ExitControls, PinControls, PrimaryControls, SecondaryControls,
     SecondaryExitControls, TertiaryControls, VmFunctions,
 };
 use crate::error::AccessError;
-use crate::event::{EventType, InterruptionInformation};
+use crate::event::{
+    EventType, InterruptionInformation, VECTOR_MTF, VECTOR_SYSCALL, VECTOR_SYSENTER,
+};
 use crate::fields;
 use crate::vmcs::VmcsRead;
 
@@ -17,6 +19,7 @@ pub(super) fn check<V: VmcsRead>(c: &mut Checker<'_, V>) -> Result<(), AccessErr
     words(c)?;
     execution(c)?;
     apic(c)?;
+    apic_timer(c)?;
     ept(c)?;
     features(c)?;
     exit(c)?;
@@ -173,6 +176,32 @@ fn apic<V: VmcsRead>(c: &mut Checker<'_, V>) -> Result<(), AccessError> {
     Ok(())
 }
 
+fn apic_timer<V: VmcsRead>(c: &mut Checker<'_, V>) -> Result<(), AccessError> {
+    let tertiary = c.words.tertiary;
+    if !tertiary.contains(TertiaryControls::APIC_TIMER_VIRTUALIZATION) {
+        return Ok(());
+    }
+    let (field, value) = (fields::TERTIARY_CONTROLS, tertiary.to_u64());
+    let delivers = SecondaryControls::VIRTUAL_INTERRUPT_DELIVERY;
+    c.require(
+        c.words.secondary.contains(delivers),
+        Rule::ApicTimerNeedsVirtualInterrupts,
+        field,
+        value,
+    );
+    let primary = c.words.primary;
+    c.require(
+        !primary.contains(PrimaryControls::RDTSC_EXITING),
+        Rule::ApicTimerExcludesRdtscExiting,
+        fields::PRIMARY_CONTROLS,
+        primary.to_u64(),
+    );
+    let (field, rule) = (fields::VIRTUAL_TIMER_VECTOR, Rule::ApicTimerVector);
+    let vector = c.get(field)?;
+    c.require(vector <= 0xFF, rule, field, vector.into());
+    Ok(())
+}
+
 fn ept<V: VmcsRead>(c: &mut Checker<'_, V>) -> Result<(), AccessError> {
     let secondary = c.words.secondary;
     if secondary.contains(SecondaryControls::ENABLE_VPID) {
@@ -201,6 +230,32 @@ fn ept<V: VmcsRead>(c: &mut Checker<'_, V>) -> Result<(), AccessError> {
         SecondaryControls::SUB_PAGE_WRITE_PERMISSIONS,
         Rule::SppNeedsEpt,
     );
+    needs_ept(SecondaryControls::PT_USES_GUEST_PHYSICAL, Rule::PtNeedsEpt);
+    let tertiary = c.words.tertiary;
+    let (field, value) = (fields::TERTIARY_CONTROLS, tertiary.to_u64());
+    for (control, rule) in [
+        (
+            TertiaryControls::PEBS_USES_GUEST_PHYSICAL,
+            Rule::PebsNeedsEpt,
+        ),
+        (TertiaryControls::ENABLE_HLAT, Rule::HlatNeedsEpt),
+        (
+            TertiaryControls::EPT_PAGING_WRITE_CONTROL,
+            Rule::PagingWriteNeedsEpt,
+        ),
+        (
+            TertiaryControls::GUEST_PAGING_VERIFICATION,
+            Rule::GuestPagingVerificationNeedsEpt,
+        ),
+    ] {
+        c.require(enabled || !tertiary.contains(control), rule, field, value);
+    }
+    if c.context.in_seam {
+        let (field, value) = (fields::SECONDARY_CONTROLS, secondary.to_u64());
+        c.require(enabled, Rule::SeamNeedsEpt, field, value);
+        let field = fields::SHARED_EPT_POINTER;
+        c.require_address(Rule::SeamSharedEptp, field, FRAME)?;
+    }
     if secondary.contains(SecondaryControls::ENABLE_PML) {
         c.require_address(Rule::PmlAddress, fields::PML_ADDRESS, FRAME)?;
     }
@@ -274,8 +329,8 @@ fn features<V: VmcsRead>(c: &mut Checker<'_, V>) -> Result<(), AccessError> {
         let loads = c.words.entry.contains(EntryControls::LOAD_RTIT_CTL);
         let clears = c.words.exit.contains(ExitControls::CLEAR_RTIT_CTL);
         let field = fields::SECONDARY_CONTROLS;
-        let ok = ept && loads && clears;
-        c.require(ok, Rule::PtGuestPhysicalNeeds, field, secondary.to_u64());
+        let ok = loads && clears;
+        c.require(ok, Rule::PtNeedsRtitCtl, field, secondary.to_u64());
     }
     let entry = c.words.entry;
     let ok = !(c.context.tracing && entry.contains(EntryControls::LOAD_RTIT_CTL));
@@ -293,9 +348,6 @@ fn features<V: VmcsRead>(c: &mut Checker<'_, V>) -> Result<(), AccessError> {
     }
     if tertiary.contains(TertiaryControls::ENABLE_HLAT) {
         c.require_address(Rule::HlatPointer, fields::HLAT_POINTER, 0xFE7)?;
-        let (size, field) = (c.get(fields::HLAT_PREFIX_SIZE)?, fields::HLAT_PREFIX_SIZE);
-        let ok = size <= u16::from(c.caps.ept_vpid.max_hlat_prefix());
-        c.require(ok, Rule::HlatPrefixSize, field, size.into());
     }
     if tertiary.contains(TertiaryControls::IPI_VIRTUALIZATION) {
         let field = fields::PID_POINTER_TABLE_ADDRESS;
@@ -345,19 +397,12 @@ fn entry<V: VmcsRead>(c: &mut Checker<'_, V>) -> Result<(), AccessError> {
         fields::ENTRY_MSR_LOAD_ADDRESS,
     )?;
     let entry = c.words.entry;
+    let (field, value) = (fields::ENTRY_CONTROLS, entry.to_u64());
     let smm = EntryControls::ENTRY_TO_SMM | EntryControls::DEACTIVATE_DUAL_MONITOR;
-    // In SMM the two exclude one another; outside neither may be 1.
-    let ok = if c.context.in_smm {
-        !entry.contains(smm)
-    } else {
-        !entry.intersects(smm)
-    };
-    c.require(
-        ok,
-        Rule::EntrySmmControls,
-        fields::ENTRY_CONTROLS,
-        entry.to_u64(),
-    );
+    let ok = c.context.in_smm || !entry.intersects(smm);
+    c.require(ok, Rule::EntrySmmControls, field, value);
+    let ok = !entry.contains(smm);
+    c.require(ok, Rule::EntrySmmExclusive, field, value);
     Ok(())
 }
 
@@ -371,16 +416,21 @@ fn event<V: VmcsRead>(
     );
     let (event_type, vector) = (information.event_type(), information.vector());
     let trap_flag = c.caps.primary.allows(PrimaryControls::MONITOR_TRAP_FLAG);
+    let fred = c.caps.processor.features.contains(ProcessorFeatures::FRED);
     let known = match event_type {
         EventType::Reserved => false,
-        EventType::Other => trap_flag,
+        EventType::Other => trap_flag || fred,
         _ => true,
     };
     c.require(known, Rule::EventType, field, value);
     let vector_ok = match event_type {
         EventType::Nmi => vector == 2,
         EventType::HardwareException => vector <= 31,
-        EventType::Other => !trap_flag || vector == 0,
+        EventType::Other if known => match vector {
+            VECTOR_MTF => trap_flag,
+            VECTOR_SYSCALL | VECTOR_SYSENTER => fred && c.get(fields::GUEST_CR4)? & CR4_FRED != 0,
+            _ => false,
+        },
         _ => true,
     };
     c.require(vector_ok, Rule::EventVector, field, value);
@@ -395,9 +445,10 @@ fn event<V: VmcsRead>(
     };
     c.require(delivery_ok, Rule::EventErrorCodeDelivery, field, value);
     let nests = c.caps.basic.nested_exceptions() && event_type == EventType::HardwareException;
-    let reserved = if nests { 0x7FFF_D000 } else { 0x7FFF_F000 };
+    let ok = nests || !information.is_nested();
+    c.require(ok, Rule::EventNested, field, value);
     c.require(
-        information.0 & reserved == 0,
+        information.0 & 0x7FFF_D000 == 0,
         Rule::EventReserved,
         field,
         value,
@@ -407,13 +458,7 @@ fn event<V: VmcsRead>(
         let field = fields::ENTRY_EXCEPTION_ERROR_CODE;
         c.require(code >> 16 == 0, Rule::EventErrorCode, field, code.into());
     }
-    let is_software = matches!(
-        event_type,
-        EventType::SoftwareInterrupt
-            | EventType::PrivilegedSoftwareException
-            | EventType::SoftwareException
-    );
-    if is_software {
+    if information.has_instruction() {
         let length = c.get(fields::ENTRY_INSTRUCTION_LENGTH)?;
         let shortest = if c.caps.misc.zero_length_injection() {
             0

@@ -2,8 +2,8 @@
 //! 29.3.1.6).
 
 use super::{
-    CR0_CD, CR0_NW, CR0_PE, CR0_PG, CR0_WP, CR4_CET, CR4_PAE, CR4_PCIDE, Checker, EFER_LMA,
-    EFER_LME, Rule, cr3_lam_bits, efer_bits, is_valid_cet, is_valid_pat,
+    CR0_CD, CR0_NW, CR0_PE, CR0_PG, CR0_WP, CR4_CET, CR4_FRED, CR4_PAE, CR4_PCIDE, Checker,
+    EFER_LMA, EFER_LME, Rule, cr3_lam_bits, efer_bits, is_valid_cet, is_valid_pat,
 };
 use crate::caps::ProcessorFeatures;
 use crate::controls::{
@@ -69,6 +69,8 @@ fn control_registers<V: VmcsRead>(c: &mut Checker<'_, V>) -> Result<(), AccessEr
     } else {
         let ok = cr4 & CR4_PCIDE == 0;
         c.require(ok, Rule::GuestPcideNeedsLongMode, fields::GUEST_CR4, cr4);
+        let ok = cr4 & CR4_FRED == 0;
+        c.require(ok, Rule::GuestFredNeedsLongMode, fields::GUEST_CR4, cr4);
     }
     let cr3 = c.get(fields::GUEST_CR3)?;
     let inside = !c
@@ -136,12 +138,11 @@ fn loaded_msrs<V: VmcsRead>(c: &mut Checker<'_, V>) -> Result<(), AccessError> {
     }
     if entry.contains(EntryControls::LOAD_CET_STATE) {
         let value = c.get(fields::GUEST_S_CET)?;
-        let ok = c.is_canonical(value) && is_valid_cet(value);
+        let ok = is_valid_cet(value);
         c.require(ok, Rule::GuestSCet, fields::GUEST_S_CET, value);
-        c.require_canonical(
-            Rule::GuestInterruptSspTable,
-            fields::GUEST_INTERRUPT_SSP_TABLE,
-        )?;
+        for field in [fields::GUEST_S_CET, fields::GUEST_INTERRUPT_SSP_TABLE] {
+            c.require_canonical(Rule::GuestCetCanonical, field)?;
+        }
     }
     if entry.contains(EntryControls::LOAD_LBR_CTL) {
         let value = c.get(fields::GUEST_LBR_CTL)?;
@@ -174,6 +175,11 @@ fn loaded_msrs<V: VmcsRead>(c: &mut Checker<'_, V>) -> Result<(), AccessError> {
                 fields::GUEST_FRED_SSP3,
             ],
         )?;
+    }
+    if entry.contains(EntryControls::LOAD_SPEC_CTRL) {
+        let value = c.get(fields::GUEST_SPEC_CTRL)?;
+        let ok = value & !processor.spec_ctrl == 0;
+        c.require(ok, Rule::GuestSpecCtrl, fields::GUEST_SPEC_CTRL, value);
     }
     Ok(())
 }
@@ -283,14 +289,10 @@ fn activity<V: VmcsRead>(c: &mut Checker<'_, V>) -> Result<(), AccessError> {
         };
         c.require(ok, Rule::ActivityEvent, field, value);
     }
-    let waits = state == ActivityState::WaitForSipi;
-    let enters_smm = c.words.entry.contains(EntryControls::ENTRY_TO_SMM);
-    c.require(
-        !(waits && enters_smm),
-        Rule::ActivityUnsupported,
-        field,
-        value,
-    );
+    if c.words.entry.contains(EntryControls::ENTRY_TO_SMM) {
+        let waits = state == ActivityState::WaitForSipi;
+        c.require(!waits, Rule::ActivitySmm, field, value);
+    }
     Ok(())
 }
 
@@ -335,13 +337,11 @@ fn interruptibility<V: VmcsRead>(c: &mut Checker<'_, V>) -> Result<(), AccessErr
         value,
     );
     let smi = state.contains(Interruptibility::BLOCKING_BY_SMI);
-    let enters_smm = c.words.entry.contains(EntryControls::ENTRY_TO_SMM);
-    let ok = if enters_smm {
-        smi
-    } else {
-        !smi || c.context.in_smm
-    };
+    let ok = c.context.in_smm || !smi;
     c.require(ok, Rule::InterruptibilitySmi, field, value);
+    if c.words.entry.contains(EntryControls::ENTRY_TO_SMM) {
+        c.require(smi, Rule::InterruptibilitySmmEntry, field, value);
+    }
     let virtual_nmis = c.words.pin.contains(PinControls::VIRTUAL_NMIS);
     let nmi_blocked = state.contains(Interruptibility::BLOCKING_BY_NMI);
     let ok = !(virtual_nmis && nmi && nmi_blocked);
@@ -393,9 +393,13 @@ fn link_pointer<V: VmcsRead>(c: &mut Checker<'_, V>) -> Result<(), AccessError> 
     }
     let ok = link & 0xFFF == 0 && !c.exceeds_physical(link);
     c.require(ok, Rule::LinkPointerAddress, field, link);
-    let current = c.context.current_vmcs.is_some_and(|vmcs| vmcs.0 == link);
-    let ok = c.context.in_smm || !current;
-    c.require(ok, Rule::LinkPointerIsCurrent, field, link);
+    let enters_smm = c.words.entry.contains(EntryControls::ENTRY_TO_SMM);
+    if c.context.in_smm && !enters_smm {
+        let executive = c.get(fields::EXECUTIVE_VMCS_POINTER)?;
+        c.require(link != executive, Rule::LinkPointerIsExecutive, field, link);
+    } else if let Some(current) = c.context.current_vmcs {
+        c.require(link != current.0, Rule::LinkPointerIsCurrent, field, link);
+    }
     Ok(())
 }
 

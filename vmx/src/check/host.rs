@@ -1,8 +1,8 @@
 //! The checks of host state (SDM vol. 3C, 29.2.2 to 29.2.4).
 
 use super::{
-    CR0_WP, CR4_CET, CR4_LA57, CR4_PAE, CR4_PCIDE, Checker, EFER_LMA, EFER_LME, Rule, cr3_lam_bits,
-    efer_bits, is_valid_cet, is_valid_pat,
+    CR0_WP, CR4_CET, CR4_FRED, CR4_LA57, CR4_PAE, CR4_PCIDE, Checker, EFER_LMA, EFER_LME, Rule,
+    cr3_lam_bits, efer_bits, is_valid_cet, is_valid_pat,
 };
 use crate::caps::Processor;
 use crate::controls::{ExitControls, SecondaryExitControls};
@@ -66,22 +66,11 @@ fn registers<V: VmcsRead>(c: &mut Checker<'_, V>) -> Result<(), AccessError> {
         );
     }
     if exit.contains(ExitControls::LOAD_CET_STATE) {
-        // For a 32-bit host the upper halves are 0 instead.
-        let long = exit.contains(ExitControls::HOST_ADDRESS_SPACE_SIZE);
-        let in_range = |c: &Checker<'_, V>, value: u64| match long {
-            true => c.is_canonical(value),
-            false => value >> 32 == 0,
-        };
         let value = c.get(fields::HOST_S_CET)?;
-        let ok = in_range(c, value) && is_valid_cet(value);
+        let ok = is_valid_cet(value);
         c.require(ok, Rule::HostSCet, fields::HOST_S_CET, value);
         let ssp = c.get(fields::HOST_SSP)?;
-        let ok = in_range(c, ssp) && ssp & 3 == 0;
-        c.require(ok, Rule::HostSsp, fields::HOST_SSP, ssp);
-        c.require_canonical(
-            Rule::HostInterruptSspTable,
-            fields::HOST_INTERRUPT_SSP_TABLE,
-        )?;
+        c.require(ssp & 3 == 0, Rule::HostSsp, fields::HOST_SSP, ssp);
     }
     if exit.contains(ExitControls::LOAD_PKRS) {
         let pkrs = c.get(fields::HOST_PKRS)?;
@@ -100,6 +89,14 @@ fn registers<V: VmcsRead>(c: &mut Checker<'_, V>) -> Result<(), AccessError> {
                 fields::HOST_FRED_SSP3,
             ],
         )?;
+    }
+    if c.words
+        .exit2
+        .contains(SecondaryExitControls::LOAD_SPEC_CTRL)
+    {
+        let value = c.get(fields::HOST_SPEC_CTRL)?;
+        let ok = value & !c.caps.processor.spec_ctrl == 0;
+        c.require(ok, Rule::HostSpecCtrl, fields::HOST_SPEC_CTRL, value);
     }
     Ok(())
 }
@@ -187,7 +184,25 @@ fn address_space<V: VmcsRead>(c: &mut Checker<'_, V>) -> Result<(), AccessError>
             fields::HOST_CR4,
             cr4,
         );
+        c.require(
+            cr4 & CR4_FRED == 0,
+            Rule::LegacyHostFred,
+            fields::HOST_CR4,
+            cr4,
+        );
         c.require(rip >> 32 == 0, Rule::LegacyHostRip, fields::HOST_RIP, rip);
+    }
+    if c.words.exit.contains(ExitControls::LOAD_CET_STATE) {
+        for field in [fields::HOST_S_CET, fields::HOST_SSP] {
+            let value = c.get(field)?;
+            if long_host {
+                c.require(c.is_canonical(value), Rule::LongHostCet, field, value);
+            } else {
+                c.require(value >> 32 == 0, Rule::LegacyHostCet, field, value);
+            }
+        }
+        let rule = Rule::HostInterruptSspTable;
+        c.require_canonical(rule, fields::HOST_INTERRUPT_SSP_TABLE)?;
     }
     Ok(())
 }

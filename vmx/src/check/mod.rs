@@ -1,4 +1,4 @@
-//! The checks that a VM entry makes (SDM vol. 3C, chapter 27), without a VM entry.
+//! The checks that a VM entry makes (SDM vol. 3C, chapter 29), without a VM entry.
 //!
 //! [`check_entry`] looks at a VMCS as the processor would and reports every violated [`Rule`], in the
 //! manual's order, with the field, its value, and what the processor would do. The same code
@@ -129,12 +129,20 @@ impl Violations {
         self.applied[index / 64] |= 1 << (index % 64);
     }
 
+    /// Lists the violation at its rule's place, unless the rule is listed already.
     fn push(&mut self, violation: Violation) {
         self.apply(violation.rule);
-        let known = self.found.iter().any(|v| v.rule == violation.rule);
-        if !known && !self.found.is_full() {
-            self.found.push(violation);
+        let Err(place) = self.found.binary_search_by_key(&violation.rule, |v| v.rule) else {
+            return;
+        };
+        if self.found.is_full() {
+            // The last ones in the manual's order go without mention.
+            if place == self.found.len() {
+                return;
+            }
+            self.found.pop();
         }
+        self.found.insert(place, violation);
     }
 }
 
@@ -170,16 +178,19 @@ pub struct EntryContext {
     pub current_vmcs: Option<Hpa>,
     /// Whether it traces (IA32_RTIT_CTL.TraceEn).
     pub tracing: bool,
+    /// Whether it is in secure-arbitration mode.
+    pub in_seam: bool,
 }
 
 impl Default for EntryContext {
-    /// In IA-32e mode, outside SMM, without a trace.
+    /// In IA-32e mode, outside SMM and SEAM, without a trace.
     fn default() -> Self {
         Self {
             long_mode: true,
             in_smm: false,
             current_vmcs: None,
             tracing: false,
+            in_seam: false,
         }
     }
 }
@@ -335,10 +346,17 @@ impl<'a, V: VmcsRead> Checker<'a, V> {
     }
 
     /// Checks the FRED MSRs: configuration, stack pointers of levels 1 to 3, shadow-stack pointers of
-    /// levels 1 to 3. Their addresses are canonical; stacks are 64-byte aligned, shadow stacks 8-byte
-    /// aligned, and bits 2, 5:4 and 11 of the configuration are reserved.
+    /// levels 1 to 3. Their addresses are canonical.
     fn require_fred(&mut self, rule: Rule, fields: [Field<u64>; 7]) -> Result<(), AccessError> {
-        const RESERVED: [u64; 7] = [0x834, 0x3F, 0x3F, 0x3F, 7, 7, 7];
+        const RESERVED: [u64; 7] = [
+            FRED_CONFIG_RESERVED,
+            FRED_RSP_RESERVED,
+            FRED_RSP_RESERVED,
+            FRED_RSP_RESERVED,
+            FRED_SSP_RESERVED,
+            FRED_SSP_RESERVED,
+            FRED_SSP_RESERVED,
+        ];
         for (field, reserved) in fields.into_iter().zip(RESERVED) {
             let value = self.get(field)?;
             let ok = value & reserved == 0 && self.is_canonical(value);
@@ -403,8 +421,16 @@ const CR4_PAE: u64 = 1 << 5;
 const CR4_LA57: u64 = 1 << 12;
 const CR4_PCIDE: u64 = 1 << 17;
 const CR4_CET: u64 = 1 << 23;
+const CR4_FRED: u64 = 1 << 32;
 const EFER_LME: u64 = 1 << 8;
 const EFER_LMA: u64 = 1 << 10;
+
+/// Bits 2, 5:4 and 11 of IA32_FRED_CONFIG.
+const FRED_CONFIG_RESERVED: u64 = 0x834;
+/// The stacks of FRED are 64-byte aligned.
+const FRED_RSP_RESERVED: u64 = 0x3F;
+/// Its shadow stacks are 8-byte aligned.
+const FRED_SSP_RESERVED: u64 = 7;
 
 /// Bits 62:61 of CR3, which select linear-address masking on processors that have it.
 fn cr3_lam_bits(caps: &VmxCaps) -> u64 {

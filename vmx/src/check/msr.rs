@@ -2,7 +2,10 @@
 
 use testudo_arch::Msr;
 
-use super::{EFER_LME, efer_bits, is_valid_cet, is_valid_pat};
+use super::{
+    EFER_LME, FRED_CONFIG_RESERVED, FRED_RSP_RESERVED, FRED_SSP_RESERVED, efer_bits, is_valid_cet,
+    is_valid_pat,
+};
 use crate::caps::{Processor, ProcessorFeatures as F, VmxCaps};
 
 /// What of the guest's state decides about values, as the entry has established it before.
@@ -53,6 +56,16 @@ pub(super) fn value_is_refused(
         }
         Msr::INTERRUPT_SSP_TABLE_ADDR => !has(F::SHADOW_STACK) || !canonical,
         Msr::PKRS => !has(F::PKS) || value >> 32 != 0,
+        Msr::SPEC_CTRL => processor.spec_ctrl == 0 || value & !processor.spec_ctrl != 0,
+        Msr(index) if (Msr::FRED_RSP0.0..=Msr::FRED_CONFIG.0).contains(&index) => {
+            let reserved = match Msr(index) {
+                Msr::FRED_STKLVLS => return !has(F::FRED),
+                Msr::FRED_CONFIG => FRED_CONFIG_RESERVED,
+                Msr::FRED_SSP1 | Msr::FRED_SSP2 | Msr::FRED_SSP3 => FRED_SSP_RESERVED,
+                _ => FRED_RSP_RESERVED,
+            };
+            !has(F::FRED) || !canonical || value & reserved != 0
+        }
         Msr::APIC_BASE => value & 0x2FF & !(1 << 8) != 0 || processor.exceeds_physical(value),
         Msr::MTRR_DEF_TYPE => value & !0xCFF != 0 || !is_mtrr_type(value as u8),
         _ => false,
@@ -100,6 +113,8 @@ mod tests {
             Msr::PL0_SSP,
             Msr::INTERRUPT_SSP_TABLE_ADDR,
             Msr::PKRS,
+            Msr::FRED_STKLVLS,
+            Msr::FRED_CONFIG,
         ] {
             assert!(refused(missing, 0), "{missing:?}");
         }
@@ -117,6 +132,7 @@ mod tests {
             (Msr::PL3_SSP, 8, 2),
             (Msr::INTERRUPT_SSP_TABLE_ADDR, 1, 1 << 62),
             (Msr::PKRS, 0xFFFF_FFFF, 1 << 32),
+            (Msr::SPEC_CTRL, 0x401, 1 << 8),
         ] {
             assert!(!refused(msr, good) && refused(msr, bad), "{msr:?}");
         }

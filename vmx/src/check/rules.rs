@@ -108,6 +108,21 @@ rules! {
         MsrBitmapAddress;
         /// With a TPR shadow, the virtual-APIC address is 4 KiB aligned and within the width.
         VirtualApicAddress;
+        /// With virtualized APIC accesses, the APIC-access address is 4 KiB aligned and within the
+        /// width.
+        ApicAccessAddress;
+        /// With page-modification logging, the PML address is 4 KiB aligned and within the width.
+        PmlAddress;
+        /// With sub-page write permissions, the SPPTP is 4 KiB aligned and within the width.
+        SppPointer;
+        /// With EPTP switching, the EPTP-list address is 4 KiB aligned and within the width.
+        EptpListAddress;
+        /// With VMCS shadowing, both bitmap addresses are 4 KiB aligned and within the width.
+        VmcsShadowBitmaps;
+        /// With EPT-violation #VE, the information address is 4 KiB aligned and within the width.
+        VeInformationAddress;
+        /// With PASID translation, both directory addresses are 4 KiB aligned and within the width.
+        PasidDirectories;
         /// With a TPR shadow but no virtual-interrupt delivery, bits 31:4 of the TPR threshold are 0.
         TprThresholdReserved;
         /// With a TPR shadow but neither virtualized APIC accesses nor virtual-interrupt delivery,
@@ -117,9 +132,6 @@ rules! {
         VirtualNmisNeedNmiExiting;
         /// Without virtual NMIs there is no NMI-window exiting.
         NmiWindowNeedsVirtualNmis;
-        /// With virtualized APIC accesses, the APIC-access address is 4 KiB aligned and within the
-        /// width.
-        ApicAccessAddress;
         /// Without a TPR shadow there is no x2APIC mode, register virtualization, interrupt delivery
         /// or IPI virtualization.
         ApicVirtualizationNeedsTprShadow;
@@ -135,6 +147,9 @@ rules! {
         PostedVector;
         /// With posted interrupts, the descriptor's address is 64-byte aligned and within the width.
         PostedDescriptorAddress;
+        /// With IPI virtualization, the PID-pointer table is 8-byte aligned, and its first and its last
+        /// entry are within the width.
+        PidPointerTable;
         /// With VPIDs, the VPID is not 0.
         VpidZero;
         /// With EPT, the memory type in the EPT pointer is one that the processor supports.
@@ -149,41 +164,45 @@ rules! {
         EptpReserved;
         /// Page-modification logging needs EPT.
         PmlNeedsEpt;
-        /// With page-modification logging, the PML address is 4 KiB aligned and within the width.
-        PmlAddress;
         /// Unrestricted guest needs EPT.
         UnrestrictedNeedsEpt;
         /// Mode-based execute control needs EPT.
         ModeBasedExecuteNeedsEpt;
         /// Sub-page write permissions need EPT.
         SppNeedsEpt;
-        /// With sub-page write permissions, the SPPTP is 4 KiB aligned and within the width.
-        SppPointer;
+        /// Processor trace can use guest-physical addresses only with EPT.
+        PtNeedsEpt;
+        /// PEBS can use guest-physical addresses only with EPT.
+        PebsNeedsEpt;
+        /// HLAT needs EPT.
+        HlatNeedsEpt;
+        /// EPT paging-write control needs EPT.
+        PagingWriteNeedsEpt;
+        /// Guest-paging verification needs EPT.
+        GuestPagingVerificationNeedsEpt;
+        /// In SEAM, there is EPT.
+        SeamNeedsEpt;
+        /// In SEAM, bits 11:0 of the shared EPT pointer and those beyond the width are 0.
+        SeamSharedEptp;
         /// With VM functions, only those that the processor offers are enabled.
         VmFunctionsReserved;
         /// EPTP switching needs EPT.
         EptpSwitchingNeedsEpt;
-        /// With EPTP switching, the EPTP-list address is 4 KiB aligned and within the width.
-        EptpListAddress;
-        /// With VMCS shadowing, both bitmap addresses are 4 KiB aligned and within the width.
-        VmcsShadowBitmaps;
-        /// With EPT-violation #VE, the information address is 4 KiB aligned and within the width.
-        VeInformationAddress;
-        /// Processor trace can use guest-physical addresses only with EPT and with IA32_RTIT_CTL
-        /// loaded on entries and cleared on exits.
-        PtGuestPhysicalNeeds;
-        /// With TSC scaling, the TSC multiplier is not 0.
-        TscMultiplierZero;
         /// While the processor traces, IA32_RTIT_CTL is not loaded.
         RtitCtlWhileTracing;
+        /// Processor trace can use guest-physical addresses only with IA32_RTIT_CTL loaded on entries and
+        /// cleared on exits.
+        PtNeedsRtitCtl;
+        /// With TSC scaling, the TSC multiplier is not 0.
+        TscMultiplierZero;
         /// With HLAT, bits 2:0, 11:5 and those beyond the width are 0 in the HLAT pointer.
         HlatPointer;
-        /// With HLAT, the prefix size is not greater than the processor's largest.
-        HlatPrefixSize;
-        /// With PASID translation, both directory addresses are 4 KiB aligned and within the width.
-        PasidDirectories;
-        /// With IPI virtualization, the PID-pointer table is 8-byte aligned and within the width.
-        PidPointerTable;
+        /// APIC-timer virtualization needs virtual-interrupt delivery.
+        ApicTimerNeedsVirtualInterrupts;
+        /// APIC-timer virtualization excludes RDTSC exiting.
+        ApicTimerExcludesRdtscExiting;
+        /// With APIC-timer virtualization, bits 15:8 of the virtual timer vector are 0.
+        ApicTimerVector;
     }
     "29.2.1.2", CONTROL {
         /// VM-exit controls: bits are 1 or 0 only where the processor allows it.
@@ -200,25 +219,30 @@ rules! {
     "29.2.1.3", CONTROL {
         /// VM-entry controls: bits are 1 or 0 only where the processor allows it.
         EntryReserved;
-        /// The type of an injected event is not 1, and 7 only with a monitor trap flag.
+        /// The type of an injected event is not 1, and 7 only with a monitor trap flag or FRED.
         EventType;
         /// The vector of an injected event suits its type: 2 for NMI, at most 31 for hardware
-        /// exceptions, 0 for other events.
+        /// exceptions; for other events 0 with a monitor trap flag, 1 and 2 if the guest uses FRED.
         EventVector;
         /// An error code is delivered only for hardware exceptions, in protected mode, and exactly
         /// for the vectors that have one (unless IA32_VMX_BASIC bit 56 frees the choice).
         EventErrorCodeDelivery;
-        /// Bits 30:12 of the interruption information of an injected event are 0, but for bit 13 of a
-        /// hardware exception where exceptions nest.
+        /// Only an injected hardware exception is nested, and only where IA32_VMX_BASIC bit 58 says that
+        /// exceptions nest.
+        EventNested;
+        /// Bits 30:14 and 12 of the interruption information of an injected event are 0.
         EventReserved;
         /// Bits 31:16 of a delivered error code are 0.
         EventErrorCode;
-        /// The instruction length of an injected software event is 1 to 15, or 0 where allowed.
+        /// The instruction length of an injected software event, SYSCALL or SYSENTER is 1 to 15, or 0
+        /// where allowed.
         EventInstructionLength;
         /// If the VM-entry MSR-load count is not 0, the area is 16-byte aligned and within the width.
         EntryMsrLoadArea;
         /// Outside SMM, "entry to SMM" and "deactivate dual-monitor treatment" are 0.
         EntrySmmControls;
+        /// "Entry to SMM" and "deactivate dual-monitor treatment" are not both 1.
+        EntrySmmExclusive;
     }
     "29.2.2", HOST {
         /// Host CR0 has the bits that VMX operation fixes.
@@ -241,16 +265,16 @@ rules! {
         HostEferReserved;
         /// If loaded, LMA and LME of host IA32_EFER equal "host address-space size".
         HostEferMode;
-        /// If loaded, host IA32_S_CET is canonical (of 32 bits for a 32-bit host), its reserved bits 0.
+        /// If loaded, the reserved bits of host IA32_S_CET are 0, and not both SUPPRESS and TRACKER 1.
         HostSCet;
-        /// If loaded, host SSP is canonical (of 32 bits for a 32-bit host) and 4-byte aligned.
+        /// If loaded, host SSP is 4-byte aligned.
         HostSsp;
-        /// If loaded, host IA32_INTERRUPT_SSP_TABLE_ADDR is canonical.
-        HostInterruptSspTable;
         /// If loaded, bits 63:32 of host IA32_PKRS are 0.
         HostPkrs;
         /// If loaded, the addresses of the host's FRED MSRs are canonical and their reserved bits 0.
         HostFred;
+        /// If loaded, the reserved bits of host IA32_SPEC_CTRL are 0.
+        HostSpecCtrl;
     }
     "29.2.3", HOST {
         /// RPL and TI are 0 in every host selector.
@@ -273,12 +297,20 @@ rules! {
         LegacyHostLongGuest;
         /// With "host address-space size" 0, host CR4.PCIDE is 0.
         LegacyHostPcide;
+        /// With "host address-space size" 0, host CR4.FRED is 0.
+        LegacyHostFred;
         /// With "host address-space size" 0, bits 63:32 of host RIP are 0.
         LegacyHostRip;
+        /// With "host address-space size" 0, bits 63:32 of host IA32_S_CET and SSP are 0, if loaded.
+        LegacyHostCet;
         /// With "host address-space size" 1, host CR4.PAE is 1.
         LongHostPae;
         /// With "host address-space size" 1, host RIP is canonical.
         LongHostRip;
+        /// With "host address-space size" 1, host IA32_S_CET and SSP are canonical, if loaded.
+        LongHostCet;
+        /// If loaded, host IA32_INTERRUPT_SSP_TABLE_ADDR is canonical.
+        HostInterruptSspTable;
     }
     "29.3.1.1", GUEST {
         /// Guest CR0 has the bits that VMX operation fixes (PE and PG excepted with unrestricted
@@ -296,6 +328,8 @@ rules! {
         GuestLongModeNeedsPaging;
         /// If "IA-32e mode guest" is 0, guest CR4.PCIDE is 0.
         GuestPcideNeedsLongMode;
+        /// If "IA-32e mode guest" is 0, guest CR4.FRED is 0.
+        GuestFredNeedsLongMode;
         /// Guest CR3 is within the physical-address width.
         GuestCr3Width;
         /// If loaded, bits 63:32 of guest DR7 are 0.
@@ -304,6 +338,8 @@ rules! {
         GuestSysenterEsp;
         /// Guest IA32_SYSENTER_EIP is canonical.
         GuestSysenterEip;
+        /// If loaded, guest IA32_S_CET and IA32_INTERRUPT_SSP_TABLE_ADDR are canonical.
+        GuestCetCanonical;
         /// If loaded, the reserved bits of guest IA32_PERF_GLOBAL_CTRL are 0.
         GuestPerfGlobalCtrl;
         /// If loaded, every byte of guest IA32_PAT is 0, 1, 4, 5, 6 or 7.
@@ -319,10 +355,8 @@ rules! {
         /// If loaded, the reserved bits of guest IA32_RTIT_CTL are 0, and its encodings are ones that the
         /// processor supports.
         GuestRtitCtl;
-        /// If loaded, guest IA32_S_CET is canonical and its reserved bits are 0.
+        /// If loaded, the reserved bits of guest IA32_S_CET are 0, and not both SUPPRESS and TRACKER 1.
         GuestSCet;
-        /// If loaded, guest IA32_INTERRUPT_SSP_TABLE_ADDR is canonical.
-        GuestInterruptSspTable;
         /// If loaded, the reserved bits of guest IA32_LBR_CTL are 0.
         GuestLbrCtl;
         /// If loaded, bits 63:32 of guest IA32_PKRS are 0.
@@ -331,6 +365,8 @@ rules! {
         GuestUinv;
         /// If loaded, the addresses of the guest's FRED MSRs are canonical and their reserved bits 0.
         GuestFred;
+        /// If loaded, the reserved bits of guest IA32_SPEC_CTRL are 0.
+        GuestSpecCtrl;
     }
     "29.3.1.2", GUEST {
         /// The TI flag of guest TR is 0.
@@ -367,6 +403,12 @@ rules! {
         SsDplEqualsRpl;
         /// The DPL of guest SS is 0 if CS has type 3 or CR0.PE is 0.
         SsDplZero;
+        /// If the guest uses FRED, the DPL of SS is 0 or 3.
+        FredSsDpl;
+        /// If the guest uses FRED and the DPL of SS is 0, CS is 64-bit code.
+        FredSupervisorCode;
+        /// If the guest uses FRED and the DPL of SS is 3, IOPL is 0 and STI does not block.
+        FredUserState;
         /// The DPL of guest DS, ES, FS and GS is not below their RPL, if usable and not conforming
         /// (not for unrestricted guests).
         DataDpl;
@@ -432,6 +474,8 @@ rules! {
         ActivityBlocked;
         /// The event to be injected is one that the activity state lets through.
         ActivityEvent;
+        /// An entry to SMM does not wait for a start-up IPI.
+        ActivitySmm;
         /// Bits 31:5 of the interruptibility state are 0.
         InterruptibilityReserved;
         /// STI and MOV SS do not both block.
@@ -442,8 +486,16 @@ rules! {
         InterruptibilityInterrupt;
         /// MOV SS does not block when an NMI is injected.
         InterruptibilityNmiMovSs;
+    }
+    "29.3.1.5", NMI_STI {
+        /// STI does not block when an NMI is injected.
+        InterruptibilityNmiSti;
+    }
+    "29.3.1.5", GUEST {
         /// Outside SMM, SMIs are not blocked.
         InterruptibilitySmi;
+        /// An entry to SMM blocks SMIs.
+        InterruptibilitySmmEntry;
         /// With virtual NMIs, NMIs are not blocked when an NMI is injected.
         InterruptibilityVirtualNmi;
         /// Enclave interruption needs SGX, and no blocking by MOV SS.
@@ -457,17 +509,15 @@ rules! {
         /// processor with RTM, without blocking by MOV SS.
         PendingDebugRtm;
     }
-    "29.3.1.5", NMI_STI {
-        /// STI does not block when an NMI is injected, where the processor makes this requirement.
-        InterruptibilityNmiSti;
-    }
     "29.3.1.5", LINK {
         /// The VMCS link pointer is all ones, or 4 KiB aligned and within the width.
         LinkPointerAddress;
-        /// The VMCS link pointer is not the current VMCS.
-        LinkPointerIsCurrent;
         /// The VMCS link pointer's region has the revision, and is a shadow exactly with shadowing.
         LinkPointerRegion;
+        /// Outside SMM, and on entries to it, the VMCS link pointer is not the current VMCS.
+        LinkPointerIsCurrent;
+        /// On entries that return from SMM, the VMCS link pointer is not the executive VMCS.
+        LinkPointerIsExecutive;
     }
     "29.3.1.6", PDPTE {
         /// With PAE paging, the reserved bits of every present PDPTE are 0.

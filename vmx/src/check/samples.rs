@@ -1,9 +1,33 @@
-//! A VMCS that a processor accepts, and for every rule one that violates this rule alone.
+//! A VMCS that a processor accepts, and for every rule one that has to do with it and one that
+//! violates it alone.
 //!
 //! For tests, fuzzers, and runs against a real implementation. Everything here is a few writes to a
 //! VMCS, so that it works on any that starts out valid.
+//!
+//! ```
+//! use testudo_vmx::caps::fixtures;
+//! use testudo_vmx::check::{Rule, check_entry, samples};
+//! use testudo_vmx::fake::FakeVmcs;
+//!
+//! let caps = fixtures::haswell();
+//! let mut vmcs = FakeVmcs::with_caps(&caps);
+//! for (field, value) in samples::valid(&caps).iter() {
+//!     vmcs.preset(field, value);
+//! }
+//! assert!(samples::involve(Rule::VpidZero, &mut vmcs, &caps)?);
+//! assert!(check_entry(&vmcs, &caps)?.applied(Rule::VpidZero));
+//!
+//! assert!(samples::violate(Rule::VpidZero, &mut vmcs, &caps)?);
+//! let found: Vec<_> = check_entry(&vmcs, &caps)?.rules().collect();
+//! assert_eq!(found, [Rule::VpidZero]);
+//! # Ok::<(), testudo_vmx::AccessError>(())
+//! ```
 
-use super::{CR0_PE, CR0_PG, CR4_CET, CR4_PAE, CR4_PCIDE, EFER_LMA, EFER_LME, Rule};
+use testudo_arch::Hpa;
+
+use super::{
+    CR0_PE, CR0_PG, CR4_CET, CR4_FRED, CR4_PAE, CR4_PCIDE, EFER_LMA, EFER_LME, EntryContext, Rule,
+};
 use crate::caps::{EptVpidCaps, ProcessorFeatures, VmxCaps};
 use crate::controls::{
     ControlWord, EntryControls, ExitControls, PinControls, PrimaryControls, SecondaryControls,
@@ -88,6 +112,12 @@ const NOT_CANONICAL: u64 = 0x4000_0000_0000_0000;
 
 const UNUSABLE: u32 = 1 << 16;
 
+/// The page-attribute table after reset.
+const GOOD_PAT: u64 = 0x0007_0406_0007_0406;
+
+/// One with a byte that it may not hold.
+const BAD_PAT: u64 = 2;
+
 /// What a sample does to a VMCS, with the capabilities at hand.
 struct Editor<'a, V> {
     vmcs: &'a mut V,
@@ -143,28 +173,103 @@ macro_rules! exit {
     ($e:ident, $($bit:ident)|+) => { enable!($e, exit, EXIT_CONTROLS, ExitControls, $($bit)|+) };
 }
 
+macro_rules! exit2 {
+    ($e:ident, $($bit:ident)|+) => {{
+        exit!($e, ACTIVATE_SECONDARY_CONTROLS);
+        enable!($e, exit2, SECONDARY_EXIT_CONTROLS, SecondaryExitControls, $($bit)|+)
+    }};
+}
+
 macro_rules! entry {
     ($e:ident, $($bit:ident)|+) => {
         enable!($e, entry, ENTRY_CONTROLS, EntryControls, $($bit)|+)
     };
 }
 
+/// Clears a control.
+macro_rules! disable {
+    ($e:ident, $field:ident, $type:ident, $bit:ident) => {{
+        let old = $e.vmcs.get(fields::$field)?;
+        $e.vmcs.set(fields::$field, old & !$type::$bit.bits())?;
+        Ok(Some(()))
+    }};
+}
+
 // After the macros, which they use.
 mod controls;
-mod state;
+mod guest;
+mod host;
 
-/// Makes a valid VMCS violate `rule` and no other; `Ok(false)` where no VMCS can, on a processor
-/// with these capabilities.
+/// The current VMCS in [`context`], and the executive VMCS in samples.
+const OTHER_VMCS: u64 = 0x5000;
+
+/// The context in which the samples of `rule` are to be looked at: for most rules the usual one.
 ///
-/// `vmcs` holds what [`valid`] wrote, possibly with other addresses and another host state. For the
-/// rules of memory and of the current VMCS, which depend on more than fields, the answer is
-/// `Ok(false)` too, as it is for a host outside IA-32e mode.
+/// The others are about entries from SMM, from SEAM, from outside IA-32e mode, of a processor that
+/// traces, or about the address of the current VMCS.
+pub fn context(rule: Rule) -> EntryContext {
+    let usual = EntryContext::default();
+    match rule {
+        Rule::SeamNeedsEpt | Rule::SeamSharedEptp => EntryContext {
+            in_seam: true,
+            ..usual
+        },
+        Rule::RtitCtlWhileTracing => EntryContext {
+            tracing: true,
+            ..usual
+        },
+        Rule::EntrySmmExclusive
+        | Rule::ActivitySmm
+        | Rule::InterruptibilitySmmEntry
+        | Rule::LinkPointerIsExecutive => EntryContext {
+            in_smm: true,
+            ..usual
+        },
+        Rule::HostSsNull
+        | Rule::HostLongModeFromLegacy
+        | Rule::LegacyHostLongGuest
+        | Rule::LegacyHostPcide
+        | Rule::LegacyHostFred
+        | Rule::LegacyHostRip
+        | Rule::LegacyHostCet => EntryContext {
+            long_mode: false,
+            ..usual
+        },
+        Rule::LinkPointerIsCurrent => EntryContext {
+            current_vmcs: Some(Hpa(OTHER_VMCS)),
+            ..usual
+        },
+        _ => usual,
+    }
+}
+
+/// Makes a valid VMCS one that has to do with `rule` and satisfies every rule, in [`context`];
+/// `Ok(false)` where the processor lacks what the rule is about.
+///
+/// `vmcs` holds what [`valid`] wrote, possibly with other addresses and another host state. Of rules
+/// that read memory, the memory is the caller's affair.
+///
+/// # Errors
+///
+/// An access to the VMCS failed.
+pub fn involve(rule: Rule, vmcs: &mut impl VmcsWrite, caps: &VmxCaps) -> Result<bool, AccessError> {
+    Ok(Editor { vmcs, caps }.involve(rule)?.is_some())
+}
+
+/// Makes a valid VMCS violate `rule` and no other, in [`context`]; `Ok(false)` where no VMCS can, on
+/// a processor with these capabilities, and for rules that read memory. (On no processor can one do
+/// so for [`Rule::LegacyHostLongGuest`], which two other rules imply.)
+///
+/// `vmcs` holds what [`valid`] wrote, possibly with other addresses and another host state.
 ///
 /// # Errors
 ///
 /// An access to the VMCS failed.
 pub fn violate(rule: Rule, vmcs: &mut impl VmcsWrite, caps: &VmxCaps) -> Result<bool, AccessError> {
     let mut editor = Editor { vmcs, caps };
+    if editor.involve(rule)?.is_none() {
+        return Ok(false);
+    }
     Ok(editor.violate(rule)?.is_some())
 }
 
@@ -324,6 +429,21 @@ impl<V: VmcsWrite> Editor<'_, V> {
         Ok(Some(()))
     }
 
+    /// A guest that uses FRED, in 64-bit mode.
+    fn fred(&mut self) -> Edit {
+        wants!(self.caps.cr4.may & CR4_FRED != 0);
+        let cr4 = self.vmcs.get(fields::GUEST_CR4)?;
+        self.set_natural(fields::GUEST_CR4, cr4 | CR4_FRED)
+    }
+
+    /// CPL 3 everywhere, with code of these rights at DPL 3.
+    fn user_mode(&mut self, code: u32) -> Result<(), AccessError> {
+        self.vmcs.set(fields::GUEST_CS_SELECTOR, 0x0B)?;
+        self.vmcs.set(fields::GUEST_CS_ACCESS_RIGHTS, code)?;
+        self.vmcs.set(fields::GUEST_SS_SELECTOR, 3)?;
+        self.vmcs.set(fields::GUEST_SS_ACCESS_RIGHTS, 0xC0F3)
+    }
+
     /// Injects an event of this type.
     fn inject(&mut self, information: u32) -> Edit {
         self.set32(
@@ -355,8 +475,20 @@ impl<V: VmcsWrite> Editor<'_, V> {
         }
     }
 
-    fn violate(&mut self, rule: Rule) -> Edit {
+    fn involve(&mut self, rule: Rule) -> Edit {
         // Rules are ordered as in the manual.
+        if rule < Rule::HostCr0Fixed {
+            self.involve_controls(rule)
+        } else if rule < Rule::GuestCr0Fixed {
+            self.involve_host(rule)
+        } else if rule < Rule::TrTi {
+            self.involve_guest_registers(rule)
+        } else {
+            self.involve_guest_rest(rule)
+        }
+    }
+
+    fn violate(&mut self, rule: Rule) -> Edit {
         if rule < Rule::HostCr0Fixed {
             self.violate_controls(rule)
         } else if rule < Rule::GuestCr0Fixed {

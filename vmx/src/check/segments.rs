@@ -4,7 +4,8 @@ use testudo_arch::Segment;
 use testudo_arch::regs::SegmentRegister;
 use testudo_arch::segment::SegmentAttributes as A;
 
-use super::{CR0_PE, Checker, Rule};
+use super::{CR0_PE, CR4_FRED, Checker, Rule};
+use crate::controls::Interruptibility;
 use crate::encoding::Encoding;
 use crate::error::AccessError;
 use crate::fields;
@@ -12,6 +13,7 @@ use crate::state::{read_segment, segment_fields};
 use crate::vmcs::VmcsRead;
 
 const RFLAGS_VM: u64 = 1 << 17;
+const RFLAGS_IOPL: u64 = 3 << 12;
 
 /// The code and data segment registers.
 const ORDINARY: [SegmentRegister; 6] = [
@@ -212,6 +214,44 @@ fn privilege<V: VmcsRead>(
     let real = c.get(fields::GUEST_CR0)? & CR0_PE == 0;
     let ok = ss_dpl == 0 || !(kind == 3 || real);
     c.require(ok, Rule::SsDplZero, field, value);
+    if c.get(fields::GUEST_CR4)? & CR4_FRED != 0 {
+        fred(c, cs, ss)?;
+    }
+    Ok(())
+}
+
+/// The privilege levels between which FRED moves.
+fn fred<V: VmcsRead>(
+    c: &mut Checker<'_, V>,
+    cs: &Segment,
+    ss: &Segment,
+) -> Result<(), AccessError> {
+    let (field, value) = (
+        fields::GUEST_SS_ACCESS_RIGHTS,
+        u64::from(ss.attributes.bits()),
+    );
+    let dpl = ss.attributes.dpl();
+    c.require(matches!(dpl, 0 | 3), Rule::FredSsDpl, field, value);
+    match dpl {
+        0 => {
+            let (field, rights) = (fields::GUEST_CS_ACCESS_RIGHTS, cs.attributes);
+            let ok = rights.contains(A::LONG);
+            c.require(ok, Rule::FredSupervisorCode, field, rights.bits().into());
+        }
+        3 => {
+            let rule = Rule::FredUserState;
+            let (rflags, field) = (c.get(fields::GUEST_RFLAGS)?, fields::GUEST_RFLAGS);
+            c.require(rflags & RFLAGS_IOPL == 0, rule, field, rflags);
+            let (state, field) = (
+                c.get(fields::GUEST_INTERRUPTIBILITY)?,
+                fields::GUEST_INTERRUPTIBILITY,
+            );
+            let blocked = Interruptibility::from_bits_retain(state)
+                .contains(Interruptibility::BLOCKING_BY_STI);
+            c.require(!blocked, rule, field, state.into());
+        }
+        _ => {}
+    }
     Ok(())
 }
 

@@ -8,7 +8,7 @@ use crate::image::VmcsImage;
 use crate::structures::MsrEntry;
 use crate::vmcs::VmcsWrite;
 use proptest::prelude::*;
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::string::ToString;
 use std::vec::Vec;
 use testudo_arch::memory::GuestRam;
@@ -42,67 +42,102 @@ fn other_modes_are_valid_too() {
     }
 }
 
-/// Rules that no field alone violates: they have tests of their own below, or are of features that
-/// no fixture has.
-const NOT_BY_FIELDS: &[Rule] = &[
-    Rule::TprThresholdAboveVtpr,
-    Rule::RtitCtlWhileTracing,
-    Rule::HostSsNull,
-    Rule::HostLongModeFromLegacy,
-    Rule::LegacyHostLongGuest,
-    Rule::LegacyHostPcide,
-    Rule::LegacyHostRip,
-    Rule::LinkPointerIsCurrent,
-    Rule::LinkPointerRegion,
-    Rule::MsrLoadRefused,
-    Rule::MsrValueRefused,
-];
-
-/// Every processor feature that a rule is about: more than any one generation has.
-fn everything() -> VmxCaps {
-    let mut caps = fixtures::sapphire_rapids();
-    let all = |msr| Some(caps.msr(msr).unwrap_or(u64::MAX));
-    let vmx = |leaf, _| {
-        if leaf == 0 {
-            [1, 0, 0, 0]
-        } else {
-            [0, 0, 1 << 5, 0]
-        }
-    };
-    let full = VmxCaps::read_from(
-        |msr| match msr {
-            Msr::VMX_EXIT_CTLS | Msr::VMX_TRUE_EXIT_CTLS => all(msr).map(|v| v | 0xFFFF_FFFF << 32),
-            Msr::VMX_ENTRY_CTLS | Msr::VMX_TRUE_ENTRY_CTLS => {
-                all(msr).map(|v| v | 0x00FF_FFFF << 32)
-            }
-            Msr::VMX_PROCBASED_CTLS2 => Some(0xFFFF_FFFF << 32),
-            Msr::VMX_PROCBASED_CTLS3 => Some(0xDF),
-            Msr::VMX_EXIT_CTLS2 => Some(0xB),
-            _ => all(msr),
-        },
-        vmx,
-    )
-    .unwrap();
-    caps = VmxCaps {
-        processor: caps.processor,
-        ..full
-    };
-    caps
+/// Real processors, and one that has everything that a rule is about.
+fn processors() -> Vec<(&'static str, VmxCaps)> {
+    let all = fixtures::all().into_iter();
+    all.chain([("everything", fixtures::everything())])
+        .collect()
 }
 
+/// A sample of a rule that reads memory: what makes a valid VMCS have to do with it, and what then
+/// violates it.
+struct MemorySample {
+    rule: Rule,
+    involve: fn(&mut VmcsImage, &VmxCaps, &GuestRam),
+    violate: fn(&mut VmcsImage, &VmxCaps, &GuestRam),
+}
+
+/// Two entries at 0x1200.
+fn msr_area(vmcs: &mut VmcsImage, ram: &GuestRam, second: MsrEntry) {
+    vmcs.set(fields::ENTRY_MSR_LOAD_ADDRESS, 0x1200).unwrap();
+    vmcs.set(fields::ENTRY_MSR_LOAD_COUNT, 2).unwrap();
+    let first = MsrEntry::new(Msr::STAR, 0);
+    ram.write(Gpa(0x1200), &first.to_bytes()).unwrap();
+    ram.write(Gpa(0x1210), &second.to_bytes()).unwrap();
+}
+
+const MEMORY_SAMPLES: &[MemorySample] = &[
+    MemorySample {
+        rule: Rule::TprThresholdAboveVtpr,
+        involve: |vmcs, caps, ram| {
+            samples::involve(Rule::TprThresholdAboveVtpr, vmcs, caps).unwrap();
+            vmcs.set(fields::VIRTUAL_APIC_ADDRESS, 0x1000).unwrap();
+            vmcs.set(fields::TPR_THRESHOLD, 3).unwrap();
+            ram.write(Gpa(0x1080), &[0x30]).unwrap();
+        },
+        violate: |_, _, ram| ram.write(Gpa(0x1080), &[0x2F]).unwrap(),
+    },
+    MemorySample {
+        rule: Rule::LinkPointerRegion,
+        involve: |vmcs, caps, ram| {
+            vmcs.set(fields::VMCS_LINK_POINTER, 0x1000).unwrap();
+            ram.store_u32(Gpa(0x1000), caps.basic.revision()).unwrap();
+        },
+        violate: |_, caps, ram| {
+            let shadow = caps.basic.revision() | 1 << 31;
+            ram.store_u32(Gpa(0x1000), shadow).unwrap();
+        },
+    },
+    MemorySample {
+        rule: Rule::PdpteReserved,
+        involve: |vmcs, caps, ram| {
+            samples::protected_mode(vmcs, caps).unwrap();
+            let cr4 = vmcs.get(fields::GUEST_CR4).unwrap();
+            vmcs.set(fields::GUEST_CR4, cr4 | CR4_PAE).unwrap();
+            vmcs.set(fields::GUEST_CR3, 0x1100).unwrap();
+            ram.store_u64(Gpa(0x1118), 0x6).unwrap();
+        },
+        violate: |_, _, ram| ram.store_u64(Gpa(0x1118), 0x7).unwrap(),
+    },
+    MemorySample {
+        rule: Rule::MsrLoadRefused,
+        involve: |vmcs, _, ram| msr_area(vmcs, ram, MsrEntry::new(Msr::LSTAR, 0)),
+        violate: |vmcs, _, ram| msr_area(vmcs, ram, MsrEntry::new(Msr::GS_BASE, 0)),
+    },
+    MemorySample {
+        rule: Rule::MsrValueRefused,
+        involve: |vmcs, _, ram| msr_area(vmcs, ram, MsrEntry::new(Msr::LSTAR, 0)),
+        violate: |vmcs, _, ram| msr_area(vmcs, ram, MsrEntry::new(Msr::LSTAR, 1 << 63)),
+    },
+];
+
 #[test]
-fn every_rule_is_violated_alone_by_its_sample() {
-    let mut violated = BTreeMap::new();
-    let processors = fixtures::all()
-        .into_iter()
-        .chain([("everything", everything())]);
-    for (name, caps) in processors {
+fn every_rule_is_shown_satisfied_and_violated_alone() {
+    let in_memory: BTreeSet<Rule> = MEMORY_SAMPLES.iter().map(|s| s.rule).collect();
+    let (mut satisfied, mut violated) = (in_memory.clone(), in_memory.clone());
+    // A host of 32 bits with a guest of 64 violates a rule about the mode of the processor, too,
+    // whatever mode that is.
+    violated.insert(Rule::LegacyHostLongGuest);
+    for (name, caps) in processors() {
         for &rule in Rule::ALL {
+            let context = samples::context(rule);
+            let mut vmcs = samples::valid(&caps);
+            if !samples::involve(rule, &mut vmcs, &caps).unwrap() {
+                continue;
+            }
+            let found = check_entry_from(&vmcs, &caps, &context).unwrap();
+            assert!(found.is_empty(), "{name}, {rule:?}:\n{found}");
+            if found.applied(rule) {
+                satisfied.insert(rule);
+            } else {
+                assert!(in_memory.contains(&rule), "{name}, {rule:?}");
+            }
+
             let mut vmcs = samples::valid(&caps);
             if !samples::violate(rule, &mut vmcs, &caps).unwrap() {
                 continue;
             }
-            let found = check_entry(&vmcs, &caps).unwrap();
+            let found = check_entry_from(&vmcs, &caps, &context).unwrap();
             let rules: Vec<_> = found.rules().collect();
             assert_eq!(rules, [rule], "{name}, {rule:?}:\n{found}");
             assert_eq!(found[0].outcome(), rule.outcome());
@@ -112,19 +147,87 @@ fn every_rule_is_violated_alone_by_its_sample() {
                 Ok(found[0].value),
                 "{rule:?}"
             );
-            violated.insert(rule, name);
+            violated.insert(rule);
         }
     }
-    let missing: Vec<_> = Rule::ALL
-        .iter()
-        .filter(|r| !violated.contains_key(r))
-        .collect();
-    assert_eq!(missing, NOT_BY_FIELDS.iter().collect::<Vec<_>>());
+    let missing = |shown: &BTreeSet<Rule>| -> Vec<Rule> {
+        let all = Rule::ALL.iter().copied();
+        all.filter(|rule| !shown.contains(rule)).collect()
+    };
+    assert_eq!(missing(&satisfied), []);
+    assert_eq!(missing(&violated), []);
+}
+
+#[test]
+fn every_rule_of_memory_is_shown_satisfied_and_violated_alone() {
+    for (name, caps) in processors() {
+        for sample in MEMORY_SAMPLES {
+            let mut bytes = std::vec![0u64; 512];
+            let ram = memory(&mut bytes);
+            let found = |vmcs: &VmcsImage| {
+                assert!(check_entry(vmcs, &caps).unwrap().is_empty());
+                check_memory(vmcs, &caps, &EntryContext::default(), &ram).unwrap()
+            };
+            let mut vmcs = samples::valid(&caps);
+            (sample.involve)(&mut vmcs, &caps, &ram);
+            let satisfied = found(&vmcs);
+            assert!(satisfied.is_empty(), "{name}:\n{satisfied}");
+            assert!(satisfied.applied(sample.rule), "{name}, {:?}", sample.rule);
+            (sample.violate)(&mut vmcs, &caps, &ram);
+            let violated = found(&vmcs);
+            let rules: Vec<_> = violated.rules().collect();
+            assert_eq!(rules, [sample.rule], "{name}:\n{violated}");
+            let outcome = match sample.rule.outcome() {
+                Outcome::MsrLoading { .. } => Outcome::MsrLoading { entry: 2 },
+                outcome => outcome,
+            };
+            assert_eq!(violated[0].outcome(), outcome);
+        }
+    }
+}
+
+#[test]
+fn violations_come_in_the_manuals_order() {
+    let caps = fixtures::everything();
+    let mut vmcs = samples::valid(&caps);
+    // Each alone, and all together, whatever the order in which they were made.
+    let order = [
+        Rule::PdpteReserved,
+        Rule::GuestCr4Fixed,
+        Rule::HostCsNull,
+        Rule::EventType,
+        Rule::VpidZero,
+        Rule::PmlAddress,
+        Rule::PinReserved,
+    ];
+    for rule in order {
+        assert_eq!(samples::violate(rule, &mut vmcs, &caps), Ok(true));
+    }
+    let found = check_entry(&vmcs, &caps).unwrap();
+    let rules: Vec<_> = found.rules().collect();
+    assert!(rules.is_sorted(), "{found}");
+    assert!(order.iter().all(|rule| rules.contains(rule)), "{found}");
+}
+
+#[test]
+fn a_full_list_keeps_the_first_rules() {
+    let mut found = Violations::default();
+    for &rule in Rule::ALL.iter().rev() {
+        found.push(Violation {
+            rule,
+            field: fields::GUEST_RIP.encoding(),
+            value: 0,
+            entry: 0,
+        });
+    }
+    let first = &Rule::ALL[..Violations::MAX];
+    assert!(found.rules().eq(first.iter().copied()));
+    assert!(Rule::ALL.iter().all(|&rule| found.applied(rule)));
 }
 
 #[test]
 fn the_checks_read_only_fields_that_the_processor_has() {
-    for (name, caps) in fixtures::all() {
+    for (name, caps) in processors() {
         let mut fake = FakeVmcs::with_caps(&caps);
         for (field, value) in samples::valid(&caps).iter() {
             fake.preset(field, value);
@@ -140,6 +243,8 @@ fn the_checks_read_only_fields_that_the_processor_has() {
         ] {
             fake.preset(field, u64::MAX);
         }
+        fake.preset(fields::TERTIARY_CONTROLS, u64::MAX);
+        fake.preset(fields::SECONDARY_EXIT_CONTROLS, u64::MAX);
         assert!(!check_entry(&fake, &caps).unwrap().is_empty(), "{name}");
     }
 }
@@ -212,7 +317,7 @@ fn a_32_bit_host_has_its_own_rules() {
 
 #[test]
 fn shadow_stacks_have_the_width_of_their_mode() {
-    let caps = everything();
+    let caps = fixtures::everything();
     let mut vmcs = legacy_valid(&caps);
     let exit = vmcs.get(fields::EXIT_CONTROLS).unwrap();
     let cet = ExitControls::LOAD_CET_STATE.bits();
@@ -220,7 +325,7 @@ fn shadow_stacks_have_the_width_of_their_mode() {
     vmcs.set(fields::HOST_SSP, 0xFFFF_FFF8).unwrap();
     assert_eq!(rules_from(&vmcs, &caps, &legacy()), []);
     vmcs.set(fields::HOST_SSP, 1 << 32).unwrap();
-    assert_eq!(rules_from(&vmcs, &caps, &legacy()), [Rule::HostSsp]);
+    assert_eq!(rules_from(&vmcs, &caps, &legacy()), [Rule::LegacyHostCet]);
 }
 
 #[test]
@@ -350,71 +455,8 @@ fn memory(bytes: &mut [u64]) -> GuestRam {
 }
 
 #[test]
-fn rules_of_memory() {
-    let caps = fixtures::haswell();
-    let mut bytes = std::vec![0u64; 512];
-    let ram = memory(&mut bytes);
-    let context = EntryContext::default();
-    let rules = |vmcs: &VmcsImage| -> Vec<Rule> {
-        assert!(check_entry(vmcs, &caps).unwrap().is_empty());
-        check_memory(vmcs, &caps, &context, &ram)
-            .unwrap()
-            .rules()
-            .collect()
-    };
-
-    let mut vmcs = samples::valid(&caps);
-    assert_eq!(rules(&vmcs), []);
-    vmcs.set(fields::VMCS_LINK_POINTER, 0x1000).unwrap();
-    assert_eq!(rules(&vmcs), [Rule::LinkPointerRegion]);
-    ram.store_u32(Gpa(0x1000), caps.basic.revision()).unwrap();
-    assert_eq!(rules(&vmcs), []);
-    vmcs.set(fields::VMCS_LINK_POINTER, u64::MAX).unwrap();
-
-    let primary = vmcs.get(fields::PRIMARY_CONTROLS).unwrap();
-    let shadow = PrimaryControls::USE_TPR_SHADOW.bits();
-    vmcs.set(fields::PRIMARY_CONTROLS, primary | shadow)
-        .unwrap();
-    vmcs.set(fields::VIRTUAL_APIC_ADDRESS, 0x1000).unwrap();
-    vmcs.set(fields::TPR_THRESHOLD, 3).unwrap();
-    assert_eq!(rules(&vmcs), [Rule::TprThresholdAboveVtpr]);
-    ram.write(Gpa(0x1080), &[0x30]).unwrap();
-    assert_eq!(rules(&vmcs), []);
-
-    let mut vmcs = samples::valid(&caps);
-    samples::protected_mode(&mut vmcs, &caps).unwrap();
-    let cr4 = vmcs.get(fields::GUEST_CR4).unwrap();
-    vmcs.set(fields::GUEST_CR4, cr4 | CR4_PAE).unwrap();
-    vmcs.set(fields::GUEST_CR3, 0x1100).unwrap();
-    assert_eq!(rules(&vmcs), []);
-    ram.store_u64(Gpa(0x1118), 0x7).unwrap();
-    assert_eq!(rules(&vmcs), [Rule::PdpteReserved]);
-    ram.store_u64(Gpa(0x1118), 0x6).unwrap();
-    assert_eq!(rules(&vmcs), []);
-
-    let mut vmcs = samples::valid(&caps);
-    vmcs.set(fields::ENTRY_MSR_LOAD_ADDRESS, 0x1200).unwrap();
-    vmcs.set(fields::ENTRY_MSR_LOAD_COUNT, 2).unwrap();
-    ram.write(Gpa(0x1200), &MsrEntry::new(Msr::STAR, 0).to_bytes())
-        .unwrap();
-    ram.write(Gpa(0x1210), &MsrEntry::new(Msr::LSTAR, 0).to_bytes())
-        .unwrap();
-    assert_eq!(rules(&vmcs), []);
-    ram.write(Gpa(0x1210), &MsrEntry::new(Msr::GS_BASE, 0).to_bytes())
-        .unwrap();
-    let found = check_memory(&vmcs, &caps, &context, &ram).unwrap();
-    assert_eq!(found[0].rule, Rule::MsrLoadRefused);
-    assert_eq!(found[0].outcome(), Outcome::MsrLoading { entry: 2 });
-    ram.write(Gpa(0x1210), &MsrEntry::new(Msr::LSTAR, 1 << 63).to_bytes())
-        .unwrap();
-    let found = check_memory(&vmcs, &caps, &context, &ram).unwrap();
-    assert_eq!(found[0].rule, Rule::MsrValueRefused);
-    assert_eq!(found[0].outcome(), Outcome::MsrLoading { entry: 2 });
-}
-
-#[test]
 fn a_trace_is_not_begun_twice() {
-    let caps = everything();
+    let caps = fixtures::everything();
     let mut vmcs = samples::valid(&caps);
     let entry = vmcs.get(fields::ENTRY_CONTROLS).unwrap();
     let loads = EntryControls::LOAD_RTIT_CTL.bits();
@@ -430,7 +472,7 @@ fn a_trace_is_not_begun_twice() {
 
 #[test]
 fn trace_controls_have_encodings() {
-    let caps = everything();
+    let caps = fixtures::everything();
     let accepts = |value| caps.processor.accepts_rtit_ctl(value);
     assert!(accepts(0x2C0D) && accepts(3 << 14) && accepts(2 << 32));
     assert!(!accepts(1 << 14), "an MTC period that it has not");
@@ -453,12 +495,48 @@ fn exceptions_nest_where_the_processor_says_so() {
     vmcs.set(information, 1 << 31 | 1 << 13 | 3 << 8 | 6)
         .unwrap();
     let context = EntryContext::default();
-    assert_eq!(rules_from(&vmcs, &caps, &context), [Rule::EventReserved]);
+    assert_eq!(rules_from(&vmcs, &caps, &context), [Rule::EventNested]);
     caps.basic.0 |= 1 << 58;
     assert_eq!(rules_from(&vmcs, &caps, &context), []);
     vmcs.set(information, 1 << 31 | 1 << 13 | 2 << 8 | 2)
         .unwrap();
-    assert_eq!(rules_from(&vmcs, &caps, &context), [Rule::EventReserved]);
+    assert_eq!(rules_from(&vmcs, &caps, &context), [Rule::EventNested]);
+}
+
+#[test]
+fn system_calls_are_injected_where_fred_delivers_them() {
+    let rules = |caps: &VmxCaps, fred: bool, vector: u32, length: u32| {
+        let mut vmcs = samples::valid(caps);
+        if fred {
+            let cr4 = vmcs.get(fields::GUEST_CR4).unwrap();
+            vmcs.set(fields::GUEST_CR4, cr4 | CR4_FRED).unwrap();
+        }
+        let information = 1 << 31 | 7 << 8 | vector;
+        vmcs.set(fields::ENTRY_INTERRUPTION_INFORMATION, information)
+            .unwrap();
+        vmcs.set(fields::ENTRY_INSTRUCTION_LENGTH, length).unwrap();
+        rules_from(&vmcs, caps, &EntryContext::default())
+    };
+    let caps = fixtures::everything();
+    for vector in [1, 2] {
+        assert_eq!(rules(&caps, true, vector, 2), []);
+        let length = [Rule::EventInstructionLength];
+        assert_eq!(rules(&caps, true, vector, 16), length);
+        assert_eq!(rules(&caps, false, vector, 2), [Rule::EventVector]);
+    }
+    assert_eq!(rules(&caps, true, 0, 16), [], "a pending MTF exit");
+    assert_eq!(rules(&caps, true, 3, 2), [Rule::EventVector]);
+
+    // FRED without a monitor trap flag: system calls and nothing else.
+    let mut caps = caps;
+    let trap_flag = PrimaryControls::MONITOR_TRAP_FLAG;
+    let may = caps.primary.may_be_one().difference(trap_flag);
+    caps.primary = crate::caps::Allowed::new(caps.primary.must_be_one(), may);
+    assert_eq!(rules(&caps, true, 1, 2), []);
+    assert_eq!(rules(&caps, true, 0, 2), [Rule::EventVector]);
+    let fred = crate::caps::ProcessorFeatures::FRED;
+    caps.processor.features.remove(fred);
+    assert_eq!(rules(&caps, false, 0, 2), [Rule::EventType]);
 }
 
 proptest! {
@@ -468,7 +546,7 @@ proptest! {
     ) {
         let mut bytes = std::vec![0x5A5A_5A5A_5A5A_5A5Au64; 512];
         let ram = memory(&mut bytes);
-        for (_, caps) in fixtures::all() {
+        for (_, caps) in processors() {
             let mut vmcs = samples::valid(&caps);
             for &(which, value) in &writes {
                 vmcs.write_raw(fields::FIELDS[which].encoding, value).unwrap();

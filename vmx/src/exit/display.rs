@@ -54,10 +54,41 @@ impl fmt::Display for Exit {
                 write!(f, "EPT misconfiguration on the way to {gpa}")
             }
             Self::ApicWrite { offset } => write!(f, "APIC write at {offset:#x}"),
-            Self::SppEvent { gpa, .. } => write!(f, "SPP-related event at {gpa}"),
+            Self::Wbinvd {
+                invalidates: false, ..
+            } => f.write_str("WBNOINVD"),
+            Self::Wbinvd { .. } => f.write_str("WBINVD"),
+            Self::SppEvent {
+                gpa,
+                misconfiguration,
+                ..
+            } => {
+                let what = if *misconfiguration {
+                    "misconfiguration"
+                } else {
+                    "miss"
+                };
+                write!(f, "SPP {what} at {gpa}")
+            }
             Self::InstructionTimeout {
                 context_invalid: true,
+                ..
             } => f.write_str("instruction timeout, context invalid"),
+            Self::Umwait { source } => write!(f, "UMWAIT with {}", source.name()),
+            Self::Tpause { source } => write!(f, "TPAUSE with {}", source.name()),
+            Self::Loadiwkey { first, second } => {
+                write!(f, "LOADIWKEY with xmm{first}, xmm{second}")
+            }
+            Self::EnqcmdPasid { pasid } => write!(f, "ENQCMD, no translation of PASID {pasid:#x}"),
+            Self::EnqcmdsPasid { command } => {
+                write!(f, "ENQCMDS, no translation of the PASID in {command:#x}")
+            }
+            Self::Rdmsrlist { msr } => write!(f, "RDMSRLIST, {msr}"),
+            Self::Wrmsrlist { msr, value } => write!(f, "WRMSRLIST, {msr} = {value:#x}"),
+            Self::RdmsrImmediate { msr, register } => write!(f, "rdmsr {}, {msr}", register.name()),
+            Self::WrmsrnsImmediate { msr, register } => {
+                write!(f, "wrmsrns {msr}, {}", register.name())
+            }
             Self::Unknown(reason) => write!(f, "{reason}"),
             other => write!(f, "{}", other.reason()),
         }
@@ -82,7 +113,9 @@ impl fmt::Display for ApicAccessKind {
             Self::Write => "write",
             Self::Fetch => "instruction fetch",
             Self::EventDelivery => "event delivery",
+            Self::Asynchronous => "asynchronous access",
             Self::PhysicalEventDelivery => "event delivery, by a guest-physical address",
+            Self::PhysicalAsynchronous => "asynchronous access, by a guest-physical address",
             Self::Physical => "an instruction, by a guest-physical address",
             Self::Unknown(kind) => return write!(f, "unknown kind {kind}"),
         })

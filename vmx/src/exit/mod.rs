@@ -1,4 +1,4 @@
-//! VM exits as owned values (SDM vol. 3C, chapter 28; vol. 3D, appendix C).
+//! VM exits as owned values (SDM vol. 3C, chapter 30; vol. 3D, appendix C).
 //!
 //! [`Exit::read`] reads the exit reason and then only the fields that this reason defines. Nothing
 //! here fails on what it does not know: new hardware gives [`Exit::Unknown`].
@@ -17,14 +17,15 @@
 //! # Ok::<(), testudo_vmx::AccessError>(())
 //! ```
 
-use testudo_arch::{Gpa, Gva};
+use testudo_arch::regs::Gpr;
+use testudo_arch::{Gpa, Gva, Msr};
 
 use crate::error::AccessError;
 use crate::event::InterruptionInformation;
-use crate::fields;
 use crate::vmcs::VmcsRead;
 
 mod advance;
+mod decode;
 mod display;
 mod operand;
 mod qualification;
@@ -131,7 +132,8 @@ pub enum Exit {
         information: InterruptionInformation,
         /// The error code, where the information says there is one; otherwise 0.
         error_code: u32,
-        /// For #PF the linear address, for #DB a [`DebugQualification`].
+        /// For #PF the linear address, for #DB a [`DebugQualification`], for NMI where it comes from, on
+        /// processors that report that.
         qualification: u64,
     },
     /// An external interrupt; the vector is known if exits acknowledge interrupts.
@@ -177,6 +179,7 @@ pub enum Exit {
     /// An I/O instruction; the second part for INS and OUTS.
     Io(IoAccess, Option<StringAccess>),
     Rdmsr,
+    /// WRMSR or WRMSRNS. The qualification tells which; a hypervisor answers both alike.
     Wrmsr,
     /// The guest was never entered.
     EntryFailure(EntryFailure),
@@ -204,7 +207,10 @@ pub enum Exit {
     Invvpid(InvalidateOperands),
     Invpcid(InvalidateOperands),
     PreemptionTimer,
-    Wbinvd,
+    /// WBINVD; or WBNOINVD, which writes back without invalidating.
+    Wbinvd {
+        invalidates: bool,
+    },
     Xsetbv,
     /// A write to the virtual-APIC page that software must complete, at this offset.
     ApicWrite {
@@ -218,29 +224,79 @@ pub enum Exit {
     /// The page-modification log is full.
     PmlFull {
         nmi_unblocking_by_iret: bool,
+        /// The access that was to be logged was asynchronous to instruction execution.
+        asynchronous: bool,
     },
-    Xsaves,
-    Xrstors,
+    Xsaves(MemoryOperand),
+    Xrstors(MemoryOperand),
     Pconfig,
     /// Sub-page permissions: a miss, or a misconfiguration.
     SppEvent {
         gpa: Gpa,
+        linear: Gva,
         misconfiguration: bool,
+        nmi_unblocking_by_iret: bool,
+        /// The access was asynchronous to instruction execution.
+        asynchronous: bool,
     },
-    Umwait,
-    Tpause,
-    Loadiwkey,
-    EnqcmdPasid,
-    EnqcmdsPasid,
+    /// UMWAIT, with the register that says how deeply.
+    Umwait {
+        source: Gpr,
+    },
+    /// TPAUSE, with the register that says how deeply.
+    Tpause {
+        source: Gpr,
+    },
+    /// LOADIWKEY, with the numbers of its XMM registers.
+    Loadiwkey {
+        first: u8,
+        second: u8,
+    },
+    /// ENQCMD: no translation of the PASID that IA32_PASID holds.
+    EnqcmdPasid {
+        pasid: u32,
+    },
+    /// ENQCMDS: no translation of the PASID in the low half of the command's first eight bytes.
+    EnqcmdsPasid {
+        command: u32,
+    },
     BusLock,
     /// No instruction boundary for too long. With an invalid context the guest must not go on.
     InstructionTimeout {
         context_invalid: bool,
+        nmi_unblocking_by_iret: bool,
     },
     Seamcall,
     Tdcall,
-    Rdmsrlist,
-    Wrmsrlist,
+    /// RDMSRLIST has come to an MSR that exits; without MSR bitmaps, to any, and that one is not named.
+    Rdmsrlist {
+        msr: Msr,
+    },
+    /// WRMSRLIST likewise, with the value that it would have written.
+    Wrmsrlist {
+        msr: Msr,
+        value: u64,
+    },
+    /// URDMSR, with the qualification and the instruction information as they are.
+    Urdmsr {
+        qualification: u64,
+        information: u32,
+    },
+    /// UWRMSR, with the qualification and the instruction information as they are.
+    Uwrmsr {
+        qualification: u64,
+        information: u32,
+    },
+    /// RDMSR of an MSR that the instruction names.
+    RdmsrImmediate {
+        msr: Msr,
+        register: Gpr,
+    },
+    /// WRMSRNS to an MSR that the instruction names.
+    WrmsrnsImmediate {
+        msr: Msr,
+        register: Gpr,
+    },
     /// A reason that the manual did not define when this was written.
     Unknown(ExitReason),
 }
@@ -275,7 +331,7 @@ impl Exit {
             R::Vmcall => Self::Vmcall,
             R::InterruptWindow => Self::InterruptWindow,
             R::PreemptionTimer => Self::PreemptionTimer,
-            _ => return decode_with_fields(reason, vmcs),
+            _ => return decode::with_fields(reason, vmcs),
         })
     }
 
@@ -314,24 +370,28 @@ impl Exit {
             Self::Pause => R::Pause,
             Self::TprBelowThreshold => R::TprBelowThreshold,
             Self::PreemptionTimer => R::PreemptionTimer,
-            Self::Wbinvd => R::Wbinvd,
+            Self::Wbinvd { .. } => R::Wbinvd,
             Self::Xsetbv => R::Xsetbv,
             Self::Vmfunc => R::Vmfunc,
             Self::Encls => R::Encls,
             Self::Enclv => R::Enclv,
-            Self::Xsaves => R::Xsaves,
-            Self::Xrstors => R::Xrstors,
+            Self::Xsaves(_) => R::Xsaves,
+            Self::Xrstors(_) => R::Xrstors,
             Self::Pconfig => R::Pconfig,
-            Self::Umwait => R::Umwait,
-            Self::Tpause => R::Tpause,
-            Self::Loadiwkey => R::Loadiwkey,
-            Self::EnqcmdPasid => R::EnqcmdPasid,
-            Self::EnqcmdsPasid => R::EnqcmdsPasid,
+            Self::Umwait { .. } => R::Umwait,
+            Self::Tpause { .. } => R::Tpause,
+            Self::Loadiwkey { .. } => R::Loadiwkey,
+            Self::EnqcmdPasid { .. } => R::EnqcmdPasid,
+            Self::EnqcmdsPasid { .. } => R::EnqcmdsPasid,
             Self::BusLock => R::BusLock,
             Self::Seamcall => R::Seamcall,
             Self::Tdcall => R::Tdcall,
-            Self::Rdmsrlist => R::Rdmsrlist,
-            Self::Wrmsrlist => R::Wrmsrlist,
+            Self::Rdmsrlist { .. } => R::Rdmsrlist,
+            Self::Wrmsrlist { .. } => R::Wrmsrlist,
+            Self::Urdmsr { .. } => R::Urdmsr,
+            Self::Uwrmsr { .. } => R::Uwrmsr,
+            Self::RdmsrImmediate { .. } => R::RdmsrImmediate,
+            Self::WrmsrnsImmediate { .. } => R::WrmsrnsImmediate,
             Self::TaskSwitch(_) => R::TaskSwitch,
             Self::Vmclear(_) => R::Vmclear,
             Self::Vmptrld(_) => R::Vmptrld,
@@ -362,185 +422,6 @@ impl Exit {
             Self::InstructionTimeout { .. } => R::InstructionTimeout,
         }
     }
-}
-
-/// The common reasons that come with fields.
-#[inline(never)]
-fn decode_with_fields(reason: ExitReason, vmcs: &impl VmcsRead) -> Result<Exit, AccessError> {
-    use BasicReason as R;
-    Ok(match reason.basic() {
-        R::ExternalInterrupt => {
-            let raw = vmcs.get(fields::EXIT_INTERRUPTION_INFORMATION)?;
-            let information = InterruptionInformation(raw);
-            Exit::ExternalInterrupt {
-                vector: information.is_valid().then_some(information.vector()),
-            }
-        }
-        R::Io => {
-            let access = IoAccess::from_qualification(qualification(vmcs)?);
-            if !access.string {
-                return Ok(Exit::Io(access, None));
-            }
-            let string = StringAccess {
-                linear: Gva(vmcs.get(fields::GUEST_LINEAR_ADDRESS)?),
-                information: StringIo::new(information(vmcs)?),
-            };
-            Exit::Io(access, Some(string))
-        }
-        R::EptViolation => {
-            let qualification = EptQualification::from_bits_retain(qualification(vmcs)?);
-            let gpa = Gpa(vmcs.get(fields::GUEST_PHYSICAL_ADDRESS)?);
-            let linear = if qualification.contains(EptQualification::LINEAR_VALID) {
-                Some(Gva(vmcs.get(fields::GUEST_LINEAR_ADDRESS)?))
-            } else {
-                None
-            };
-            Exit::EptViolation(EptViolation {
-                qualification,
-                gpa,
-                linear,
-            })
-        }
-        R::ControlRegister => {
-            Exit::ControlRegister(CrAccess::from_qualification(qualification(vmcs)?))
-        }
-        _ => return decode_rare(reason, vmcs),
-    })
-}
-
-#[inline]
-fn qualification(vmcs: &impl VmcsRead) -> Result<u64, AccessError> {
-    vmcs.get(fields::EXIT_QUALIFICATION)
-}
-
-#[inline]
-fn information(vmcs: &impl VmcsRead) -> Result<u32, AccessError> {
-    vmcs.get(fields::EXIT_INSTRUCTION_INFORMATION)
-}
-
-#[inline(never)]
-fn decode_rare(reason: ExitReason, vmcs: &impl VmcsRead) -> Result<Exit, AccessError> {
-    use BasicReason as R;
-    let memory = || -> Result<MemoryOperand, AccessError> {
-        Ok(MemoryOperand::new(information(vmcs)?, qualification(vmcs)?))
-    };
-    let invalidate = || -> Result<InvalidateOperands, AccessError> {
-        Ok(InvalidateOperands::new(
-            information(vmcs)?,
-            qualification(vmcs)?,
-        ))
-    };
-    let vmcs_operands = || -> Result<VmcsOperands, AccessError> {
-        Ok(VmcsOperands::new(information(vmcs)?, qualification(vmcs)?))
-    };
-    let gpa = || -> Result<Gpa, AccessError> { Ok(Gpa(vmcs.get(fields::GUEST_PHYSICAL_ADDRESS)?)) };
-    Ok(match reason.basic() {
-        R::ExceptionOrNmi => {
-            let raw = vmcs.get(fields::EXIT_INTERRUPTION_INFORMATION)?;
-            let information = InterruptionInformation(raw);
-            let error_code = if information.has_error_code() {
-                vmcs.get(fields::EXIT_INTERRUPTION_ERROR_CODE)?
-            } else {
-                0
-            };
-            Exit::Exception {
-                information,
-                error_code,
-                qualification: qualification(vmcs)?,
-            }
-        }
-        R::TripleFault => Exit::TripleFault,
-        R::Init => Exit::Init,
-        R::Sipi => Exit::Sipi {
-            vector: qualification(vmcs)? as u8,
-        },
-        R::IoSmi => Exit::IoSmi,
-        R::OtherSmi => Exit::OtherSmi,
-        R::NmiWindow => Exit::NmiWindow,
-        R::TaskSwitch => Exit::TaskSwitch(TaskSwitch::from_qualification(qualification(vmcs)?)),
-        R::Getsec => Exit::Getsec,
-        R::Invd => Exit::Invd,
-        R::Invlpg => Exit::Invlpg {
-            address: Gva(qualification(vmcs)?),
-        },
-        R::Rdpmc => Exit::Rdpmc,
-        R::Rdtsc => Exit::Rdtsc,
-        R::Rdtscp => Exit::Rdtscp,
-        R::Rsm => Exit::Rsm,
-        R::Vmclear => Exit::Vmclear(memory()?),
-        R::Vmlaunch => Exit::Vmlaunch,
-        R::Vmptrld => Exit::Vmptrld(memory()?),
-        R::Vmptrst => Exit::Vmptrst(memory()?),
-        R::Vmread => Exit::Vmread(vmcs_operands()?),
-        R::Vmresume => Exit::Vmresume,
-        R::Vmwrite => Exit::Vmwrite(vmcs_operands()?),
-        R::Vmxoff => Exit::Vmxoff,
-        R::Vmxon => Exit::Vmxon(memory()?),
-        R::DebugRegister => Exit::DebugRegister(DrAccess::from_qualification(qualification(vmcs)?)),
-        R::InvalidGuestState => {
-            let failure = GuestStateFailure::from_qualification(qualification(vmcs)?);
-            Exit::EntryFailure(EntryFailure::GuestState(failure))
-        }
-        R::MsrLoading => Exit::EntryFailure(EntryFailure::MsrLoading {
-            entry: qualification(vmcs)? as u32,
-        }),
-        R::EntryMachineCheck => Exit::EntryFailure(EntryFailure::MachineCheck),
-        R::Mwait => Exit::Mwait {
-            armed: qualification(vmcs)? & 1 != 0,
-        },
-        R::MonitorTrapFlag => Exit::MonitorTrapFlag,
-        R::Monitor => Exit::Monitor,
-        R::Pause => Exit::Pause,
-        R::TprBelowThreshold => Exit::TprBelowThreshold,
-        R::ApicAccess => Exit::ApicAccess(ApicAccess::from_qualification(qualification(vmcs)?)),
-        R::VirtualizedEoi => Exit::VirtualizedEoi {
-            vector: qualification(vmcs)? as u8,
-        },
-        R::GdtrIdtr => Exit::GdtrIdtr(GdtrIdtrAccess::new(
-            information(vmcs)?,
-            qualification(vmcs)?,
-        )),
-        R::LdtrTr => Exit::LdtrTr(LdtrTrAccess::new(information(vmcs)?, qualification(vmcs)?)),
-        R::EptMisconfiguration => Exit::EptMisconfiguration { gpa: gpa()? },
-        R::Invept => Exit::Invept(invalidate()?),
-        R::Invvpid => Exit::Invvpid(invalidate()?),
-        R::Invpcid => Exit::Invpcid(invalidate()?),
-        R::Wbinvd => Exit::Wbinvd,
-        R::Xsetbv => Exit::Xsetbv,
-        R::ApicWrite => Exit::ApicWrite {
-            offset: qualification(vmcs)? as u16 & 0xFFF,
-        },
-        R::Rdrand => Exit::Rdrand(RandomDestination::new(information(vmcs)?)),
-        R::Rdseed => Exit::Rdseed(RandomDestination::new(information(vmcs)?)),
-        R::Vmfunc => Exit::Vmfunc,
-        R::Encls => Exit::Encls,
-        R::Enclv => Exit::Enclv,
-        R::PmlFull => Exit::PmlFull {
-            nmi_unblocking_by_iret: qualification(vmcs)? & (1 << 12) != 0,
-        },
-        R::Xsaves => Exit::Xsaves,
-        R::Xrstors => Exit::Xrstors,
-        R::Pconfig => Exit::Pconfig,
-        R::SppEvent => Exit::SppEvent {
-            gpa: gpa()?,
-            misconfiguration: qualification(vmcs)? & (1 << 11) == 0,
-        },
-        R::Umwait => Exit::Umwait,
-        R::Tpause => Exit::Tpause,
-        R::Loadiwkey => Exit::Loadiwkey,
-        R::EnqcmdPasid => Exit::EnqcmdPasid,
-        R::EnqcmdsPasid => Exit::EnqcmdsPasid,
-        R::BusLock => Exit::BusLock,
-        R::InstructionTimeout => Exit::InstructionTimeout {
-            context_invalid: qualification(vmcs)? & 1 != 0,
-        },
-        R::Seamcall => Exit::Seamcall,
-        R::Tdcall => Exit::Tdcall,
-        R::Rdmsrlist => Exit::Rdmsrlist,
-        R::Wrmsrlist => Exit::Wrmsrlist,
-        // Decoded by the caller, or unknown to the manual.
-        _ => Exit::Unknown(reason),
-    })
 }
 
 #[cfg(test)]

@@ -163,8 +163,12 @@ pub enum ApicAccessKind {
     Fetch,
     /// Linear: during event delivery.
     EventDelivery,
+    /// Linear: asynchronous to instruction execution.
+    Asynchronous,
     /// Guest-physical: during event delivery.
     PhysicalEventDelivery,
+    /// Guest-physical: asynchronous to instruction execution.
+    PhysicalAsynchronous,
     /// Guest-physical: an instruction or its fetch.
     Physical,
     /// A kind that the manual does not define.
@@ -193,7 +197,9 @@ impl ApicAccess {
                 1 => ApicAccessKind::Write,
                 2 => ApicAccessKind::Fetch,
                 3 => ApicAccessKind::EventDelivery,
+                4 => ApicAccessKind::Asynchronous,
                 10 => ApicAccessKind::PhysicalEventDelivery,
+                11 => ApicAccessKind::PhysicalAsynchronous,
                 15 => ApicAccessKind::Physical,
                 other => ApicAccessKind::Unknown(other),
             },

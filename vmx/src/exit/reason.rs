@@ -271,6 +271,14 @@ reasons! {
     Rdmsrlist = 78;
     /// WRMSRLIST
     Wrmsrlist = 79;
+    /// URDMSR
+    Urdmsr = 80;
+    /// UWRMSR
+    Uwrmsr = 81;
+    /// RDMSR with an immediate operand
+    RdmsrImmediate = 84;
+    /// WRMSRNS with an immediate operand
+    WrmsrnsImmediate = 85;
 }
 
 impl BasicReason {

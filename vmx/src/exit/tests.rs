@@ -1,5 +1,6 @@
 use super::*;
 use crate::fake::FakeVmcs;
+use crate::fields;
 use crate::vmcs::VmcsWrite;
 use proptest::prelude::*;
 
@@ -132,6 +133,79 @@ fn what_exits_say() {
         panic!("{exit:?}");
     };
     assert_eq!((access.port, string.linear, reads), (0x3F8, Gva(0x2000), 4));
+}
+
+#[test]
+fn what_rare_exits_say() {
+    let qualification = fields::EXIT_QUALIFICATION.encoding();
+    let information = fields::EXIT_INSTRUCTION_INFORMATION.encoding();
+    let gpa = fields::GUEST_PHYSICAL_ADDRESS.encoding();
+    let linear = fields::GUEST_LINEAR_ADDRESS.encoding();
+    let data = fields::MSR_DATA.encoding();
+    let text = |reason, set: &[(crate::encoding::Encoding, u64)]| {
+        std::format!("{}", exit_of(reason, set).0)
+    };
+    assert_eq!(text(54, &[]), "WBINVD");
+    assert_eq!(text(54, &[(qualification, 1)]), "WBNOINVD");
+    assert_eq!(text(67, &[(information, 1 << 3)]), "UMWAIT with rcx");
+    assert_eq!(text(68, &[(information, 9 << 3)]), "TPAUSE with r9");
+    let keys = [(information, 2 << 3 | 11 << 28)];
+    assert_eq!(text(69, &keys), "LOADIWKEY with xmm2, xmm11");
+    let pasid = [(qualification, 0x8012_3456)];
+    assert_eq!(text(72, &pasid), "ENQCMD, no translation of PASID 0x23456");
+    assert_eq!(
+        exit_of(73, &pasid).0,
+        Exit::EnqcmdsPasid {
+            command: 0x8012_3456
+        }
+    );
+    assert_eq!(
+        text(79, &[(qualification, 0x48), (data, 5)]),
+        "WRMSRLIST, IA32_SPEC_CTRL (0x48) = 0x5"
+    );
+    let immediate = [(qualification, 0x48), (information, 3 << 3)];
+    assert_eq!(text(84, &immediate), "rdmsr rbx, IA32_SPEC_CTRL (0x48)");
+    assert_eq!(text(85, &immediate), "wrmsrns IA32_SPEC_CTRL (0x48), rbx");
+    let miss = [
+        (qualification, 1 << 11 | 1 << 12),
+        (gpa, 0x2080),
+        (linear, 0x5080),
+    ];
+    let expected = Exit::SppEvent {
+        gpa: Gpa(0x2080),
+        linear: Gva(0x5080),
+        misconfiguration: false,
+        nmi_unblocking_by_iret: true,
+        asynchronous: false,
+    };
+    assert_eq!(exit_of(66, &miss).0, expected);
+    assert_eq!(text(66, &miss), "SPP miss at 0x2080");
+    let trace = [(qualification, 1 << 16)];
+    let expected = Exit::PmlFull {
+        nmi_unblocking_by_iret: false,
+        asynchronous: true,
+    };
+    assert_eq!(exit_of(62, &trace).0, expected);
+    let timeout = [(qualification, 1 << 12)];
+    let expected = Exit::InstructionTimeout {
+        context_invalid: false,
+        nmi_unblocking_by_iret: true,
+    };
+    assert_eq!(exit_of(75, &timeout).0, expected);
+    // [rax + rbx * 2 + 8] in DS, 64-bit addresses.
+    let operand = [
+        (information, 1 | 2 << 7 | 3 << 15 | 3 << 18),
+        (qualification, 8),
+    ];
+    let (Exit::Xsaves(saved), Exit::Xrstors(restored)) =
+        (exit_of(63, &operand).0, exit_of(64, &operand).0)
+    else {
+        panic!();
+    };
+    assert_eq!(saved, restored);
+    assert_eq!((saved.index, saved.displacement), (Some((Gpr::Rbx, 1)), 8));
+    let apic = [(qualification, 0x4010)];
+    assert_eq!(text(44, &apic), "APIC access at 0x10: asynchronous access");
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! The VMX instructions, one function each (SDM vol. 3C, chapter 31), and the few others that
+//! The VMX instructions, one function each (SDM vol. 3C, chapter 33), and the few others that
 //! entering a guest needs.
 //!
 //! CF and ZF, by which a VMX instruction reports failure, are captured or branched on in the same

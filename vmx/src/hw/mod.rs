@@ -6,6 +6,47 @@
 //! `Send`: they stay on their processor. A VMCS moves to another processor as a [`ClearVmcs`],
 //! which [`Vmx::clear`] makes of it.
 //!
+//! ```no_run
+//! use std::error::Error;
+//! use testudo_vmx::exit::Exit;
+//! use testudo_vmx::hw::{GuestRegisters, RegionFrame, Vmx, VmcsKind};
+//!
+//! unsafe fn run(own: RegionFrame, frame: RegionFrame) -> Result<(), Box<dyn Error>> {
+//!     // Off.
+//!     let caps = unsafe { Vmx::capabilities()? };
+//!     let mut vmx = unsafe { Vmx::enable(&caps, own)? };
+//!     // In VMX root operation.
+//!     let mut guest = vmx.create_vmcs(frame, VmcsKind::Ordinary)?;
+//!     let mut vmcs = vmx.load(&mut guest)?;
+//!     // With a VMCS loaded: its fields, then the guest.
+//!     let mut registers = GuestRegisters::default();
+//!     unsafe { vmcs.enter(&mut registers)? };
+//!     println!("{}", Exit::read(&vmcs)?);
+//!     vmx.clear(guest)?;
+//!     unsafe { vmx.disable()? };
+//!     Ok(())
+//! }
+//! ```
+//!
+//! While a VMCS is loaded, the processor cannot leave VMX operation, and neither goes elsewhere:
+//!
+//! ```compile_fail,E0505
+//! # use testudo_vmx::hw::{Vmcs, Vmx};
+//! fn leave(mut vmx: Vmx, vmcs: &mut Vmcs) {
+//!     let current = vmx.load(vmcs).unwrap();
+//!     let _ = unsafe { vmx.disable() };
+//!     drop(current);
+//! }
+//! ```
+//!
+//! ```compile_fail,E0277
+//! # use testudo_vmx::hw::CurrentVmcs;
+//! fn send<T: Send>(_: T) {}
+//! fn elsewhere(vmcs: CurrentVmcs<'static>) {
+//!     send(vmcs);
+//! }
+//! ```
+//!
 //! # What the world switch saves, and what it leaves in the registers
 //!
 //! VM entries and exits switch what the VMCS holds. The switch adds, for every exit: the general

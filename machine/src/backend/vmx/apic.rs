@@ -1,4 +1,4 @@
-//! The local APIC as far as the processor virtualizes it itself (SDM vol. 3C, chapter 30).
+//! The local APIC as far as the processor virtualizes it itself (SDM vol. 3C, chapter 32).
 //!
 //! With all of APIC virtualization a guest reads the registers of its local APIC, changes its task
 //! priority, ends interrupts and interrupts itself without an exit, in xAPIC and in x2APIC mode; any

@@ -90,7 +90,7 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
                 let (index, value) = self.ecx_and_edx_eax();
                 VmExit::SetXcr { index, value }
             }
-            Exit::Wbinvd | Exit::Invd => VmExit::CacheFlush,
+            Exit::Wbinvd { .. } | Exit::Invd => VmExit::CacheFlush,
             Exit::Pause => VmExit::Idle,
             Exit::TripleFault => VmExit::Shutdown,
             Exit::Vmclear(_)

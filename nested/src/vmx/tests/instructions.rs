@@ -1,5 +1,5 @@
 //! Every VMX instruction with every condition under which it faults or fails, one at a time
-//! (SDM vol. 3C, chapter 31).
+//! (SDM vol. 3C, chapter 33).
 
 use super::*;
 use crate::vmx::Fault;

@@ -42,8 +42,9 @@ const ALWAYS: [u16; 22] = [
 ];
 
 /// The host's own business, features that L1 is not offered, and what nobody knows yet.
-const NEVER: [u16; 24] = [
-    1, 3, 4, 5, 6, 41, 43, 44, 45, 48, 49, 56, 60, 62, 63, 64, 65, 66, 67, 68, 74, 75, 80, 0x7FFF,
+const NEVER: [u16; 27] = [
+    1, 3, 4, 5, 6, 41, 43, 44, 45, 48, 49, 56, 60, 62, 63, 64, 65, 66, 67, 68, 74, 75, 80, 81, 84,
+    85, 0x7FFF,
 ];
 
 fn details(reason: u16, gprs: &Gprs) -> ExitDetails<'_> {
