@@ -2,6 +2,8 @@
 
 use core::fmt;
 
+use testudo_arch::Hpa;
+
 use crate::encoding::Encoding;
 
 macro_rules! instruction_errors {
@@ -116,6 +118,25 @@ pub enum VmFail {
     Valid(InstructionError),
 }
 
+/// VMXON, VMCLEAR or VMPTRLD failed, and what the region begins with that it was given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{instruction} of the region at {region}, which begins with {found:#x} (the processor's revision \
+     is {revision:#x}): {fail}"
+)]
+pub struct RegionError {
+    /// The instruction.
+    pub instruction: &'static str,
+    /// The region.
+    pub region: Hpa,
+    /// Its first word: a revision identifier, and in bit 31 whether it is a shadow VMCS.
+    pub found: u32,
+    /// The processor's revision identifier.
+    pub revision: u32,
+    /// How it failed.
+    pub fail: VmFail,
+}
+
 /// A VMCS field that could not be read or written.
 ///
 /// ```
@@ -162,6 +183,22 @@ mod tests {
             assert_eq!(InstructionError::from_number(number).number(), number);
         }
         assert_eq!(InstructionError::ALL.len(), 25);
+    }
+
+    #[test]
+    fn a_wrong_revision_is_shown() {
+        let error = RegionError {
+            instruction: "VMPTRLD",
+            region: Hpa(0x7000),
+            found: 0x12,
+            revision: 0x2B,
+            fail: VmFail::Valid(InstructionError::VmptrldWrongRevision),
+        };
+        assert_eq!(
+            std::format!("{error}"),
+            "VMPTRLD of the region at 0x7000, which begins with 0x12 (the processor's revision is \
+             0x2b): VMfailValid: VMPTRLD with incorrect VMCS revision identifier (error 11)"
+        );
     }
 
     #[test]

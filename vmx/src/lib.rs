@@ -37,5 +37,5 @@ mod vmcs;
 
 pub use caps::VmxCaps;
 pub use encoding::{Encoding, Field};
-pub use error::{AccessError, InstructionError, VmFail};
+pub use error::{AccessError, InstructionError, RegionError, VmFail};
 pub use vmcs::{VmcsRead, VmcsWrite};

@@ -26,7 +26,7 @@ use testudo_vmx::caps::{EptVpidCaps, NoVmx, Processor};
 use testudo_vmx::hw::{
     EnableError, RegionFrame, ResidentRegisters, ResidentUnsupported, VmcsKind, Vmx,
 };
-use testudo_vmx::{VmFail, VmxCaps};
+use testudo_vmx::{RegionError, VmxCaps};
 
 use crate::frames::Frames;
 use crate::shadow::Shadow;
@@ -53,7 +53,7 @@ pub(crate) enum VmxError {
     #[error(transparent)]
     Enable(#[from] EnableError),
     #[error("the VMCS cannot be used: {0}")]
-    Vmcs(VmFail),
+    Vmcs(RegionError),
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
     #[error(transparent)]

@@ -3,16 +3,18 @@
 #![allow(unsafe_code)]
 
 use alloc::format;
+use alloc::string::ToString;
 use core::arch::asm;
+use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU64, Ordering};
 
-use testudo_arch::Msr;
+use testudo_arch::{Hpa, Msr};
 use testudo_rt::irq::{self, TrapFrame};
 use testudo_rt::{memory, msr};
 use testudo_vmx::check::samples;
 use testudo_vmx::encoding::{Area, Encoding};
-use testudo_vmx::hw::Vmx;
-use testudo_vmx::{VmxCaps, fields};
+use testudo_vmx::hw::{RegionFrame, VmcsKind, Vmx};
+use testudo_vmx::{RegionError, VmFail, VmxCaps, fields};
 
 use crate::case::{Case, Outcome, check, check_eq};
 
@@ -24,6 +26,10 @@ pub(crate) const CASES: &[Case] = &[
     Case {
         name: "vmx::vmxon",
         run: |_| within(false, vmxon),
+    },
+    Case {
+        name: "vmx::errors_in_words",
+        run: |_| within(false, errors_in_words),
     },
     Case {
         name: "vmx::without_a_vmcs",
@@ -320,6 +326,50 @@ fn vmxon(regions: &Regions) -> Outcome {
     check_eq!(vmxon_at(regions.on), FailInvalid);
     check_eq!(vmxoff(), Succeed);
     check_eq!(vmxoff(), UD);
+    Outcome::Passed
+}
+
+/// What the types of VMX operation say when the processor does not take what it is given.
+fn errors_in_words(regions: &Regions) -> Outcome {
+    let frame = |at: u64| {
+        let pointer = NonNull::new(at as *mut u8).unwrap_or(NonNull::dangling());
+        // SAFETY: the frames are the case's own, mapped where they are, and used here alone.
+        unsafe { RegionFrame::new(pointer, Hpa(at)) }
+    };
+    let revision = regions.caps.basic.revision();
+    // SAFETY: CPL 0, and this is the processor with these capabilities.
+    let enabled = unsafe { Vmx::enable(&regions.caps, frame(regions.on)) };
+    let Ok(mut vmx) = enabled else {
+        return Outcome::Failed(format!("{enabled:?}"));
+    };
+    // SAFETY: as above.
+    let twice = unsafe { Vmx::enable(&regions.caps, frame(regions.other)) };
+    let said = twice.err().map(|error| error.to_string());
+    let cr4 = format!("CR4.VMXE is already set (CR4 = {:#x})", cr4());
+    check_eq!(said, Some(cr4));
+
+    let created = vmx.create_vmcs(frame(regions.one), VmcsKind::Ordinary);
+    let Ok(mut vmcs) = created else {
+        return Outcome::Failed(format!("{created:?}"));
+    };
+    // SAFETY: the frame is this case's own, and its first word software's.
+    unsafe { (regions.one as *mut u32).write_volatile(revision ^ 1) };
+    let wrong = vmx.load(&mut vmcs).err();
+    // SAFETY: as above.
+    unsafe { (regions.one as *mut u32).write_volatile(revision) };
+    // There is no current VMCS to hold the number of the error.
+    let expected = RegionError {
+        instruction: "VMPTRLD",
+        region: Hpa(regions.one),
+        found: revision ^ 1,
+        revision,
+        fail: VmFail::Invalid,
+    };
+    check_eq!(wrong, Some(expected));
+    check!(vmx.load(&mut vmcs).is_ok(), "with its own revision");
+    check!(vmx.clear(vmcs).is_ok(), "to the end");
+    // SAFETY: the only VMCS is clear.
+    check!(unsafe { vmx.disable() }.is_ok(), "to the end");
     Outcome::Passed
 }
 

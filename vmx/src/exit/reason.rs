@@ -64,13 +64,42 @@ impl ExitReason {
     }
 }
 
+impl ExitReason {
+    /// What goes with the basic reason, in words: nothing, or all of it in brackets after a space.
+    pub fn circumstances(self) -> impl fmt::Display {
+        Circumstances(self)
+    }
+}
+
 impl fmt::Display for ExitReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.basic())?;
-        if self.is_entry_failure() {
-            f.write_str(" (VM entry failed)")?;
+        write!(f, "{}{}", self.basic(), self.circumstances())
+    }
+}
+
+struct Circumstances(ExitReason);
+
+impl fmt::Display for Circumstances {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let reason = self.0;
+        let all = [
+            (reason.is_entry_failure(), "VM entry failed"),
+            (reason.is_from_root(), "from VMX root operation"),
+            (reason.has_pending_mtf(), "an MTF exit pending"),
+            (reason.is_from_enclave(), "from an enclave"),
+            (reason.has_bus_lock(), "after a bus lock"),
+            (reason.left_shadow_stack_busy(), "a shadow stack left busy"),
+        ];
+        let mut gap = " (";
+        for (_, words) in all.iter().filter(|(applies, _)| *applies) {
+            write!(f, "{gap}{words}")?;
+            gap = ", ";
         }
-        Ok(())
+        if gap == ", " {
+            f.write_str(")")
+        } else {
+            Ok(())
+        }
     }
 }
 
@@ -330,6 +359,10 @@ mod tests {
         assert_eq!(
             std::format!("{reason}"),
             "VM-entry failure due to invalid guest state (VM entry failed)"
+        );
+        assert_eq!(
+            std::format!("{}", ExitReason(1 << 27 | 1 << 26 | 1)),
+            "External interrupt (from an enclave, after a bus lock)"
         );
         assert_eq!(
             std::format!("{}", ExitReason(300)),

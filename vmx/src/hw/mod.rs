@@ -82,7 +82,7 @@ use testudo_arch::{Hpa, Msr};
 
 use crate::caps::{FEATURE_CONTROL_LOCKED, FEATURE_CONTROL_VMX, NoVmx, VmxCaps};
 use crate::encoding::Encoding;
-use crate::error::VmFail;
+use crate::error::{RegionError, VmFail};
 use crate::exit::ExitReason;
 use crate::vmcs::{VmcsRead, VmcsWrite};
 use instructions as raw;
@@ -132,6 +132,20 @@ impl RegionFrame {
             self.pointer.add(1).write_volatile(0);
         }
     }
+
+    /// An instruction's failure on this region.
+    #[cold]
+    fn error(&self, instruction: &'static str, revision: u32, fail: VmFail) -> RegionError {
+        RegionError {
+            instruction,
+            region: self.address,
+            // SAFETY: the frame is 4 KiB of exclusive memory, aligned. Of a region the first word alone
+            // is software's, also while the processor uses it.
+            found: unsafe { self.pointer.read_volatile() },
+            revision,
+            fail,
+        }
+    }
 }
 
 /// Why a processor could not be put into VMX operation. Nothing has changed then.
@@ -158,13 +172,8 @@ pub enum EnableError {
         cr4: u64,
     },
     /// VMXON failed.
-    #[error("VMXON with the region at {region}: {fail}")]
-    Vmxon {
-        /// The region.
-        region: Hpa,
-        /// How it failed.
-        fail: VmFail,
-    },
+    #[error(transparent)]
+    Vmxon(#[from] RegionError),
 }
 
 /// A VMCS that is active on this processor.
@@ -296,10 +305,7 @@ impl Vmx {
         if let Err(fail) = result {
             // SAFETY: back to the value that it had.
             unsafe { raw::set_cr4(cr4) };
-            return Err(EnableError::Vmxon {
-                region: region.address,
-                fail,
-            });
+            return Err(region.error("VMXON", revision, fail).into());
         }
         Ok(Self {
             revision,
@@ -333,11 +339,17 @@ impl Vmx {
     /// # Errors
     ///
     /// The processor does not take the address.
-    pub fn create_vmcs(&mut self, mut frame: RegionFrame, kind: VmcsKind) -> Result<Vmcs, VmFail> {
+    pub fn create_vmcs(
+        &mut self,
+        mut frame: RegionFrame,
+        kind: VmcsKind,
+    ) -> Result<Vmcs, RegionError> {
         let shadow = if kind == VmcsKind::Shadow { 1 << 31 } else { 0 };
         frame.prepare(self.revision | shadow);
         // SAFETY: VMX root operation; the frame is exclusive memory, active nowhere.
-        unsafe { raw::vmclear(frame.address)? };
+        if let Err(fail) = unsafe { raw::vmclear(frame.address) } {
+            return Err(frame.error("VMCLEAR", self.revision, fail));
+        }
         Ok(self.adopt(ClearVmcs { frame }))
     }
 
@@ -357,9 +369,11 @@ impl Vmx {
     /// # Errors
     ///
     /// The processor does not take the address.
-    pub fn clear(&mut self, vmcs: Vmcs) -> Result<ClearVmcs, VmFail> {
+    pub fn clear(&mut self, vmcs: Vmcs) -> Result<ClearVmcs, RegionError> {
         // SAFETY: VMX root operation; the VMCS is active on this processor and nowhere else.
-        unsafe { raw::vmclear(vmcs.frame.address)? };
+        if let Err(fail) = unsafe { raw::vmclear(vmcs.frame.address) } {
+            return Err(vmcs.frame.error("VMCLEAR", self.revision, fail));
+        }
         if self.current == vmcs.frame.address {
             self.current = NO_VMCS;
         }
@@ -372,7 +386,7 @@ impl Vmx {
     ///
     /// The processor does not take the address or the revision.
     #[inline]
-    pub fn load<'a>(&'a mut self, vmcs: &'a mut Vmcs) -> Result<CurrentVmcs<'a>, VmFail> {
+    pub fn load<'a>(&'a mut self, vmcs: &'a mut Vmcs) -> Result<CurrentVmcs<'a>, RegionError> {
         if self.current != vmcs.frame.address {
             self.switch_to(vmcs)?;
         }
@@ -380,9 +394,11 @@ impl Vmx {
     }
 
     #[inline(never)]
-    fn switch_to(&mut self, vmcs: &Vmcs) -> Result<(), VmFail> {
+    fn switch_to(&mut self, vmcs: &Vmcs) -> Result<(), RegionError> {
         // SAFETY: VMX root operation; a `Vmcs` was cleared once, and is active here or nowhere.
-        unsafe { raw::vmptrld(vmcs.frame.address)? };
+        if let Err(fail) = unsafe { raw::vmptrld(vmcs.frame.address) } {
+            return Err(vmcs.frame.error("VMPTRLD", self.revision, fail));
+        }
         self.current = vmcs.frame.address;
         Ok(())
     }

@@ -887,10 +887,11 @@ fn what_is_not_supported_is_said_in_words() {
         vmcs.preset(fields::IDT_VECTORING_INFORMATION, 0x8000_0202);
         vmcs.preset(fields::GUEST_PHYSICAL_ADDRESS, 0x5000);
         exit(vmcs, BasicReason::EptMisconfiguration, 0);
+        vmcs.preset(fields::EXIT_REASON, 1 << 26 | 49);
     });
     let error = vcpu.run(&AtomicU32::new(0)).unwrap_err().to_string();
     for words in [
-        "EPT misconfiguration on the way to 0x5000 (reason 0x31,",
+        "EPT misconfiguration on the way to 0x5000 (after a bus lock) (reason 0x4000031,",
         "while NMI was being delivered",
         "activity: active; blocking: BLOCKING_BY_NMI; pending debug exceptions: none",
     ] {

@@ -53,8 +53,10 @@ impl fmt::Display for UnsupportedExit {
         let Self { exit, reason, .. } = self;
         write!(
             f,
-            "the guest exited by {exit} (reason {:#x}, qualification {:#x}), which is not supported",
-            reason.0, self.qualification
+            "the guest exited by {exit}{} (reason {:#x}, qualification {:#x}), which is not supported",
+            reason.circumstances(),
+            reason.0,
+            self.qualification
         )?;
         if let Some(event) = self.delivering {
             write!(f, "; while {event} was being delivered")?;
