@@ -9,7 +9,7 @@ use super::{
     LdtrTrAccess, MemoryOperand, RandomDestination, StringAccess, StringIo, TaskSwitch,
     VmcsOperands,
 };
-use crate::error::AccessError;
+use crate::error::{AccessError, InstructionError, VmFail};
 use crate::event::InterruptionInformation;
 use crate::fields;
 use crate::vmcs::VmcsRead;
@@ -226,9 +226,16 @@ fn rare(reason: ExitReason, vmcs: &impl VmcsRead) -> Result<Exit, AccessError> {
         R::Seamcall => Exit::Seamcall,
         R::Tdcall => Exit::Tdcall,
         R::Rdmsrlist => Exit::Rdmsrlist { msr: msr()? },
-        R::Wrmsrlist => Exit::Wrmsrlist {
-            msr: msr()?,
-            value: vmcs.get(fields::MSR_DATA)?,
+        R::Wrmsrlist => match vmcs.get(fields::MSR_DATA) {
+            // The reason of a processor that has no such instruction.
+            Err(AccessError::Read {
+                fail: VmFail::Valid(InstructionError::UnsupportedComponent),
+                ..
+            }) => Exit::Unknown(reason),
+            value => Exit::Wrmsrlist {
+                msr: msr()?,
+                value: value?,
+            },
         },
         R::Urdmsr => Exit::Urdmsr {
             qualification: qualification(vmcs)?,

@@ -1,4 +1,5 @@
 use super::*;
+use crate::caps::fixtures;
 use crate::fake::FakeVmcs;
 use crate::fields;
 use crate::vmcs::VmcsWrite;
@@ -133,6 +134,18 @@ fn what_exits_say() {
         panic!("{exit:?}");
     };
     assert_eq!((access.port, string.linear, reads), (0x3F8, Gva(0x2000), 4));
+}
+
+#[test]
+fn no_reason_is_an_error_on_any_processor() {
+    for (name, caps) in fixtures::all() {
+        for reason in 0..=200 {
+            let mut vmcs = FakeVmcs::with_caps(&caps);
+            vmcs.preset(fields::EXIT_REASON, reason);
+            let exit = Exit::read(&vmcs);
+            assert!(exit.is_ok(), "{name}, {reason}: {exit:?}");
+        }
+    }
 }
 
 #[test]
