@@ -19,6 +19,7 @@ pub mod event;
 pub mod irq;
 pub mod memory;
 pub mod msr;
+pub mod mtrr;
 pub mod pci;
 pub mod regs;
 pub mod segment;

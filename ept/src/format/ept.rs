@@ -3,26 +3,12 @@
 use bitflags::bitflags;
 use testudo_arch::{Gpa, Hpa, PageSize};
 
+pub use testudo_arch::mtrr::MemoryType;
+
 use super::{Format, Leaf, Rights, level_of, shift_of};
 
 const LARGE: u64 = 1 << 7;
 const MEMORY_TYPE: u64 = 7 << 3;
-
-/// The memory types that an entry or the EPT pointer can name (SDM vol. 3A, table 12-2).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[repr(u8)]
-pub enum MemoryType {
-    /// UC.
-    Uncacheable = 0,
-    /// WC.
-    WriteCombining = 1,
-    /// WT.
-    WriteThrough = 4,
-    /// WP.
-    WriteProtected = 5,
-    /// WB.
-    WriteBack = 6,
-}
 
 bitflags! {
     /// The flags of an entry that maps a page (SDM vol. 3C, tables 29-3, 29-5 and 29-7).
