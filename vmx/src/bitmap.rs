@@ -46,6 +46,11 @@ impl MsrBitmap {
         Self([0xFF; FRAME])
     }
 
+    /// No access to an MSR of the two ranges exits.
+    pub const fn none_exit() -> Self {
+        Self([0; FRAME])
+    }
+
     /// The bitmap with these bytes, for instance a guest hypervisor's.
     pub const fn from_bytes(bytes: &[u8; FRAME]) -> Self {
         Self(*bytes)
@@ -113,6 +118,11 @@ impl IoBitmap {
     /// Every access exits.
     pub const fn all_exit() -> Self {
         Self([0xFF; 2 * FRAME])
+    }
+
+    /// No access exits, but one that wraps around the last port.
+    pub const fn none_exit() -> Self {
+        Self([0; 2 * FRAME])
     }
 
     /// The bitmaps with these bytes: A, then B.
@@ -191,7 +201,7 @@ mod tests {
     #[test]
     fn golden_places() {
         // 27.6.9: reads of low, reads of high, writes of low, writes of high MSRs.
-        let mut bitmap = MsrBitmap::from_bytes(&[0; FRAME]);
+        let mut bitmap = MsrBitmap::none_exit();
         bitmap.set(Msr(0x10), true, false);
         bitmap.set(Msr::EFER, true, true);
         let set: std::vec::Vec<_> = (0..FRAME).filter(|&i| bitmap.as_bytes()[i] != 0).collect();
@@ -201,7 +211,7 @@ mod tests {
 
     #[test]
     fn msrs_outside_the_ranges_exit() {
-        let mut bitmap = MsrBitmap::from_bytes(&[0; FRAME]);
+        let mut bitmap = MsrBitmap::none_exit();
         for msr in [
             Msr(0x2000),
             Msr(0x4000_0000),
@@ -215,7 +225,7 @@ mod tests {
 
     #[test]
     fn wide_accesses_exit_for_any_of_their_ports() {
-        let mut bitmap = IoBitmap::from_bytes(&[0; 2 * FRAME]);
+        let mut bitmap = IoBitmap::none_exit();
         bitmap.set(0x8001, true);
         assert_eq!(bitmap.as_bytes()[FRAME], 2);
         assert!(bitmap.exits(0x7FFE, 4) && !bitmap.exits(0x7FFD, 4));
@@ -233,7 +243,7 @@ mod tests {
     proptest! {
         #[test]
         fn the_union_exits_where_either_does(a: u32, b: u32, probe: u32) {
-            let mut one = MsrBitmap::from_bytes(&[0; FRAME]);
+            let mut one = MsrBitmap::none_exit();
             let mut two = one.clone();
             one.set(Msr(a & 0x1FFF), true, false);
             two.set(Msr(b & 0x1FFF), false, true);

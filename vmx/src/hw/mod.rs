@@ -76,6 +76,7 @@ mod switch;
 
 use core::marker::PhantomData;
 use core::ptr::NonNull;
+use core::sync::atomic::AtomicU32;
 
 use testudo_arch::cpuid::Cpuid;
 use testudo_arch::{Hpa, Msr};
@@ -498,6 +499,12 @@ impl Drop for HeldInterrupts {
     }
 }
 
+/// For the handler of an NMI that interrupted the host at `rip`: where the host is to go on, if it was about
+/// to enter a guest ([`CurrentVmcs::enter_unless`]), so that it does not.
+pub fn called_off(rip: u64) -> Option<u64> {
+    switch::called_off(rip)
+}
+
 /// The current VMCS of this processor.
 #[derive(Debug)]
 pub struct CurrentVmcs<'a> {
@@ -579,6 +586,49 @@ impl CurrentVmcs<'_> {
         } else {
             Err(raw::failure(outcome != switch::FAILED_VALID))
         }
+    }
+
+    /// As [`Self::enter`], unless `*unless` is not 0; says whether the guest ran.
+    ///
+    /// It is for a host whose guests take external interrupts themselves, so that other processors can call
+    /// it by NMI only: the NMI's handler stores to `unless`, which the host cleared before it looked for
+    /// what others want of it. An NMI that arrives between the test here and the entry comes too late for
+    /// the test, and would come too early to make the guest exit; its handler has the interrupted code go
+    /// on at the address that [`called_off`] gives.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Self::enter`].
+    ///
+    /// # Safety
+    ///
+    /// As for [`Self::enter`], but that external interrupts need not exit if they are the guest's.
+    #[inline]
+    pub unsafe fn enter_unless(
+        &mut self,
+        registers: &mut GuestRegisters,
+        unless: &AtomicU32,
+    ) -> Result<bool, VmFail> {
+        let launched = self.vmcs.launched;
+        let (host_rsp, unless) = (&mut self.vmcs.host_rsp, unless.as_ptr());
+        // SAFETY: as in `enter` and `launch`; an atomic's address is valid.
+        let outcome = unsafe {
+            raw::cli();
+            if launched {
+                switch::resume_guest_unless(registers, host_rsp, unless)
+            } else {
+                switch::launch_guest_unless(registers, host_rsp, unless)
+            }
+        };
+        match outcome {
+            switch::CALLED_OFF => return Ok(false),
+            switch::EXITED => {}
+            failed => return Err(raw::failure(failed != switch::FAILED_VALID)),
+        }
+        if !launched {
+            self.first_exit();
+        }
+        Ok(true)
     }
 
     /// The first entry.

@@ -152,13 +152,65 @@ pub(super) const EXITED: u64 = 0;
 pub(super) const FAILED_INVALID: u64 = 1;
 pub(super) const FAILED_VALID: u64 = 2;
 
+/// The entry was called off.
+pub(super) const CALLED_OFF: u64 = 3;
+
+/// The test that calls an entry off, at which its window begins.
+macro_rules! test_unless {
+    ($name:literal) => {
+        concat!(
+            ".globl testudo_vmx_", $name, "_window\n",
+            ".hidden testudo_vmx_", $name, "_window\n",
+            "testudo_vmx_", $name, "_window:\n",
+            "cmp dword ptr [rdx], 0\n",
+            "jne 7f",
+        )
+    };
+}
+
+/// What follows the entry of such a window.
+macro_rules! end_of_window {
+    ($name:literal) => {
+        concat!(
+            ".globl testudo_vmx_", $name, "_window_end\n",
+            ".hidden testudo_vmx_", $name, "_window_end\n",
+            "testudo_vmx_", $name, "_window_end:",
+        )
+    };
+}
+
+/// Where an entry goes on that is called off: all that counts of the host's is still on the stack.
+macro_rules! call_off {
+    ($name:literal) => {
+        concat!(
+            ".globl testudo_vmx_", $name, "_called_off\n",
+            ".hidden testudo_vmx_", $name, "_called_off\n",
+            "testudo_vmx_", $name, "_called_off:\n",
+            "7:\n",
+            "mov eax, {called_off}\n",
+            "jmp {leave}",
+        )
+    };
+}
+
+macro_rules! no_test {
+    () => {
+        ""
+    };
+}
+
 macro_rules! enter_function {
-    ($(#[$doc:meta])* $name:ident, $instruction:literal) => {
+    (
+        $(#[$doc:meta])* $name:ident($($unless:ident)?), $instruction:literal,
+        $test:expr, $end:expr, $off:expr
+        $(, $operand:ident = $value:expr)*
+    ) => {
         $(#[$doc])*
         #[unsafe(naked)]
         pub(super) unsafe extern "sysv64" fn $name(
             registers: *mut GuestRegisters,
             host_rsp: *mut u64,
+            $($unless: *const u32,)?
         ) -> u64 {
             naked_asm!(
                 "push rbp",
@@ -176,6 +228,7 @@ macro_rules! enter_function {
                 "cmp rax, rcx",
                 "jne 5f",
                 "3:",
+                $test,
                 load_sse!(),
                 "mov rax, [rdi]",
                 "mov rcx, [rdi + 0x08]",
@@ -194,6 +247,7 @@ macro_rules! enter_function {
                 "mov rdi, [rdi + 0x38]",
                 $instruction,
                 // Only a failure comes here: CF or ZF is set, and RSP is still this function's.
+                $end,
                 "6:",
                 "mov eax, {invalid}",
                 "mov ecx, {valid}",
@@ -208,6 +262,7 @@ macro_rules! enter_function {
                 "5:",
                 "mov cr2, rax",
                 "jmp 3b",
+                $off,
                 cr2 = const CR2,
                 mxcsr = const MXCSR,
                 xmm = const XMM,
@@ -215,6 +270,7 @@ macro_rules! enter_function {
                 invalid = const FAILED_INVALID,
                 valid = const FAILED_VALID,
                 leave = sym leave_guest,
+                $($operand = const $value,)*
             );
         }
     };
@@ -237,7 +293,7 @@ enter_function! {
     /// VMX root operation with IF = 0; the current VMCS has [`exit_address`] as HOST_RIP, and
     /// `host_rsp` tells what its HOST_RSP is; `registers` is valid; and the VMCS lets the guest do no
     /// harm.
-    resume_guest, "vmresume"
+    resume_guest(), "vmresume", no_test!(), no_test!(), no_test!()
 }
 
 enter_function! {
@@ -246,7 +302,60 @@ enter_function! {
     /// # Safety
     ///
     /// As for [`resume_guest`].
-    launch_guest, "vmlaunch"
+    launch_guest(), "vmlaunch", no_test!(), no_test!(), no_test!()
+}
+
+enter_function! {
+    /// As [`resume_guest`], unless `*unless` is not 0: then, and if an NMI's handler so wants
+    /// ([`called_off`]), it returns [`CALLED_OFF`].
+    ///
+    /// # Safety
+    ///
+    /// As for [`resume_guest`]; `unless` is valid.
+    resume_guest_unless(unless), "vmresume",
+    test_unless!("resume"), end_of_window!("resume"), call_off!("resume"),
+    called_off = CALLED_OFF
+}
+
+enter_function! {
+    /// As [`resume_guest_unless`], with VMLAUNCH.
+    ///
+    /// # Safety
+    ///
+    /// As for [`resume_guest_unless`].
+    launch_guest_unless(unless), "vmlaunch",
+    test_unless!("launch"), end_of_window!("launch"), call_off!("launch"),
+    called_off = CALLED_OFF
+}
+
+unsafe extern "C" {
+    static testudo_vmx_resume_window: u8;
+    static testudo_vmx_resume_window_end: u8;
+    static testudo_vmx_resume_called_off: u8;
+    static testudo_vmx_launch_window: u8;
+    static testudo_vmx_launch_window_end: u8;
+    static testudo_vmx_launch_called_off: u8;
+}
+
+/// Where code goes on that was interrupted at `rip`, between the test and the entry of
+/// [`resume_guest_unless`] or [`launch_guest_unless`], so that it does not enter; `None` elsewhere.
+pub(super) fn called_off(rip: u64) -> Option<u64> {
+    let windows = [
+        (
+            &raw const testudo_vmx_resume_window,
+            &raw const testudo_vmx_resume_window_end,
+            &raw const testudo_vmx_resume_called_off,
+        ),
+        (
+            &raw const testudo_vmx_launch_window,
+            &raw const testudo_vmx_launch_window_end,
+            &raw const testudo_vmx_launch_called_off,
+        ),
+    ];
+    let window = windows
+        .into_iter()
+        .find(|(start, end, _)| (*start as u64..*end as u64).contains(&rip));
+    window.map(|(.., target)| target as u64)
 }
 
 /// Where VM exits arrive: stores the guest's registers, and returns to the caller of [`resume_guest`] or [`launch_guest`].
