@@ -2,7 +2,8 @@
 
 use testudo_arch::{Cr4Flags, EferFlags, Gpa, GuestMemory};
 use testudo_vmx::controls::{
-    ActivityState, EntryControls, ExitControls, Interruptibility, PinControls, SecondaryControls,
+    ActivityState, EntryControls, ExitControls, Interruptibility, PinControls, PrimaryControls,
+    SecondaryControls,
 };
 use testudo_vmx::event::{Injection, InterruptionInformation, interrupted_delivery};
 use testudo_vmx::exit::{BasicReason, ExitReason};
@@ -323,6 +324,18 @@ impl NestedVmx {
             }
             loads
         });
+        // Where neither L0 nor L1 wants to see HLT, the processor waits in L2, and an exit may end it.
+        let may_halt = self
+            .joined
+            .is_some_and(|j| !j.primary.contains(PrimaryControls::HLT_EXITING));
+        let halted = ActivityState::Hlt.number();
+        let activity = if may_halt && vmcs02.get(fields::GUEST_ACTIVITY_STATE)? == halted {
+            // The next entry waits again, which only a complete one does.
+            self.settled = None;
+            ActivityState::Hlt
+        } else {
+            ActivityState::Active
+        };
         let image = &mut *self.vmcs12.image;
         follow!(
             &vmcs02, image, self.shadow_misses;
@@ -339,7 +352,7 @@ impl NestedVmx {
             image.set(fields::GUEST_CR4, cr4)?;
             self.shadow_misses |= const { shadowed(fields::GUEST_CR4.encoding()) };
         }
-        image.set(fields::GUEST_ACTIVITY_STATE, ActivityState::Active.number())?;
+        image.set(fields::GUEST_ACTIVITY_STATE, activity.number())?;
         // "IA-32e mode guest" follows LMA (IA32_VMX_MISC bit 5, as L1 was told).
         if loads_efer {
             let mut entry = l1.entry;

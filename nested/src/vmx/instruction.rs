@@ -212,6 +212,26 @@ impl NestedVmx {
         Ok(Outcome::Done)
     }
 
+    /// VMCALL of L1, by an L0 that has no hypercalls: what it does on a processor without dual-monitor
+    /// treatment of SMIs.
+    ///
+    /// # Errors
+    ///
+    /// L0's own access to a VMCS failed.
+    pub fn refuse_vmcall<P: VmcsPair, M, S, R>(
+        &mut self,
+        cx: &mut Context<'_, P, M, S, R>,
+    ) -> Result<Outcome, AccessError> {
+        match self.check_mode(Instruction::Vmcall, &cx.vmcs.l1()) {
+            Ok(()) => {}
+            Err(Stop::Fault(fault)) => return Ok(Outcome::Fault(fault)),
+            Err(Stop::Access(error)) => return Err(error),
+        }
+        let fail = VmFail::Valid(InstructionError::VmcallInRoot);
+        self.finish(Err(fail), &mut cx.vmcs.l1())?;
+        Ok(Outcome::Done)
+    }
+
     /// What comes before everything else: #UD for the mode, then #GP(0) for the privilege level.
     ///
     /// Every instruction but VMXON is #UD outside VMX operation; VMXON is #UD without CR4.VMXE.

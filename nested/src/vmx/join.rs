@@ -99,8 +99,11 @@ impl L1Controls {
     }
 }
 
-/// Pin-based controls that L1 decides. External-interrupt and NMI exiting are L0's always.
-const PIN: PinControls = PinControls::VIRTUAL_NMIS.union(PinControls::ACTIVATE_PREEMPTION_TIMER);
+/// Pin-based controls that L1 decides. NMI exiting is L0's always, and so is external-interrupt exiting,
+/// unless L0 leaves the machine's interrupts to L1: then L1's guest exits for them if L1 wants it.
+const PIN: PinControls = PinControls::EXTERNAL_INTERRUPT_EXITING
+    .union(PinControls::VIRTUAL_NMIS)
+    .union(PinControls::ACTIVATE_PREEMPTION_TIMER);
 
 /// Primary controls that only ask for more exits, or are about L2 alone.
 const PRIMARY: PrimaryControls = PrimaryControls::INTERRUPT_WINDOW_EXITING
@@ -207,7 +210,6 @@ impl Joined {
         fixed: &Fixed,
     ) -> Result<Self, AccessError> {
         let pin = (l0.pin - PinControls::PROCESS_POSTED_INTERRUPTS)
-            | PinControls::EXTERNAL_INTERRUPT_EXITING
             | PinControls::NMI_EXITING
             | (l1.pin & PIN);
 
@@ -236,6 +238,11 @@ impl Joined {
             ExitControls::SAVE_PREEMPTION_TIMER,
             fixed.saves_timer && l1.pin.contains(PinControls::ACTIVATE_PREEMPTION_TIMER),
         );
+        // Where the interrupts are L1's, it also says whether an exit acknowledges them.
+        if !l0.pin.contains(PinControls::EXTERNAL_INTERRUPT_EXITING) {
+            let acknowledge = ExitControls::ACKNOWLEDGE_INTERRUPT;
+            exit.set(acknowledge, l1.exit.contains(acknowledge));
+        }
         let long = EntryControls::IA32E_MODE_GUEST;
         let entry = (l0.entry - long) | (l1.entry & long);
 

@@ -25,6 +25,7 @@ mod containment;
 mod enlightened;
 mod instructions;
 mod model;
+mod passed_through;
 mod resumes;
 mod routing;
 mod saved;
