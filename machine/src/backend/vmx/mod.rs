@@ -79,7 +79,7 @@ use timer::PreemptionTimer;
 pub use unsupported::UnsupportedExit;
 
 pub use nested::{Flusher, NestedParts, ShadowBitmaps, offers_shadowing};
-pub use processor::{Level, Processor, ResidentMsrs, ThisProcessor};
+pub use processor::{Level, Pair, Processor, ResidentMsrs, ThisProcessor};
 pub use refusal::{Refusal, RefusalCause};
 pub use setup::{Controls, Unsuitable, VmxTables, open_direct_msrs};
 use shadow::Shadow;
@@ -191,7 +191,9 @@ impl<'a, M: GuestMemory, S: SecondStage> VmxVcpu<'a, ThisProcessor<'a>, M, S> {
                 instructions::invvpid(InvvpidKind::AllContexts).map_err(VcpuError::Invalidation)?;
             }
         }
-        let processor = ThisProcessor::new(vmcs, held, flush);
+        // SAFETY: `Controls::choose` demands INVEPT of all contexts with EPT, without which nothing is
+        // to be forgotten by it, and the kind was chosen from the processor's capabilities.
+        let processor = unsafe { ThisProcessor::new(vmcs, held, flush) };
         let parts = Parts {
             caps,
             controls,

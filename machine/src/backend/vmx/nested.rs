@@ -9,7 +9,7 @@ use alloc::boxed::Box;
 use testudo_arch::{Event, Gpa, GuestMemory, Hpa};
 use testudo_nested::vmx::{
     Acceptance, Context, ControlRegisters, Handled, Instruction, NestedVmx, Outcome, PhysicalEvent,
-    SecondStage, VmcsPair,
+    SecondStage,
 };
 use testudo_vmx::bitmap::MsrBitmap;
 use testudo_vmx::controls::{EntryControls, PrimaryControls, SecondaryControls};
@@ -20,7 +20,7 @@ use testudo_vmx::hw::{HostState, Vmcs};
 use testudo_vmx::{AccessError, VmxCaps, fields};
 
 use super::mode::{MCE, Mode};
-use super::processor::Level;
+use super::processor::{Level, Pair};
 use super::{Controls, Processor, ThisProcessor, VmxTables, VmxVcpu, setup};
 pub use crate::backend::flusher::Flusher;
 use crate::stats::Settled;
@@ -96,38 +96,6 @@ struct Counts {
     instructions: u64,
 }
 
-/// The VMCSs of a processor as the layer asks for them.
-pub(super) struct Pair<'p, P>(pub(super) &'p mut P);
-
-impl<P: Processor> VmcsPair for Pair<'_, P> {
-    type Vmcs<'v>
-        = &'v mut P
-    where
-        Self: 'v;
-
-    #[inline]
-    fn l1(&mut self) -> &mut P {
-        // If it cannot be made current none is, and each access fails and says so.
-        let _selected = self.0.select(Level::L1);
-        self.0
-    }
-
-    #[inline]
-    fn l2(&mut self) -> &mut P {
-        let _selected = self.0.select(Level::L2);
-        self.0
-    }
-
-    #[inline]
-    fn shadow(&mut self) -> Option<&mut P> {
-        if !self.0.has_shadow() {
-            return None;
-        }
-        let _selected = self.0.select(Level::Shadow);
-        Some(self.0)
-    }
-}
-
 /// A call of the layer with all that it works on.
 macro_rules! layer {
     ($vcpu:ident, $nested:ident, $method:ident($($argument:expr),*)) => {
@@ -169,7 +137,8 @@ impl<'a, M: GuestMemory, S: SecondStage> VmxVcpu<'a, ThisProcessor<'a>, M, S> {
     ) -> Result<Self, VcpuError> {
         let flush = parts.controls.flush(self.caps, parts.vpid);
         let at = shadow.as_ref().map(|shadow| shadow.address());
-        self.processor.add(vmcs, flush, shadow);
+        // SAFETY: the kind was chosen from the processor's capabilities.
+        unsafe { self.processor.add(vmcs, flush, shadow) };
         self.processor
             .select(Level::L2)
             .map_err(VcpuError::Vmptrld)?;

@@ -1,7 +1,9 @@
 //! What a vCPU needs of the processor: its VMCS, the entry, and the few registers that no VMCS holds.
 
+use core::sync::atomic::AtomicU32;
+
 use testudo_arch::Msr;
-use testudo_nested::vmx::Msrs;
+use testudo_nested::vmx::{Msrs, VmcsPair};
 use testudo_vmx::hw::instructions::{self, InveptKind, InvvpidKind};
 use testudo_vmx::hw::{CurrentVmcs, GuestMsrs, GuestRegisters, HeldInterrupts, Vmcs};
 use testudo_vmx::{Encoding, VmFail, VmcsRead, VmcsWrite};
@@ -111,8 +113,17 @@ pub struct ThisProcessor<'a> {
     flush: Option<[InvvpidKind; 2]>,
 }
 
+#[allow(
+    unsafe_code,
+    reason = "what exists on the processor is the caller's to know"
+)]
 impl<'a> ThisProcessor<'a> {
-    pub(super) fn new(
+    /// With the VMCS of the guest, and with what drops its linear translations if they have a VPID.
+    ///
+    /// # Safety
+    ///
+    /// The processor has INVEPT of all contexts, and INVVPID of this kind.
+    pub unsafe fn new(
         vmcs: CurrentVmcs<'a>,
         held: HeldInterrupts,
         flush: Option<InvvpidKind>,
@@ -128,7 +139,11 @@ impl<'a> ThisProcessor<'a> {
     }
 
     /// Adds the VMCS of L2, with what drops its translations, and a shadow VMCS.
-    pub(super) fn add(
+    ///
+    /// # Safety
+    ///
+    /// The processor has INVVPID of this kind.
+    pub unsafe fn add(
         &mut self,
         l2: &'a mut Vmcs,
         flush_l2: Option<InvvpidKind>,
@@ -139,6 +154,58 @@ impl<'a> ThisProcessor<'a> {
         }
         self.others[Level::L2 as usize] = Some(l2);
         self.others[Level::Shadow as usize] = shadow;
+    }
+
+    /// As [`Processor::enter`], unless `*unless` is not 0; says whether the guest ran
+    /// ([`CurrentVmcs::enter_unless`]).
+    ///
+    /// # Errors
+    ///
+    /// VM entry refused a control or the host state.
+    ///
+    /// # Safety
+    ///
+    /// What [`CurrentVmcs::enter_unless`] asks.
+    #[inline]
+    pub unsafe fn enter_unless(
+        &mut self,
+        registers: &mut GuestRegisters,
+        unless: &AtomicU32,
+    ) -> Result<bool, VmFail> {
+        // SAFETY: the caller's promise.
+        unsafe { self.vmcs.enter_unless(registers, unless) }
+    }
+}
+
+/// The VMCSs of a processor as the nested layer asks for them.
+pub struct Pair<'p, P>(pub &'p mut P);
+
+impl<P: Processor> VmcsPair for Pair<'_, P> {
+    type Vmcs<'v>
+        = &'v mut P
+    where
+        Self: 'v;
+
+    #[inline]
+    fn l1(&mut self) -> &mut P {
+        // If it cannot be made current none is, and each access fails and says so.
+        let _selected = self.0.select(Level::L1);
+        self.0
+    }
+
+    #[inline]
+    fn l2(&mut self) -> &mut P {
+        let _selected = self.0.select(Level::L2);
+        self.0
+    }
+
+    #[inline]
+    fn shadow(&mut self) -> Option<&mut P> {
+        if !self.0.has_shadow() {
+            return None;
+        }
+        let _selected = self.0.select(Level::Shadow);
+        Some(self.0)
     }
 }
 
@@ -209,13 +276,13 @@ impl Processor for ThisProcessor<'_> {
             return Ok(());
         };
         let kind = if level == Level::L1 { l1 } else { l2 };
-        // SAFETY: a current VMCS is in VMX root operation, and the kind was chosen from the
-        // processor's capabilities.
+        // SAFETY: a current VMCS is in VMX root operation, and the caller of `new` or `add`
+        // vouched for the kind.
         unsafe { instructions::invvpid(kind) }
     }
 
     fn forget_ept(&mut self) -> Result<(), VmFail> {
-        // SAFETY: a current VMCS is in VMX root operation, and `Controls::choose` demands INVEPT of
+        // SAFETY: a current VMCS is in VMX root operation, and `new`'s caller promised INVEPT of
         // all contexts.
         unsafe { instructions::invept(InveptKind::AllContexts) }
     }
