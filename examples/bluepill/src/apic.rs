@@ -99,7 +99,7 @@ fn is_x2apic() -> bool {
 }
 
 /// Whether a value for IA32_APIC_BASE leaves the registers where they are.
-pub(crate) fn keeps_base(value: u64) -> bool {
+fn keeps_base(value: u64) -> bool {
     value & PAGE == BASE
 }
 
@@ -133,6 +133,23 @@ pub(crate) fn write_for_guest(offset: u64, value: u32) -> Command {
     }
     write(offset, value);
     Command::Pass
+}
+
+/// As [`write_for_guest`], for the command register of x2APIC mode; `None` is #GP.
+pub(crate) fn write_x2apic_command(value: u64) -> Option<Command> {
+    let command = Command::decode(value as u32, (value >> 32) as u32, u32::MAX);
+    if command == Command::Pass {
+        // SAFETY: no message but INIT and start-up takes a processor away from the hypervisor.
+        let sent = unsafe { msr::try_write(Msr::X2APIC_ICR.0, value) };
+        return sent.then_some(command);
+    }
+    Some(command)
+}
+
+/// Writes IA32_APIC_BASE for the guest, which cannot move the registers; `false` is #GP.
+pub(crate) fn write_base(value: u64) -> bool {
+    // SAFETY: the page stays where the hypervisor expects it; the modes are the guest's to choose.
+    keeps_base(value) && unsafe { msr::try_write(Msr::APIC_BASE.0, value) }
 }
 
 /// Sends an NMI to the processor with this APIC number.

@@ -3,7 +3,7 @@
 //! there for the guest's own use.
 //!
 //! The hypervisor keeps a few MiB of memory. Everything else is the guest's, and nothing but the few
-//! things that the hypervisor must see takes the guest out of its way: see [`svm`]. A program
+//! things that the hypervisor must see takes the guest out of its way: see [`svm`] and [`vmx`]. A program
 //! can know by a CPUID leaf ([`signature`]).
 //!
 //! Its modules are `kernel` and any number of `initrd`; its command line is described in
@@ -27,16 +27,25 @@ extern crate alloc;
 mod apic;
 mod args;
 mod counts;
+mod cpuid;
 mod frames;
+mod identity;
+mod nesting;
+mod ports;
 mod processors;
+mod registers;
 mod signature;
 mod sleep;
 mod svm;
 mod territory;
+mod view;
+mod vmx;
 
+use alloc::boxed::Box;
 use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
+use core::convert::Infallible;
 use core::ops::Range;
 use core::sync::atomic::{AtomicUsize, Ordering};
 
@@ -64,8 +73,52 @@ const OWN_MEMORY: u64 = 8 << 20;
 pub(crate) struct Pill {
     cpuid: Cpuid,
     territory: Territory,
-    tables: svm::Tables,
+    extension: Extension,
     sleep: SleepControl,
+}
+
+/// By which of the processors' extensions the guest runs, and the tables for it.
+enum Extension {
+    Svm(svm::Tables),
+    Vmx(Box<vmx::Tables>),
+}
+
+impl Extension {
+    fn new(
+        cpuid: &Cpuid,
+        territory: &Territory,
+        sleep: &SleepControl,
+        nesting: bool,
+    ) -> Result<Self, String> {
+        // CPUID Fn0000_0001 ECX bit 5: VMX.
+        if cpuid.query(1, 0)[2] & 1 << 5 != 0 {
+            let tables = vmx::Tables::new(cpuid, territory, sleep, nesting);
+            let tables = tables.map_err(|error| error.to_string())?;
+            return Ok(Self::Vmx(Box::new(tables)));
+        }
+        let tables = svm::Tables::new(cpuid, territory, sleep, nesting);
+        tables.map(Self::Svm).map_err(|error| error.to_string())
+    }
+}
+
+impl Pill {
+    /// Takes this processor into the guest: at `start`, or where another processor's start-up message
+    /// says. `ready` is called when nothing can go wrong any more.
+    fn run(
+        &'static self,
+        id: usize,
+        start: Option<&BootState>,
+        ready: impl FnOnce(),
+    ) -> Result<Infallible, String> {
+        match &self.extension {
+            Extension::Svm(tables) => {
+                svm::run(id, self, tables, start, ready).map_err(|error| error.to_string())
+            }
+            Extension::Vmx(tables) => {
+                vmx::run(id, self, tables, start, ready).map_err(|error| error.to_string())
+            }
+        }
+    }
 }
 
 static PILL: Once<Pill> = Once::new();
@@ -89,29 +142,28 @@ fn main(boot: &'static Boot) -> u8 {
     }
 }
 
-fn take_over(boot: &'static Boot, args: &Args<'_>) -> Result<core::convert::Infallible, String> {
+fn take_over(boot: &'static Boot, args: &Args<'_>) -> Result<Infallible, String> {
     let processors = rt::cpu::count();
     let mut bytes = OWN_MEMORY;
     if args.nesting {
-        let each = svm::HEAP_FOR_NESTING as u64 + svm::FRAMES_FOR_NESTING;
+        let each = nesting::HEAP as u64 + nesting::FRAMES;
         bytes += processors as u64 * each;
     }
     let territory = Territory::divide(boot, bytes)
         .ok_or_else(|| format!("{} MiB are not to be had in one piece", bytes >> 20))?;
     if args.nesting {
         // The heap keeps what it has had, so that page tables cannot take it away.
-        drop(Vec::<u8>::with_capacity(processors * svm::HEAP_FOR_NESTING));
+        drop(Vec::<u8>::with_capacity(processors * nesting::HEAP));
     }
     emulate::prepare();
     let sleep = SleepControl::of(&rt::acpi::Tables::of(boot));
     let cpuid = Cpuid::of_this_processor();
-    let tables = svm::Tables::new(&cpuid, &territory, &sleep, args.nesting)
-        .map_err(|error| error.to_string())?;
+    let extension = Extension::new(&cpuid, &territory, &sleep, args.nesting)?;
     let start = load(boot, &territory, args.guest)?;
     let pill = PILL.call_once(|| Pill {
         cpuid,
         territory,
-        tables,
+        extension,
         sleep,
     });
     processors::prepare();
@@ -123,7 +175,7 @@ fn take_over(boot: &'static Boot, args: &Args<'_>) -> Result<core::convert::Infa
         pill.territory.own_bytes() >> 10
     );
     rt::serial::drain();
-    svm::run(0, pill, Some(&start), || ()).map_err(|error| error.to_string())
+    pill.run(0, Some(&start), || ())
 }
 
 /// Takes the other processors out of the guest's reach, until it starts them.
@@ -133,7 +185,7 @@ fn start_others(processors: usize) -> Result<(), String> {
         let ready = || {
             READY.fetch_add(1, Ordering::AcqRel);
         };
-        match svm::run(id, pill, None, ready) {
+        match pill.run(id, None, ready) {
             Ok(never) => match never {},
             Err(error) => println!("testudo: processor {id}: {error}"),
         }

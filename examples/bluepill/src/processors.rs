@@ -10,9 +10,9 @@ use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use testudo_rt::irq::{self, TrapFrame};
 use testudo_rt::{cpu, time};
-use testudo_svm::hw::HeldInterrupts;
+use testudo_vmx::hw::called_off;
 
-use crate::apic::{self, Target};
+use crate::apic::{self, Command, Target};
 
 /// It runs the guest.
 const RUNNING: u32 = 0;
@@ -20,6 +20,8 @@ const RUNNING: u32 = 0;
 const INIT: u32 = 1;
 /// It waits for a start-up message.
 const WAITING: u32 = 2;
+/// It has been sent INIT, which does not reach it before it has left VMX operation.
+const PUT_OFF: u32 = 3;
 /// With the page's number: it has been sent a start-up message.
 const STARTUP: u32 = 0x100;
 
@@ -38,6 +40,8 @@ struct Processor {
     called: AtomicBool,
     /// An NMI for the guest has arrived.
     nmi: AtomicBool,
+    /// Not 0 since an NMI has arrived, for whomever.
+    looked_for: AtomicU32,
 }
 
 static PROCESSORS: [Processor; cpu::MAX] = [const {
@@ -45,8 +49,18 @@ static PROCESSORS: [Processor; cpu::MAX] = [const {
         state: AtomicU32::new(WAITING),
         called: AtomicBool::new(false),
         nmi: AtomicBool::new(false),
+        looked_for: AtomicU32::new(0),
     }
 }; cpu::MAX];
+
+/// How a processor that runs the hypervisor lets NMIs in.
+pub(crate) trait Nmis {
+    /// Lets in those that wait.
+    fn take(&mut self);
+
+    /// Works with NMIs let in, and without interrupts.
+    fn admit(&mut self, work: impl FnOnce());
+}
 
 /// What a processor is to do now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,7 +78,11 @@ pub(crate) fn prepare() {
         if !own.called.swap(false, Ordering::AcqRel) {
             own.nmi.store(true, Ordering::Relaxed);
         }
+        own.looked_for.store(1, Ordering::Release);
         skip_halt(frame);
+        if let Some(rip) = called_off(frame.rip) {
+            frame.rip = rip;
+        }
     });
     irq::set_handler(SECURITY_VECTOR, |frame| {
         init_one(cpu::current_id());
@@ -80,7 +98,32 @@ pub(crate) fn set_running(id: usize) {
 /// Whether somebody wants something of this processor.
 #[inline]
 pub(crate) fn has_order(id: usize) -> bool {
-    PROCESSORS[id].state.load(Ordering::Acquire) != RUNNING
+    !matches!(
+        PROCESSORS[id].state.load(Ordering::Acquire),
+        RUNNING | PUT_OFF
+    )
+}
+
+/// The word that an NMI makes other than 0, for an entry that one may call off: cleared here, so before
+/// anything is looked for.
+pub(crate) fn begin_to_look(id: usize) -> &'static AtomicU32 {
+    let word = &PROCESSORS[id].looked_for;
+    word.store(0, Ordering::SeqCst);
+    word
+}
+
+/// Puts an INIT off that the guest's processor does not take in its present state (SDM vol. 3C, 24.8), until
+/// [`take_up`]; meanwhile neither another one nor a start-up message has an effect on it.
+pub(crate) fn put_off(id: usize) {
+    let state = &PROCESSORS[id].state;
+    // Nobody else changes a state of `INIT` but by a start-up message, which is lost then.
+    state.store(PUT_OFF, Ordering::Release);
+}
+
+/// Takes up an INIT that was put off.
+pub(crate) fn take_up(id: usize) {
+    let state = &PROCESSORS[id].state;
+    let _running = state.compare_exchange(PUT_OFF, INIT, Ordering::AcqRel, Ordering::Relaxed);
 }
 
 /// Takes note of an NMI that arrived for the guest.
@@ -89,17 +132,16 @@ pub(crate) fn take_guest_nmi(id: usize) -> bool {
 }
 
 /// Waits, as after INIT, for what this processor is to do.
-pub(crate) fn wait_for_order(id: usize, held: &mut HeldInterrupts<'_>) -> Order {
+pub(crate) fn wait_for_order(id: usize, nmis: &mut impl Nmis) -> Order {
     let state = &PROCESSORS[id].state;
     loop {
         let now = state.load(Ordering::Acquire);
         let (next, order) = match now {
             // The processor that boots begins anew by itself; no other one is ever `RUNNING` here.
-            INIT | RUNNING if id == 0 => (RUNNING, Some(Order::Reset)),
-            INIT | RUNNING => (WAITING, None),
+            INIT | RUNNING | PUT_OFF if id == 0 => (RUNNING, Some(Order::Reset)),
+            INIT | RUNNING | PUT_OFF => (WAITING, None),
             WAITING => {
-                held.release(|| halt_while(state.as_ptr(), WAITING));
-                held.set_interrupt_flag(false);
+                nmis.admit(|| halt_while(state.as_ptr(), WAITING));
                 continue;
             }
             page => (RUNNING, Some(Order::Start(page as u8))),
@@ -113,31 +155,40 @@ pub(crate) fn wait_for_order(id: usize, held: &mut HeldInterrupts<'_>) -> Order 
     }
 }
 
+/// Carries out what a message of the guest's to its processors asks for.
+pub(crate) fn carry_out(own: usize, command: Command, nmis: &mut impl Nmis) {
+    match command {
+        Command::Pass | Command::Drop => {}
+        Command::Init(target) => init(own, target, nmis),
+        Command::Startup(target, page) => start_up(own, target, page, nmis),
+    }
+}
+
 /// Carries out an INIT message of the guest's.
-pub(crate) fn init(own: usize, target: Target, held: &mut HeldInterrupts<'_>) {
+fn init(own: usize, target: Target, nmis: &mut impl Nmis) {
     for id in chosen(own, target) {
         if init_one(id) && id != own {
-            call(id, held);
+            call(id, nmis);
         }
     }
 }
 
 /// Carries out a start-up message of the guest's.
-pub(crate) fn start_up(own: usize, target: Target, page: u8, held: &mut HeldInterrupts<'_>) {
+fn start_up(own: usize, target: Target, page: u8, nmis: &mut impl Nmis) {
     for id in chosen(own, target) {
         let order = STARTUP | u32::from(page);
         let accept = |now| matches!(now, INIT | WAITING).then_some(order);
         let state = &PROCESSORS[id].state;
         let accepted = state.fetch_update(Ordering::AcqRel, Ordering::Acquire, accept);
         if accepted.is_ok() && id != own {
-            call(id, held);
+            call(id, nmis);
         }
     }
 }
 
 /// Notes INIT for a processor; whether that is news to it.
-fn init_one(id: usize) -> bool {
-    let accept = |now| (now != WAITING && now != INIT).then_some(INIT);
+pub(crate) fn init_one(id: usize) -> bool {
+    let accept = |now| (!matches!(now, WAITING | INIT | PUT_OFF)).then_some(INIT);
     let state = &PROCESSORS[id].state;
     state
         .fetch_update(Ordering::AcqRel, Ordering::Acquire, accept)
@@ -153,7 +204,7 @@ fn chosen(own: usize, target: Target) -> impl Iterator<Item = usize> {
 }
 
 /// Has a processor look at its state, wherever it is.
-fn call(id: usize, held: &mut HeldInterrupts<'_>) {
+fn call(id: usize, nmis: &mut impl Nmis) {
     let called = &PROCESSORS[id].called;
     if called.swap(true, Ordering::AcqRel) {
         return;
@@ -162,7 +213,7 @@ fn call(id: usize, held: &mut HeldInterrupts<'_>) {
     let deadline = time::now_ns().saturating_add(PATIENCE_NS);
     while called.load(Ordering::Acquire) && time::now_ns() < deadline {
         // It may be calling us at the same time.
-        held.take_nmi();
+        nmis.take();
         core::hint::spin_loop();
     }
 }

@@ -159,9 +159,15 @@ pub(super) const CALLED_OFF: u64 = 3;
 macro_rules! test_unless {
     ($name:literal) => {
         concat!(
-            ".globl testudo_vmx_", $name, "_window\n",
-            ".hidden testudo_vmx_", $name, "_window\n",
-            "testudo_vmx_", $name, "_window:\n",
+            ".globl testudo_vmx_",
+            $name,
+            "_window\n",
+            ".hidden testudo_vmx_",
+            $name,
+            "_window\n",
+            "testudo_vmx_",
+            $name,
+            "_window:\n",
             "cmp dword ptr [rdx], 0\n",
             "jne 7f",
         )
@@ -172,9 +178,15 @@ macro_rules! test_unless {
 macro_rules! end_of_window {
     ($name:literal) => {
         concat!(
-            ".globl testudo_vmx_", $name, "_window_end\n",
-            ".hidden testudo_vmx_", $name, "_window_end\n",
-            "testudo_vmx_", $name, "_window_end:",
+            ".globl testudo_vmx_",
+            $name,
+            "_window_end\n",
+            ".hidden testudo_vmx_",
+            $name,
+            "_window_end\n",
+            "testudo_vmx_",
+            $name,
+            "_window_end:",
         )
     };
 }
@@ -183,9 +195,15 @@ macro_rules! end_of_window {
 macro_rules! call_off {
     ($name:literal) => {
         concat!(
-            ".globl testudo_vmx_", $name, "_called_off\n",
-            ".hidden testudo_vmx_", $name, "_called_off\n",
-            "testudo_vmx_", $name, "_called_off:\n",
+            ".globl testudo_vmx_",
+            $name,
+            "_called_off\n",
+            ".hidden testudo_vmx_",
+            $name,
+            "_called_off\n",
+            "testudo_vmx_",
+            $name,
+            "_called_off:\n",
             "7:\n",
             "mov eax, {called_off}\n",
             "jmp {leave}",

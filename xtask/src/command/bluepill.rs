@@ -31,9 +31,9 @@ pub(crate) struct Bluepill {
     /// Which virtualization extension
     #[arg(long, value_enum, default_value = "svm")]
     backend: Backend,
-    /// What emulates the machine
-    #[arg(long, value_enum, default_value = "qemu")]
-    emulator: Kind,
+    /// What emulates the machine [default: qemu for svm, bochs for vmx]
+    #[arg(long, value_enum)]
+    emulator: Option<Kind>,
     /// The machine's processors
     #[arg(long, visible_alias = "vcpus", value_name = "N", default_value_t = 1)]
     processors: u32,
@@ -81,9 +81,6 @@ const BESIDE: u64 = 64;
 impl Bluepill {
     pub(crate) fn run(&self) -> Result<u8> {
         run::set_verbose(self.verbose);
-        if self.backend != Backend::Svm {
-            bail!("the hypervisor that starts first is there for svm only");
-        }
         if self.processors == 0 {
             bail!("a machine has at least one processor");
         }
@@ -101,7 +98,7 @@ impl Bluepill {
             input: self.run.is_none(),
             timeout,
             guest_ends: true,
-            ..Machine::new(self.emulator)
+            ..Machine::new(self.emulator.unwrap_or(self.backend.emulator()))
         };
         if self.run.is_none() && std::io::stdin().is_terminal() {
             run::progress("booting to a shell; Ctrl-A X ends the emulator");

@@ -1,12 +1,10 @@
 //! Why the guest came out, and what becomes of it.
 
-use core::arch::x86_64::{__cpuid_count, CpuidResult};
-
-use testudo_arch::regs::CpuMode;
-use testudo_arch::{Cr4Flags, Event, Exception, Gprs, Gva};
+use testudo_arch::regs::{CpuMode, SystemRegisters};
+use testudo_arch::{Event, Exception, Gprs, Gva};
 use testudo_machine::emulate::{self, Cpu, EmulateError};
 use testudo_nested::svm::{Handled, Instruction, Outcome};
-use testudo_rt::{self as rt, port, println};
+use testudo_rt::{self as rt, println};
 use testudo_svm::Exit;
 use testudo_svm::event::RawEvent;
 use testudo_svm::exit::{ExitCode, PortAccess};
@@ -14,10 +12,10 @@ use testudo_svm::hw::instructions::ibpb;
 use testudo_svm::vmcb::InterruptState;
 
 use super::Guest;
-use super::view::View;
 use crate::apic::Command;
 use crate::counts::{self, Reason};
-use crate::{processors, signature};
+use crate::view::{Translate, View};
+use crate::{cpuid, ports, processors};
 
 /// The status of a machine whose guest is at its end.
 const GUEST_SHUT_DOWN: u8 = 103;
@@ -140,25 +138,9 @@ impl Guest<'_> {
     fn cpuid(&mut self) {
         let Gprs { rax, rcx, .. } = self.registers.gprs;
         let (leaf, subleaf) = (rax as u32, rcx as u32);
-        let CpuidResult {
-            eax,
-            mut ebx,
-            mut ecx,
-            edx,
-        } = __cpuid_count(leaf, subleaf);
         let cr4 = self.vmcb().cr4();
-        let mirror = |word: u32, bit: u32, flag: Cr4Flags| {
-            word & !(1 << bit) | u32::from(cr4 & flag.bits() != 0) << bit
-        };
+        let [eax, mut ebx, mut ecx, edx] = cpuid::answer(self.pill, leaf, subleaf, cr4);
         let answer = match leaf {
-            1 => {
-                ecx = mirror(ecx, 27, Cr4Flags::OSXSAVE);
-                [eax, ebx, ecx, edx]
-            }
-            7 if subleaf == 0 => {
-                ecx = mirror(ecx, 4, Cr4Flags::PROTECTION_KEY_USER);
-                [eax, ebx, ecx, edx]
-            }
             0x8000_0001 => {
                 // SKINIT, and SVM.
                 ecx &= !(1 << 12);
@@ -172,13 +154,9 @@ impl Guest<'_> {
                 ebx &= !(1 << 3);
                 [eax, ebx, ecx, edx]
             }
-            0x8000_000A => self.pill.tables.leaf(),
+            0x8000_000A => self.tables.leaf(),
             // Memory encryption: its keys and tables are the host's.
             0x8000_001F => [0; 4],
-            signature::LEAF => {
-                let own_bytes = self.pill.territory.own_bytes();
-                signature::answer(subleaf, rt::cpu::count(), own_bytes)
-            }
             _ => [eax, ebx, ecx, edx],
         };
         let gprs = &mut self.registers.gprs;
@@ -189,21 +167,15 @@ impl Guest<'_> {
     /// An access to ports of which one is watched. The processor has tested whether the program may
     /// make it.
     fn access_port(&mut self, access: PortAccess) {
-        // No system writes its power management's registers so.
         if access.string {
-            return self.inject(Event::GP0);
+            return self.emulate();
         }
         let (port, size) = (access.port, access.size);
-        let rax = self.registers.gprs.rax;
         if access.input {
-            let value = read_port(port, size);
-            self.registers.gprs.rax = match size {
-                1 => rax & !0xFF | u64::from(value),
-                2 => rax & !0xFFFF | u64::from(value),
-                _ => u64::from(value),
-            };
+            ports::read_into(&mut self.registers.gprs.rax, port, size);
         } else {
-            write_port(port, size, self.pill.sleep.filter(port, size, rax as u32));
+            let rax = self.registers.gprs.rax as u32;
+            ports::write(port, size, self.pill.sleep.filter(port, size, rax));
         }
         let vmcb = self.vmcb_mut();
         vmcb.set_rip(access.next_rip);
@@ -212,7 +184,7 @@ impl Guest<'_> {
     }
 
     /// An access that the nested table does not allow: a write to the local APIC, or something beyond
-    /// all memory and devices.
+    /// all memory and devices. Or a string instruction at a watched port.
     fn emulate(&mut self) {
         // The processor itself wrote there, to deliver an event: that it cannot, at whatever time.
         if self.vmcb().event_inj().is_valid() {
@@ -220,10 +192,18 @@ impl Guest<'_> {
         }
         let mut view = self.view();
         let result = emulate::step(&mut view);
-        let (contended, command) = (view.contended, view.command);
+        let View {
+            system: SystemRegisters { rip, rflags, .. },
+            contended,
+            command,
+            ..
+        } = view;
         if contended {
             return;
         }
+        let vmcb = self.vmcb_mut();
+        vmcb.set_rip(rip);
+        vmcb.set_rflags(rflags);
         match result {
             Ok(outcome) => {
                 let vmcb = self.vmcb_mut();
@@ -249,25 +229,25 @@ impl Guest<'_> {
 
     /// What the guest's message to other processors asks for.
     pub(super) fn carry_out(&mut self, command: Command) {
-        match command {
-            Command::Pass | Command::Drop => {}
-            Command::Init(target) => processors::init(self.id, target, &mut self.held),
-            Command::Startup(target, page) => {
-                processors::start_up(self.id, target, page, &mut self.held);
-            }
-        }
+        processors::carry_out(self.id, command, &mut self.held);
         // Waiting for the others may have let one in.
         self.nmi |= processors::take_guest_nmi(self.id);
     }
 
     fn view(&mut self) -> View<'_> {
-        View::new(
-            (&mut self.nested, &mut self.stage),
-            &mut self.vmcb01,
-            &mut self.registers,
-            &self.pill.territory.ram,
-            self.pill.tables.caps.physical_address_bits,
-        )
+        let system = self.vmcb().system_registers();
+        let nested_paging = self.nested.is_nested_paging();
+        View {
+            gprs: &mut self.registers.gprs,
+            xmm: &mut self.registers.sse.xmm,
+            system,
+            stage: nested_paging.then_some(&mut self.stage as &mut dyn Translate),
+            memory: &self.pill.territory.ram,
+            sleep: &self.pill.sleep,
+            physical_bits: self.tables.caps.physical_address_bits,
+            contended: false,
+            command: Command::Pass,
+        }
     }
 
     /// Ends the instruction that exited.
@@ -283,7 +263,7 @@ impl Guest<'_> {
     fn next_instruction(&mut self) -> u64 {
         use testudo_svm::caps::Features;
         let next = self.vmcb().n_rip();
-        if self.pill.tables.caps.has(Features::NRIPS) && next != 0 {
+        if self.tables.caps.has(Features::NRIPS) && next != 0 {
             return next;
         }
         let mut view = self.view();
@@ -310,30 +290,5 @@ impl Guest<'_> {
         // The processor decoded it a moment ago: only another processor that changes the code can lead here,
         // and then the guest goes on at whatever it put there.
         rip
-    }
-}
-
-/// Reads a port for the guest.
-fn read_port(port: u16, size: u8) -> u32 {
-    // SAFETY: ports are the guest's, and none makes a device write memory that the guest could not have it
-    // write anyway.
-    unsafe {
-        match size {
-            1 => u32::from(port::read_u8(port)),
-            2 => u32::from(port::read_u16(port)),
-            _ => port::read_u32(port),
-        }
-    }
-}
-
-/// Writes to a port for the guest.
-fn write_port(port: u16, size: u8, value: u32) {
-    // SAFETY: as for `read_port`.
-    unsafe {
-        match size {
-            1 => port::write_u8(port, value as u8),
-            2 => port::write_u16(port, value as u16),
-            _ => port::write_u32(port, value),
-        }
     }
 }

@@ -16,21 +16,18 @@
 mod exit;
 mod msr;
 mod tables;
-mod view;
 
 use alloc::boxed::Box;
-use alloc::sync::Arc;
-use core::arch::asm;
 use core::convert::Infallible;
-use core::sync::atomic::{AtomicBool, Ordering};
 
 use testudo_arch::memory::GuestRam;
 use testudo_arch::regs::SystemRegisters;
-use testudo_arch::{EferFlags, Event, FrameAlloc, Gprs, Hpa, Msr, PAGE_SIZE, RFlags, Segment};
+use testudo_arch::{EferFlags, Event, FrameAlloc, Gpa, Gprs, Hpa, Msr, PAGE_SIZE, RFlags, Segment};
 use testudo_ept::format::npt::Npt;
-use testudo_ept::{Invalidate, Invalidation};
 use testudo_machine::boot::BootState;
-use testudo_nested::svm::{ComposedParts, ComposedStage, Context, Host, NestedSvm, Pages};
+use testudo_nested::svm::{
+    ComposedParts, ComposedStage, Context, Host, NestedSvm, Pages, SecondStage,
+};
 use testudo_rt as rt;
 use testudo_svm::Vmcb;
 use testudo_svm::asid::{AsidPool, AsidSlot};
@@ -45,20 +42,15 @@ use testudo_svm::vmcb::{InterruptState, NestedControl, VintrFlags};
 use crate::Pill;
 use crate::apic;
 use crate::frames::Frames;
-use crate::processors::{self, Order};
+use crate::nesting::{Flusher, PAGE_LIMIT};
+use crate::processors::{self, Nmis, Order};
+use crate::registers;
+use crate::view::Translate;
 
 pub(crate) use tables::{SvmError, Tables};
 
 /// What composes the nested page tables of the guest's own guests.
 type Stage = ComposedStage<'static, GuestRam, Frames, Frames, Flusher>;
-
-/// How many pages a composition has at most; the guest decides how many there are.
-const PAGE_LIMIT: usize = 16 << 10;
-/// What the records of the compositions take of the heap for each processor: 96 bytes for each page of
-/// each of the four that the layer keeps.
-pub(crate) const HEAP_FOR_NESTING: usize = 4 * PAGE_LIMIT * 96;
-/// What the tables of the compositions take, and the layer's control blocks and maps.
-pub(crate) const FRAMES_FOR_NESTING: u64 = 4 << 20;
 
 const INTERCEPTS_1: Misc1 = Misc1::NMI
     .union(Misc1::INIT)
@@ -81,6 +73,7 @@ const SVME: u64 = EferFlags::SECURE_VIRTUAL_MACHINE_ENABLE.bits();
 pub(crate) struct Guest<'a> {
     id: usize,
     pill: &'static Pill,
+    tables: &'static Tables,
     held: HeldInterrupts<'a>,
     vmcb01: VmcbFrame<'a>,
     registers: GuestRegisters,
@@ -96,19 +89,20 @@ pub(crate) struct Guest<'a> {
     has_predictor_barrier: bool,
 }
 
-/// Makes the processor forget translations of the guest's own guests: before the next entry of any
-/// of them, all their address spaces are flushed.
-#[derive(Clone, Debug, Default)]
-struct Flusher(Arc<AtomicBool>);
+impl Translate for Stage {
+    fn translate(&mut self, gpa: Gpa) -> Option<Gpa> {
+        SecondStage::translate(self, gpa)
+    }
+}
 
-// SAFETY: compositions are one processor's, whose loop alone changes and enters them; it looks at the
-// flag before each entry and flushes every address space that they were used under.
-unsafe impl Invalidate for Flusher {
-    type Error = Infallible;
+impl Nmis for HeldInterrupts<'_> {
+    fn take(&mut self) {
+        self.take_nmi();
+    }
 
-    fn invalidate(&mut self, _: &Invalidation) -> Result<(), Infallible> {
-        self.0.store(true, Ordering::Relaxed);
-        Ok(())
+    fn admit(&mut self, work: impl FnOnce()) {
+        self.release(work);
+        self.set_interrupt_flag(false);
     }
 }
 
@@ -117,10 +111,10 @@ unsafe impl Invalidate for Flusher {
 pub(crate) fn run(
     id: usize,
     pill: &'static Pill,
+    tables: &'static Tables,
     start: Option<&BootState>,
     ready: impl FnOnce(),
 ) -> Result<Infallible, SvmError> {
-    let tables = &pill.tables;
     if !apic::is_at_base() {
         return Err(SvmError::Apic);
     }
@@ -165,6 +159,7 @@ pub(crate) fn run(
     let mut guest = Guest {
         id,
         pill,
+        tables,
         held,
         vmcb01,
         registers: GuestRegisters::default(),
@@ -202,7 +197,7 @@ fn redirect_init() {
 impl<'a> Guest<'a> {
     /// What stays as it is.
     fn set_controls(&mut self) {
-        let tables = &self.pill.tables;
+        let tables = &self.tables;
         let vmcb = &mut self.vmcb01;
         vmcb.set_intercept_misc1(INTERCEPTS_1);
         vmcb.set_intercept_misc2(INTERCEPTS_2);
@@ -264,7 +259,7 @@ impl<'a> Guest<'a> {
         self.vmcb01.set_g_pat(pat);
         self.set_system(&system);
         self.own_asid.flush();
-        clear_breakpoints();
+        registers::clear_breakpoints();
     }
 
     /// The control block of whatever runs.
@@ -286,7 +281,7 @@ impl<'a> Guest<'a> {
     }
 
     fn has_svm(&self) -> bool {
-        self.pill.tables.guest_caps.is_some()
+        self.tables.guest_caps.is_some()
     }
 
     /// Has whatever runs take this event at its next entry.
@@ -323,9 +318,10 @@ impl<'a> Guest<'a> {
         self.holds = hold;
         let word = self.vmcb01.virtual_interrupts();
         let word = if hold {
-            word.insert(VintrFlags::V_INTR_MASKING).with_tpr(read_cr8())
+            word.insert(VintrFlags::V_INTR_MASKING)
+                .with_tpr(registers::cr8())
         } else {
-            write_cr8(word.tpr());
+            registers::set_cr8(word.tpr());
             word.remove(VintrFlags::V_INTR_MASKING)
         };
         self.vmcb01.set_virtual_interrupts(word);
@@ -366,7 +362,7 @@ impl<'a> Guest<'a> {
                 self.inject(Event::Nmi);
             }
         }
-        if self.flusher.0.swap(false, Ordering::Relaxed) {
+        if self.flusher.take() {
             self.nested.flush_translations();
         }
         let (asid, control) = self.asids.assign(self.nested.asid_slot());
@@ -408,29 +404,6 @@ fn is_free(vmcb: &Vmcb) -> bool {
         .interrupt_state()
         .contains(InterruptState::INTERRUPT_SHADOW);
     !shadow && !vmcb.event_inj().is_valid()
-}
-
-/// The processor's task priority.
-fn read_cr8() -> u8 {
-    let cr8: u64;
-    // SAFETY: CPL 0; the register has no effect on memory.
-    unsafe { asm!("mov {}, cr8", out(reg) cr8, options(nomem, nostack, preserves_flags)) };
-    cr8 as u8
-}
-
-fn write_cr8(priority: u8) {
-    let cr8 = u64::from(priority & 0xF);
-    // SAFETY: CPL 0, and the value has four bits; the hypervisor takes no interrupts.
-    unsafe { asm!("mov cr8, {}", in(reg) cr8, options(nomem, nostack, preserves_flags)) };
-}
-
-/// DR0 to DR3 are not in the VMCB.
-fn clear_breakpoints() {
-    // SAFETY: CPL 0, and the hypervisor uses no breakpoints.
-    unsafe {
-        asm!("mov dr0, {0}", "mov dr1, {0}", "mov dr2, {0}", "mov dr3, {0}", in(reg) 0_u64,
-            options(nomem, nostack, preserves_flags));
-    }
 }
 
 fn address<T>(place: &T) -> Hpa {

@@ -10,7 +10,7 @@ use testudo_svm::permission::{MsrAccess, MsrPermissionMap};
 
 use super::Guest;
 use super::tables::intercept;
-use crate::apic::{self, Command};
+use crate::apic;
 
 /// By which the guest turns its own SVM on.
 const SVM: [Msr; 3] = [Msr::EFER, Msr::VM_CR, Msr::VM_HSAVE_PA];
@@ -80,7 +80,7 @@ impl Guest<'_> {
         let firmwares = FIRMWARES.iter().any(|range| range.contains(&msr.0));
         let done = match msr {
             Msr::EFER => self.write_efer(value),
-            Msr::APIC_BASE => apic::keeps_base(value) && write(msr, value),
+            Msr::APIC_BASE => apic::write_base(value),
             Msr::X2APIC_ICR => return self.write_x2apic_command(value),
             _ if msr == SVM_KEY || (SVM.contains(&msr) && !self.has_svm()) => false,
             _ if msr == PATCH_LOADER => true,
@@ -126,10 +126,9 @@ impl Guest<'_> {
     }
 
     fn write_x2apic_command(&mut self, value: u64) {
-        let command = Command::decode(value as u32, (value >> 32) as u32, u32::MAX);
-        if command == Command::Pass && !write(Msr::X2APIC_ICR, value) {
+        let Some(command) = apic::write_x2apic_command(value) else {
             return self.inject(Event::GP0);
-        }
+        };
         self.advance();
         self.carry_out(command);
     }
@@ -138,7 +137,6 @@ impl Guest<'_> {
 /// Writes an MSR for the guest.
 fn write(msr: Msr, value: u64) -> bool {
     // SAFETY: none of the registers that the hypervisor depends on comes here with a value that
-    // it cannot run with: EFER keeps its own bits, the APIC stays where it is, and the others are
-    // those that the guest has to itself anyway.
+    // it cannot run with: EFER keeps its own bits, and the others are those that the guest has to itself anyway.
     unsafe { try_write(msr.0, value) }
 }

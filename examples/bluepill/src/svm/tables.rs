@@ -3,7 +3,7 @@
 use alloc::boxed::Box;
 
 use testudo_arch::cpuid::Cpuid;
-use testudo_arch::{FrameAlloc, Gpa, Hpa, Msr, PageSize};
+use testudo_arch::{Msr, PageSize};
 use testudo_ept::format::npt::{Npt, NptFlags};
 use testudo_ept::{Format, PageTable, Rights};
 use testudo_nested::svm::{leaf_8000_000a, offer};
@@ -13,8 +13,9 @@ use testudo_svm::permission::{IoPermissionMap, MsrAccess, MsrPermissionMap};
 use super::msr;
 use crate::apic;
 use crate::frames::Frames;
+use crate::identity::{self, FOUR_LEVELS, MODEST, Special, Zone};
 use crate::sleep::SleepControl;
-use crate::territory::{Territory, without};
+use crate::territory::Territory;
 
 /// Why there is no guest.
 #[derive(Debug, thiserror::Error)]
@@ -39,10 +40,6 @@ const GIB: u64 = 1 << 30;
 const MIXED: u64 = 4 * GIB;
 /// As above, by the fixed-range registers.
 const FIXED: u64 = 0x20_0000;
-/// How far memory is mapped without 1 GiB pages, whose tables would be larger than the hypervisor.
-const MODEST: u64 = 1 << 40;
-/// What four levels translate.
-const FOUR_LEVELS: u64 = 1 << 48;
 
 /// See the module.
 pub(crate) struct Tables {
@@ -104,9 +101,7 @@ impl Tables {
     }
 }
 
-/// Everything where it is, with three exceptions: the hypervisor's own addresses all lead to one page
-/// that holds nothing, as do those at which a write of the guest's would be an interrupt message;
-/// and the local APIC's page can only be read.
+/// The nested table, in zones that no two memory types share a large page of.
 fn nested_table(
     caps: &SvmCaps,
     gigabyte_pages: bool,
@@ -119,43 +114,21 @@ fn nested_table(
         end = end.min(MODEST);
     }
     let all = format.flags(Rights::all()).unwrap_or(NptFlags::empty());
-    let readable = all - NptFlags::WRITABLE;
-    let decoy = Frames.alloc().ok_or(SvmError::NoMemory)?;
-    let table = PageTable::new(format, Frames).ok_or(SvmError::NoMemory)?;
-    let map = |start: u64, len: u64, to: Hpa, flags, largest| {
-        let mapped = table.map_up_to(Gpa(start), len, to, flags, largest);
-        mapped.map_err(|_| SvmError::NoMemory)
-    };
-
-    let mut holes = territory.own.clone();
-    holes.push(apic::MESSAGES);
-    for hole in &holes {
-        for page in hole.clone().step_by(PageSize::Size4K.bytes() as usize) {
-            if page == apic::BASE {
-                map(page, 4096, Hpa(page), readable, PageSize::Size4K)?;
-            } else {
-                map(page, 4096, decoy, all, PageSize::Size4K)?;
-            }
-        }
-    }
-    holes.sort_unstable_by_key(|hole| hole.start);
     let zones = [
         (0..FIXED, PageSize::Size4K),
         (FIXED..MIXED.min(end), PageSize::Size2M),
         (MIXED.min(end)..end, PageSize::Size1G),
     ];
-    for (zone, largest) in zones {
-        for part in without(&holes, zone) {
-            map(
-                part.start,
-                part.end - part.start,
-                Hpa(part.start),
-                all,
-                largest,
-            )?;
-        }
-    }
-    Ok(table)
+    let zones = zones.map(|(range, largest)| Zone {
+        range,
+        flags: all,
+        largest,
+    });
+    let special = Special {
+        decoy: all,
+        apic: all - NptFlags::WRITABLE,
+    };
+    identity::table(format, territory, zones, &special).ok_or(SvmError::NoMemory)
 }
 
 /// The MSRs that concern only the hypervisor, for [`msr::close`].

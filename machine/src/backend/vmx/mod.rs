@@ -83,6 +83,7 @@ pub use processor::{Level, Pair, Processor, ResidentMsrs, ThisProcessor};
 pub use refusal::{Refusal, RefusalCause};
 pub use setup::{Controls, Unsuitable, VmxTables, open_direct_msrs};
 use shadow::Shadow;
+pub use task::{Switched, switch_tasks};
 
 /// The flags that completing an instruction by software must look at.
 const STEP_FLAGS: u64 = RFlags::TRAP_FLAG.bits() | RFlags::RESUME_FLAG.bits();

@@ -1,7 +1,7 @@
 //! Hardware task switches, which always exit on VT-x (SDM vol. 3C, 28.4.2).
 
 use testudo_arch::regs::SystemRegisters;
-use testudo_arch::{Event, Exception, Gpa, GuestMemory, Gva, PAGE_SIZE, PageSize};
+use testudo_arch::{Event, Exception, Gpa, Gprs, GuestMemory, Gva, PAGE_SIZE, PageSize};
 use testudo_ept::walk::{
     Access, AccessKind, PageFaultCode, PagingState, Privilege, WalkError, walk,
 };
@@ -16,40 +16,71 @@ use crate::emulate::task::{self, Cause, TaskMemory};
 use crate::guest_cpu::paging_state;
 use crate::vcpu::{Vcpu, VcpuError, VmExit};
 
+/// How a task switch ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Switched {
+    /// The new task runs, with this fault or trap as its first.
+    Done(Option<Fault>),
+    /// The old task goes on with this fault.
+    Fault(Fault),
+    /// A fault met the delivery of a double fault.
+    Shutdown,
+    /// The guest's page tables kept changing. Nothing that the guest can see has happened: once more.
+    Contended,
+}
+
+/// Switches tasks as the processor would have, after an exit by one that it was to make while delivering
+/// `delivering`, with the instruction length of the exit. Changes the registers, and memory through the
+/// guest's paging.
+pub fn switch_tasks<M: GuestMemory>(
+    exit: TaskSwitch,
+    delivering: Option<Event>,
+    length: u32,
+    (memory, physical_bits): (&M, u8),
+    system: &mut SystemRegisters,
+    gprs: &mut Gprs,
+) -> Switched {
+    let faults = matches!(
+        delivering,
+        Some(Event::Interrupt(_) | Event::Nmi | Event::Exception { .. })
+    );
+    if exit.source != TaskSwitchSource::TaskGate || !faults {
+        // Past the instruction.
+        system.rip = system.rip.wrapping_add(length.into()) & 0xFFFF_FFFF;
+    }
+    let mut memory = Linear {
+        memory,
+        paging: paging(system, physical_bits),
+        contended: false,
+    };
+    let request = task::TaskSwitch {
+        selector: exit.selector,
+        cause: cause(exit.source, delivering),
+    };
+    let switched = task::switch(&mut memory, system, gprs, &request);
+    if memory.contended {
+        return Switched::Contended;
+    }
+    match (switched, delivering) {
+        (Ok(first), _) => Switched::Done(first),
+        (Err(fault), None) => Switched::Fault(fault),
+        (Err(fault), Some(event)) => {
+            combined(event, fault).map_or(Switched::Shutdown, Switched::Fault)
+        }
+    }
+}
+
 impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
     /// Switches tasks as the processor would have. What the exit interrupted waits to be injected.
     pub(super) fn task_switch(&mut self, exit: TaskSwitch) -> Result<Option<VmExit>, VcpuError> {
         let delivering = self.injection.take();
-        let cause = cause(exit.source, delivering);
         let mut system = self.read_system()?;
-        let faults = matches!(
-            delivering,
-            Some(Event::Interrupt(_) | Event::Nmi | Event::Exception { .. })
-        );
-        if exit.source != TaskSwitchSource::TaskGate || !faults {
-            // Past the instruction.
-            let length = self.processor.get(fields::EXIT_INSTRUCTION_LENGTH)?;
-            system.rip = system.rip.wrapping_add(length.into()) & 0xFFFF_FFFF;
-        }
+        let length = self.processor.get(fields::EXIT_INSTRUCTION_LENGTH)?;
         self.load_rsp();
         let mut gprs = self.registers.gprs;
-        let mut memory = Linear {
-            memory: self.memory,
-            paging: paging(&system, self.caps.processor.physical_address_bits),
-            contended: false,
-        };
-        let request = task::TaskSwitch {
-            selector: exit.selector,
-            cause,
-        };
-        let switched = task::switch(&mut memory, &mut system, &mut gprs, &request);
-        if memory.contended {
-            // Nothing that the guest can see has happened: once more.
-            self.injection = delivering;
-            return Ok(None);
-        }
-        match switched {
-            Ok(first) => {
+        let memory = (self.memory, self.caps.processor.physical_address_bits);
+        match switch_tasks(exit, delivering, length, memory, &mut system, &mut gprs) {
+            Switched::Done(first) => {
                 self.load_system(&system)?;
                 self.registers.gprs = gprs;
                 if delivering == Some(Event::Nmi) {
@@ -60,11 +91,9 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
                     self.raise(fault);
                 }
             }
-            Err(fault) => match delivering.map(|event| combined(event, fault)) {
-                Some(None) => return Ok(Some(VmExit::Shutdown)),
-                Some(Some(fault)) => self.raise(fault),
-                None => self.raise(fault),
-            },
+            Switched::Fault(fault) => self.raise(fault),
+            Switched::Shutdown => return Ok(Some(VmExit::Shutdown)),
+            Switched::Contended => self.injection = delivering,
         }
         Ok(None)
     }

@@ -53,10 +53,7 @@ fn interrupts_that_are_l1s_exit_as_l1_wants() {
     let pin = vm.get12(fields::PIN_CONTROLS) as u32 & !EXTERNAL;
     vm.set12(fields::PIN_CONTROLS, pin.into());
     enter(&mut vm, Instruction::Vmlaunch);
-    assert_ne!(
-        vm.vmcs.l2.get(fields::PIN_CONTROLS).unwrap() & EXTERNAL,
-        0
-    );
+    assert_ne!(vm.vmcs.l2.get(fields::PIN_CONTROLS).unwrap() & EXTERNAL, 0);
     assert_eq!(
         vm.vmcs.l2.get(fields::EXIT_CONTROLS).unwrap() & ACKNOWLEDGE,
         vm.vmcs.l1.get(fields::EXIT_CONTROLS).unwrap() & ACKNOWLEDGE

@@ -1,35 +1,39 @@
 //! The guest as the instruction emulator sees it: for the writes to the local APIC's page, which nobody
-//! but the hypervisor makes.
+//! but the hypervisor makes, and for string instructions at ports that are watched.
 
 use testudo_arch::memory::GuestRam;
 use testudo_arch::regs::{CpuMode, SegmentRegister, SystemRegisters};
 use testudo_arch::{Cr4Flags, Gpa, Gprs, GuestMemory, Gva, PAGE_SIZE, PageSize, RFlags, Segment};
 use testudo_ept::walk::{Access, AccessKind, PageFaultCode, PagingState, WalkError, walk_nested};
 use testudo_machine::emulate::{Cpu, Fault, Intent};
-use testudo_nested::svm::{NestedSvm, SecondStage};
-use testudo_svm::Vmcb;
-use testudo_svm::hw::GuestRegisters;
 
-use super::Stage;
 use crate::apic::{self, Command};
+use crate::ports;
+use crate::sleep::SleepControl;
 
 /// The longest access of one instruction: two pages at the most.
 const MAX_PARTS: usize = 2;
 
+/// The table that the addresses of the guest's own guest go through.
+pub(crate) trait Translate {
+    /// Where the guest has this address of its guest's.
+    fn translate(&mut self, gpa: Gpa) -> Option<Gpa>;
+}
+
 /// Whatever runs, the guest or a guest of its own, and what its instructions can reach.
-pub(super) struct View<'a> {
-    pub(super) registers: &'a mut GuestRegisters,
-    pub(super) vmcb: &'a mut Vmcb,
-    /// The table that the addresses of the guest's own guest go through.
-    pub(super) stage: Option<&'a mut Stage>,
-    memory: &'a GuestRam,
-    /// Read once: the instruction changes none of them but RIP and RFLAGS.
-    system: SystemRegisters,
-    paging: PagingState,
+pub(crate) struct View<'a> {
+    pub(crate) gprs: &'a mut Gprs,
+    pub(crate) xmm: &'a mut [u128; 16],
+    /// Read once: an instruction changes none of them but RIP and RFLAGS, which are to be written back.
+    pub(crate) system: SystemRegisters,
+    pub(crate) stage: Option<&'a mut dyn Translate>,
+    pub(crate) memory: &'a GuestRam,
+    pub(crate) sleep: &'a SleepControl,
+    pub(crate) physical_bits: u8,
     /// A walk gave up: the instruction has not been executed and is to be tried again.
-    pub(super) contended: bool,
+    pub(crate) contended: bool,
     /// What is left to be done for the guest.
-    pub(super) command: Command,
+    pub(crate) command: Command,
 }
 
 /// The second stage has no translation at present.
@@ -41,40 +45,17 @@ struct Parts {
     count: usize,
 }
 
-impl<'a> View<'a> {
-    /// What `nested` says is running.
-    pub(super) fn new(
-        (nested, stage): (&'a mut NestedSvm, &'a mut Stage),
-        vmcb01: &'a mut Vmcb,
-        registers: &'a mut GuestRegisters,
-        memory: &'a GuestRam,
-        physical_bits: u8,
-    ) -> Self {
-        let stage = nested.is_nested_paging().then_some(stage);
-        let vmcb = if nested.is_guest() {
-            nested.vmcb02_mut()
-        } else {
-            vmcb01
-        };
-        let system = vmcb.system_registers();
-        let paging = PagingState {
+impl View<'_> {
+    fn paging(&self) -> PagingState {
+        let system = &self.system;
+        PagingState {
             cr0: system.cr0,
             cr3: system.cr3,
             cr4: system.cr4,
             efer: system.efer,
             alignment_check: system.rflags & RFlags::ALIGNMENT_CHECK.bits() != 0,
-            physical_bits,
+            physical_bits: self.physical_bits,
             ..PagingState::default()
-        };
-        Self {
-            registers,
-            vmcb,
-            stage,
-            memory,
-            system,
-            paging,
-            contended: false,
-            command: Command::Pass,
         }
     }
 
@@ -97,7 +78,7 @@ impl<'a> View<'a> {
                 break;
             }
             let at = self.wrap(address.wrapping_add(skip as u64));
-            let (memory, paging) = (self.memory, self.paging);
+            let (memory, paging) = (self.memory, self.paging());
             let found = walk_nested(memory, &paging, at, access, |gpa, _| {
                 self.second_stage(gpa).ok_or(Untranslated)
             });
@@ -182,27 +163,27 @@ fn register(gpa: Gpa, len: usize) -> Option<u64> {
 
 impl Cpu for View<'_> {
     fn gprs(&self) -> &Gprs {
-        &self.registers.gprs
+        self.gprs
     }
 
     fn gprs_mut(&mut self) -> &mut Gprs {
-        &mut self.registers.gprs
+        self.gprs
     }
 
     fn rip(&self) -> u64 {
-        self.vmcb.rip()
+        self.system.rip
     }
 
     fn set_rip(&mut self, rip: u64) {
-        self.vmcb.set_rip(rip);
+        self.system.rip = rip;
     }
 
     fn rflags(&self) -> u64 {
-        self.vmcb.rflags()
+        self.system.rflags
     }
 
     fn set_rflags(&mut self, rflags: u64) {
-        self.vmcb.set_rflags(rflags);
+        self.system.rflags = rflags;
     }
 
     fn mode(&self) -> CpuMode {
@@ -289,19 +270,27 @@ impl Cpu for View<'_> {
         Ok(swapped.unwrap_or(false))
     }
 
-    // No port is the hypervisor's, so that no such instruction comes here.
-    fn port_in(&mut self, _: u16, data: &mut [u8]) {
-        data.fill(0xFF);
+    fn port_in(&mut self, port: u16, data: &mut [u8]) {
+        let value = ports::read(port, data.len() as u8).to_le_bytes();
+        let len = data.len().min(value.len());
+        data[..len].copy_from_slice(&value[..len]);
     }
 
-    fn port_out(&mut self, _: u16, _: &[u8]) {}
+    fn port_out(&mut self, port: u16, data: &[u8]) {
+        let mut value = [0; 4];
+        let size = data.len().min(value.len());
+        value[..size].copy_from_slice(&data[..size]);
+        let value = u32::from_le_bytes(value);
+        let value = self.sleep.filter(port, size as u8, value);
+        ports::write(port, size as u8, value);
+    }
 
     fn xmm(&self, number: u8) -> Option<u128> {
-        self.registers.sse.xmm.get(usize::from(number)).copied()
+        self.xmm.get(usize::from(number)).copied()
     }
 
     fn set_xmm(&mut self, number: u8, value: u128) {
-        if let Some(register) = self.registers.sse.xmm.get_mut(usize::from(number)) {
+        if let Some(register) = self.xmm.get_mut(usize::from(number)) {
             *register = value;
         }
     }
