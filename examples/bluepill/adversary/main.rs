@@ -37,6 +37,10 @@ pub(crate) const INIT: u32 = 5 << 8 | 1 << 14;
 /// Start-up, at the page where the runtime starts processors.
 const STARTUP: u32 = 6 << 8 | 1 << 14 | 8;
 
+/// CR4: VMX, and SMX.
+pub(crate) const VMXE: u64 = 1 << 13;
+const SMXE: u64 = 1 << 14;
+
 static BOOT: Once<&'static Boot> = Once::new();
 /// What the other processor does as long as it runs.
 static BEATS: AtomicU64 = AtomicU64::new(0);
@@ -49,10 +53,7 @@ const ATTEMPTS: [(&str, Attempt); 9] = [
     ("writes_its_memory", writes_its_memory),
     ("moves_what_decides_over_addresses", moves_addresses),
     ("has_the_machine_sleep", has_the_machine_sleep),
-    (
-        "names_its_memory_in_svm_instructions",
-        inner::names_its_memory,
-    ),
+    ("names_its_memory_in_instructions", inner::names_its_memory),
     (
         "runs_a_guest_that_writes_its_memory",
         inner::writes_its_memory,
@@ -181,7 +182,7 @@ fn takes(msr: u32, value: u64) -> bool {
 }
 
 fn moves_addresses(_: &[Range<u64>]) -> Result<(), &'static str> {
-    const FIRMWARES: [u32; 6] = [
+    const AMDS: [u32; 6] = [
         0xC001_0010, // SYSCFG
         0xC001_001A, // TOP_MEM
         0xC001_001D, // TOP_MEM2
@@ -189,7 +190,15 @@ fn moves_addresses(_: &[Range<u64>]) -> Result<(), &'static str> {
         0xC001_0111, // SMM_BASE
         0xC001_0113, // SMM_MASK
     ];
-    for msr in FIRMWARES {
+    const INTELS: [u32; 6] = [
+        0x9B,  // IA32_SMM_MONITOR_CTL
+        0x1F2, // IA32_SMRR_PHYSBASE
+        0x982, // IA32_TME_ACTIVATE
+        0x3A,  // IA32_FEATURE_CONTROL
+        0x480, // IA32_VMX_BASIC
+        0x48C, // IA32_VMX_EPT_VPID_CAP
+    ];
+    for msr in if has_vmx() { INTELS } else { AMDS } {
         check(
             !takes(msr, 0x20_0000),
             "a register of the firmware's can be written",
@@ -200,12 +209,72 @@ fn moves_addresses(_: &[Range<u64>]) -> Result<(), &'static str> {
         !takes(Msr::APIC_BASE.0, base & 0xFFF | IMAGE),
         "the local APIC can be moved over it",
     )?;
-    check(msr::try_read(0xC001_0118).is_none(), "SVM_KEY can be read")?;
-    let efer = msr::try_read(Msr::EFER.0).ok_or("there is no EFER")?;
-    check(efer & 1 << 12 == 0, "EFER shows the hypervisor's SVM")?;
-    // VMRUN with SVM off.
-    check(!survives_vmrun(0x1000), "VMRUN runs with EFER.SVME clear")?;
+    if has_vmx() {
+        check(cr4() & VMXE == 0, "CR4 shows the hypervisor's VMX")?;
+        check(!try_set_cr4(cr4() | SMXE), "CR4.SMXE can be set")?;
+        check(!survives_vmxoff(), "VMXOFF runs outside VMX operation")?;
+    } else {
+        check(msr::try_read(0xC001_0118).is_none(), "SVM_KEY can be read")?;
+        let efer = msr::try_read(Msr::EFER.0).ok_or("there is no EFER")?;
+        check(efer & 1 << 12 == 0, "EFER shows the hypervisor's SVM")?;
+        // VMRUN with SVM off.
+        check(!survives_vmrun(0x1000), "VMRUN runs with EFER.SVME clear")?;
+    }
     check(lives(), "it is gone")
+}
+
+/// Whether the processor has VMX rather than SVM.
+pub(crate) fn has_vmx() -> bool {
+    __cpuid_count(1, 0).ecx & 1 << 5 != 0
+}
+
+/// CR4.
+pub(crate) fn cr4() -> u64 {
+    let cr4: u64;
+    // SAFETY: CPL 0.
+    unsafe { asm!("mov {}, cr4", out(reg) cr4, options(nomem, nostack, preserves_flags)) };
+    cr4
+}
+
+/// Writes CR4; whether it took the value.
+pub(crate) fn try_set_cr4(value: u64) -> bool {
+    let mut faulted = 0_u32;
+    // SAFETY: the callers change bits that no memory access depends on; a fault continues at label 3.
+    unsafe {
+        asm!(
+            "2: mov cr4, {value}",
+            "jmp 4f",
+            "3: mov {faulted:e}, 1",
+            "4:",
+            ".pushsection .rt_fixups, \"a\"",
+            ".quad 2b, 3b",
+            ".popsection",
+            faulted = inout(reg) faulted,
+            value = in(reg) value,
+            options(nostack),
+        );
+    }
+    faulted == 0 && cr4() == value
+}
+
+/// Whether VMXOFF raises no exception.
+fn survives_vmxoff() -> bool {
+    let mut faulted = 0_u32;
+    // SAFETY: as above; a success is what is to be found.
+    unsafe {
+        asm!(
+            "2: vmxoff",
+            "jmp 4f",
+            "3: mov {faulted:e}, 1",
+            "4:",
+            ".pushsection .rt_fixups, \"a\"",
+            ".quad 2b, 3b",
+            ".popsection",
+            faulted = inout(reg) faulted,
+            options(nostack),
+        );
+    }
+    faulted == 0
 }
 
 /// Sleep that ends without a hypervisor. Where it begins, this attempt never ends.

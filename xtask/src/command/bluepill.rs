@@ -11,7 +11,7 @@ use super::boot::Backend;
 use super::nested;
 use crate::bare::{self, Payload};
 use crate::debian;
-use crate::emulator::{Kind, Loader, Machine};
+use crate::emulator::{Kind, Loader, Machine, linux_clock};
 use crate::initrd::Initrd;
 use crate::run;
 
@@ -47,7 +47,8 @@ pub(crate) struct Bluepill {
     /// a Multiboot header, which gets none
     #[arg(long, value_name = "FILE", conflicts_with = "kvm")]
     kernel: Option<PathBuf>,
-    /// The system's command line [default: console=ttyS0, and quiet with --run]
+    /// The system's command line [default: console=ttyS0, quiet with --run, and
+    /// what the emulator's clock needs]
     #[arg(long, value_name = "STR", allow_hyphen_values = true)]
     cmdline: Option<String>,
     /// Shell commands to run; their status is the exit status
@@ -98,7 +99,7 @@ impl Bluepill {
             input: self.run.is_none(),
             timeout,
             guest_ends: true,
-            ..Machine::new(self.emulator.unwrap_or(self.backend.emulator()))
+            ..Machine::new(self.emulator())
         };
         if self.run.is_none() && std::io::stdin().is_terminal() {
             run::progress("booting to a shell; Ctrl-A X ends the emulator");
@@ -144,9 +145,21 @@ impl Bluepill {
         let quiet = if self.run.is_some() { " quiet" } else { "" };
         let guest = match &self.cmdline {
             Some(line) => line.clone(),
-            None => format!("console=ttyS0{quiet}"),
+            None => format!("console=ttyS0{quiet}{}", self.clock()),
         };
         format!("{nesting}-- {guest}")
+    }
+
+    /// The emulated machine's clocks must agree for a system that has them to itself.
+    fn clock(&self) -> String {
+        match (self.emulator(), self.backend) {
+            (Kind::Bochs, Backend::Vmx) => linux_clock(),
+            _ => String::new(),
+        }
+    }
+
+    fn emulator(&self) -> Kind {
+        self.emulator.unwrap_or(self.backend.emulator())
     }
 
     fn disk(&self, kernel: &debian::Kernel) -> Result<Vec<u8>> {

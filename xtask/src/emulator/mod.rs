@@ -15,6 +15,8 @@ use anyhow::{Context, Result, bail};
 
 use crate::bare::Payload;
 
+pub(crate) use bochs::linux_clock;
+
 /// The status of a run that was ended because it took too long, as `timeout` has it.
 pub(crate) const TIMED_OUT: u8 = 124;
 

@@ -1,30 +1,28 @@
-//! Attempts with SVM: the hypervisor gives it to its guest.
+//! Attempts with SVM.
 
 use alloc::boxed::Box;
 use core::arch::asm;
 use core::ops::Range;
-use core::sync::atomic::{AtomicU64, Ordering};
 
 use testudo_arch::cpuid::Cpuid;
 use testudo_arch::regs::SystemRegisters;
-use testudo_arch::{FrameAlloc, FrameMem, Gpa, Hpa, Msr};
+use testudo_arch::{FrameAlloc, Gpa, Hpa, Msr};
 use testudo_ept::PageTable;
 use testudo_ept::format::npt::{Npt, NptFlags};
-use testudo_rt::{cpu, memory, msr};
+use testudo_rt::msr;
 use testudo_svm::hw::{GuestRegisters, HostFrames, Svm, VmcbFrame};
 use testudo_svm::intercept::{Misc1, Misc2};
 use testudo_svm::permission::{IoPermissionMap, MsrPermissionMap};
 use testudo_svm::vmcb::{NestedControl, Vmcb};
 use testudo_svm::{Exit, SvmCaps};
 
-use crate::{APIC, ICR_HIGH, ICR_LOW, INIT, beats, check, lives, read, survives_vmrun};
+use super::{Frames, Outcome};
+use crate::{check, lives, survives_vmrun};
 
 const SVME: u64 = 1 << 12;
 
-type Outcome = Result<(), &'static str>;
-
 /// VMRUN, VMLOAD and VMSAVE of the hypervisor's addresses, also as the host save area and as permission maps.
-pub(crate) fn names_its_memory(secret: &[Range<u64>]) -> Outcome {
+pub(super) fn names_its_memory(secret: &[Range<u64>]) -> Outcome {
     let efer = msr::try_read(Msr::EFER.0).ok_or("there is no EFER")?;
     // SAFETY: SVM by itself changes nothing.
     let offered = unsafe { msr::try_write(Msr::EFER.0, efer | SVME) };
@@ -79,46 +77,9 @@ macro_rules! survives {
 survives!(survives_vmload, "vmload");
 survives!(survives_vmsave, "vmsave");
 
-/// Writes to 0x1000 and reads it back into AX.
-const WRITER: &[u8] = &[
-    0xC7, 0x06, 0x00, 0x10, 0x34, 0x12, // mov word [0x1000], 0x1234
-    0xA1, 0x00, 0x10, // mov ax, [0x1000]
-    0xF4, // hlt
-];
-
-/// A guest whose page at 0x1000 is one of the hypervisor's, by a table and maps that name its pages too.
-pub(crate) fn writes_its_memory(secret: &[Range<u64>]) -> Outcome {
-    let target = secret.first().ok_or("nothing is reserved")?.start;
-    let ax = run(WRITER, target, Some(target))?;
-    check(ax as u16 == 0x1234, "its guest does not get on")?;
-    check(
-        read(target) as u16 == 0x1234,
-        "the guest and its guest see different pages",
-    )?;
-    check(lives(), "it is gone")
-}
-
-/// A guest that sends INIT to the other processor, by the local APIC's page.
-pub(crate) fn resets_a_processor(_: &[Range<u64>]) -> Outcome {
-    check(beats(), "the other processor does not run")?;
-    let number = cpu::apic_id(1) << 24;
-    let [a, b, c, d] = number.to_le_bytes();
-    let [e, f, g, h] = INIT.to_le_bytes();
-    let (high, low) = (0x1000 + ICR_HIGH as u16, 0x1000 + ICR_LOW as u16);
-    let ([i, j], [k, l]) = (high.to_le_bytes(), low.to_le_bytes());
-    let code = [
-        0x66, 0xC7, 0x06, i, j, a, b, c, d, // mov dword [high], number
-        0x66, 0xC7, 0x06, k, l, e, f, g, h,    // mov dword [low], INIT
-        0xF4, // hlt
-    ];
-    run(&code, APIC, None)?;
-    check(!beats(), "INIT has no effect")?;
-    check(lives(), "it is gone")
-}
-
 /// Runs code in real mode, with the page at 0x1000 being `target`, to its HLT; gives RAX. With `maps`, that page
 /// is also where the permission maps are said to be.
-fn run(code: &[u8], target: u64, maps: Option<u64>) -> Result<u64, &'static str> {
+pub(super) fn run(code: &[u8], target: u64, maps: Option<u64>) -> Result<u64, &'static str> {
     let caps =
         SvmCaps::from_cpuid(&Cpuid::of_this_processor()).map_err(|_| "SVM is not offered")?;
     let frame = || Frames.alloc().ok_or("no memory");
@@ -184,39 +145,4 @@ fn run(code: &[u8], target: u64, maps: Option<u64>) -> Result<u64, &'static str>
     drop(held);
     svm.disable();
     result
-}
-
-/// The runtime's frames, which it has mapped at their own addresses.
-#[derive(Clone, Copy)]
-struct Frames;
-
-// SAFETY: the runtime hands out each frame once, zeroed.
-unsafe impl FrameAlloc for Frames {
-    fn alloc(&self) -> Option<Hpa> {
-        memory::alloc_frame().map(Hpa)
-    }
-
-    fn free(&self, frame: Hpa) {
-        // SAFETY: `frame` came from `alloc`, and nobody refers to it, says the trait.
-        unsafe { memory::release(frame.0, 4096) };
-    }
-}
-
-impl FrameMem for Frames {
-    fn load(&self, entry: Hpa) -> u64 {
-        at(entry).load(Ordering::Acquire)
-    }
-
-    fn store(&self, entry: Hpa, value: u64) {
-        at(entry).store(value, Ordering::Release);
-    }
-
-    fn compare_exchange(&self, entry: Hpa, current: u64, new: u64) -> Result<u64, u64> {
-        at(entry).compare_exchange(current, new, Ordering::AcqRel, Ordering::Acquire)
-    }
-}
-
-fn at(entry: Hpa) -> &'static AtomicU64 {
-    // SAFETY: an aligned entry of a frame from `alloc`, which is identity-mapped and stays so.
-    unsafe { AtomicU64::from_ptr(entry.0 as *mut u64) }
 }

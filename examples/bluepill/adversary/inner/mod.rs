@@ -1,0 +1,106 @@
+//! Attempts with the virtualization extension, which the hypervisor gives to its guest.
+
+mod svm;
+mod vmx;
+
+use core::ops::Range;
+use core::sync::atomic::{AtomicU64, Ordering};
+
+use testudo_arch::{FrameAlloc, FrameMem, Hpa};
+use testudo_rt::{cpu, memory};
+
+use crate::{APIC, ICR_HIGH, ICR_LOW, INIT, beats, check, has_vmx, lives, read};
+
+pub(crate) type Outcome = Result<(), &'static str>;
+
+/// The hypervisor's addresses as operands: of VMRUN, VMLOAD and VMSAVE, or of VMXON, VMCLEAR, VMPTRLD and
+/// VMPTRST.
+pub(crate) fn names_its_memory(secret: &[Range<u64>]) -> Outcome {
+    if has_vmx() {
+        vmx::names_its_memory(secret)
+    } else {
+        svm::names_its_memory(secret)
+    }
+}
+
+/// Writes to 0x1000 and reads it back into AX.
+const WRITER: &[u8] = &[
+    0xC7, 0x06, 0x00, 0x10, 0x34, 0x12, // mov word [0x1000], 0x1234
+    0xA1, 0x00, 0x10, // mov ax, [0x1000]
+    0xF4, // hlt
+];
+
+/// A guest whose page at 0x1000 is one of the hypervisor's, by a table and maps that name its pages too.
+pub(crate) fn writes_its_memory(secret: &[Range<u64>]) -> Outcome {
+    let target = secret.first().ok_or("nothing is reserved")?.start;
+    let ax = run(WRITER, target, Some(target))?;
+    check(ax as u16 == 0x1234, "its guest does not get on")?;
+    check(
+        read(target) as u16 == 0x1234,
+        "the guest and its guest see different pages",
+    )?;
+    check(lives(), "it is gone")
+}
+
+/// A guest that sends INIT to the other processor, by the local APIC's page.
+pub(crate) fn resets_a_processor(_: &[Range<u64>]) -> Outcome {
+    check(beats(), "the other processor does not run")?;
+    let number = cpu::apic_id(1) << 24;
+    let [a, b, c, d] = number.to_le_bytes();
+    let [e, f, g, h] = INIT.to_le_bytes();
+    let (high, low) = (0x1000 + ICR_HIGH as u16, 0x1000 + ICR_LOW as u16);
+    let ([i, j], [k, l]) = (high.to_le_bytes(), low.to_le_bytes());
+    let code = [
+        0x66, 0xC7, 0x06, i, j, a, b, c, d, // mov dword [high], number
+        0x66, 0xC7, 0x06, k, l, e, f, g, h,    // mov dword [low], INIT
+        0xF4, // hlt
+    ];
+    run(&code, APIC, None)?;
+    check(!beats(), "INIT has no effect")?;
+    check(lives(), "it is gone")
+}
+
+/// Runs code in real mode, with the page at 0x1000 being `target`, to its HLT; gives RAX. With `maps`, that page
+/// is also where the structures are said to be that the processor reads beside the table.
+fn run(code: &[u8], target: u64, maps: Option<u64>) -> Result<u64, &'static str> {
+    if has_vmx() {
+        vmx::run(code, target, maps)
+    } else {
+        svm::run(code, target, maps)
+    }
+}
+
+/// The runtime's frames, which it has mapped at their own addresses.
+#[derive(Clone, Copy)]
+struct Frames;
+
+// SAFETY: the runtime hands out each frame once, zeroed.
+unsafe impl FrameAlloc for Frames {
+    fn alloc(&self) -> Option<Hpa> {
+        memory::alloc_frame().map(Hpa)
+    }
+
+    fn free(&self, frame: Hpa) {
+        // SAFETY: `frame` came from `alloc`, and nobody refers to it, says the trait.
+        unsafe { memory::release(frame.0, 4096) };
+    }
+}
+
+impl FrameMem for Frames {
+    fn load(&self, entry: Hpa) -> u64 {
+        at(entry).load(Ordering::Acquire)
+    }
+
+    fn store(&self, entry: Hpa, value: u64) {
+        at(entry).store(value, Ordering::Release);
+    }
+
+    fn compare_exchange(&self, entry: Hpa, current: u64, new: u64) -> Result<u64, u64> {
+        at(entry).compare_exchange(current, new, Ordering::AcqRel, Ordering::Acquire)
+    }
+}
+
+fn at(entry: Hpa) -> &'static AtomicU64 {
+    // SAFETY: an aligned entry of a frame from `alloc`, which is identity-mapped and stays so.
+    unsafe { AtomicU64::from_ptr(entry.0 as *mut u64) }
+}
