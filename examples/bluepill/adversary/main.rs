@@ -47,7 +47,7 @@ static BEATS: AtomicU64 = AtomicU64::new(0);
 
 type Attempt = fn(&[Range<u64>]) -> Result<(), &'static str>;
 
-const ATTEMPTS: [(&str, Attempt); 9] = [
+const ATTEMPTS: [(&str, Attempt); 10] = [
     ("sees_the_signature", sees_the_signature),
     ("reads_its_memory", reads_its_memory),
     ("writes_its_memory", writes_its_memory),
@@ -59,6 +59,10 @@ const ATTEMPTS: [(&str, Attempt); 9] = [
         inner::writes_its_memory,
     ),
     ("resets_a_processor", resets_a_processor),
+    (
+        "resets_a_processor_in_vmx_operation",
+        inner::resets_in_vmx_operation,
+    ),
     ("resets_a_processor_from_a_guest", inner::resets_a_processor),
 ];
 
@@ -95,6 +99,7 @@ fn reserved(boot: &Boot) -> Vec<Range<u64>> {
 fn beat() {
     loop {
         BEATS.fetch_add(1, Ordering::Relaxed);
+        inner::follow_wish();
         core::hint::spin_loop();
     }
 }
@@ -321,10 +326,20 @@ pub(crate) fn survives_vmrun(address: u64) -> bool {
 
 fn resets_a_processor(_: &[Range<u64>]) -> Result<(), &'static str> {
     check(beats(), "the other processor does not run")?;
-    command(INIT);
+    send_init();
     check(!beats(), "INIT has no effect")?;
     check(lives(), "it is gone")?;
-    // The runtime's start code is where it was when it started that processor before.
+    start_again()
+}
+
+/// Sends INIT to the other processor.
+pub(crate) fn send_init() {
+    command(INIT);
+}
+
+/// Starts the other processor after INIT: the runtime's start code is where it was when it started that
+/// processor before.
+pub(crate) fn start_again() -> Result<(), &'static str> {
     command(STARTUP);
     check(beats(), "the other processor does not start again")
 }

@@ -4,12 +4,14 @@ mod svm;
 mod vmx;
 
 use core::ops::Range;
-use core::sync::atomic::{AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use testudo_arch::{FrameAlloc, FrameMem, Hpa};
-use testudo_rt::{cpu, memory};
+use testudo_rt::{cpu, memory, time};
 
-use crate::{APIC, ICR_HIGH, ICR_LOW, INIT, beats, check, has_vmx, lives, read};
+use crate::{
+    APIC, ICR_HIGH, ICR_LOW, INIT, beats, check, has_vmx, lives, read, send_init, start_again,
+};
 
 pub(crate) type Outcome = Result<(), &'static str>;
 
@@ -58,6 +60,45 @@ pub(crate) fn resets_a_processor(_: &[Range<u64>]) -> Outcome {
     run(&code, APIC, None)?;
     check(!beats(), "INIT has no effect")?;
     check(lives(), "it is gone")
+}
+
+/// INIT for a processor in VMX root operation, which takes it when it has left that (SDM vol. 3C, 24.8).
+pub(crate) fn resets_in_vmx_operation(_: &[Range<u64>]) -> Outcome {
+    if !has_vmx() {
+        return Ok(());
+    }
+    let wait_for = |operation| {
+        WISH.store(operation, Ordering::Release);
+        let deadline = time::now_ns() + 1_000_000_000;
+        while IN_OPERATION.load(Ordering::Acquire) != operation && time::now_ns() < deadline {
+            core::hint::spin_loop();
+        }
+        IN_OPERATION.load(Ordering::Acquire) == operation
+    };
+    check(wait_for(true), "the other processor's VMXON fails")?;
+    send_init();
+    check(beats(), "INIT is not blocked in VMX operation")?;
+    check(wait_for(false), "the other processor's VMXOFF fails")?;
+    check(!beats(), "INIT is lost")?;
+    start_again()
+}
+
+/// Whether the other processor is to be in VMX operation, and whether it is.
+static WISH: AtomicBool = AtomicBool::new(false);
+static IN_OPERATION: AtomicBool = AtomicBool::new(false);
+
+/// What the other processor does beside beating.
+pub(crate) fn follow_wish() {
+    let wish = WISH.load(Ordering::Acquire);
+    if wish != IN_OPERATION.load(Ordering::Relaxed) {
+        // INIT may come right after VMXOFF.
+        if !wish {
+            IN_OPERATION.store(false, Ordering::Release);
+        }
+        if vmx::operate(wish) && wish {
+            IN_OPERATION.store(true, Ordering::Release);
+        }
+    }
 }
 
 /// Runs code in real mode, with the page at 0x1000 being `target`, to its HLT; gives RAX. With `maps`, that page

@@ -59,6 +59,23 @@ pub(super) fn names_its_memory(secret: &[Range<u64>]) -> Outcome {
     check(lives(), "it is gone")
 }
 
+/// Enters or leaves VMX operation; whether it succeeded.
+pub(super) fn operate(wish: bool) -> bool {
+    if !wish {
+        // SAFETY: in VMX operation, with no VMCS.
+        return unsafe { raw::vmxoff() }.is_ok() && try_set_cr4(cr4() & !VMXE);
+    }
+    // SAFETY: CPL 0.
+    let (Ok(caps), Some(own)) = (unsafe { Vmx::capabilities() }, Frames.alloc()) else {
+        return false;
+    };
+    // SAFETY: the frame is ours, zeroed and identity-mapped; CR0 and CR4 suit.
+    unsafe {
+        (own.0 as *mut u32).write(caps.basic.revision());
+        try_set_cr4(cr4() | VMXE) && raw::vmxon(own).is_ok()
+    }
+}
+
 /// See [`super::run`].
 pub(super) fn run(code: &[u8], target: u64, maps: Option<u64>) -> Result<u64, &'static str> {
     // SAFETY: CPL 0.
