@@ -112,7 +112,7 @@ pub(crate) fn begin_to_look(id: usize) -> &'static AtomicU32 {
     word
 }
 
-/// Puts an INIT off that the guest's processor does not take in its present state (SDM vol. 3C, 24.8), until
+/// Puts an INIT off that the guest's processor does not take in its present state (SDM vol. 3C, 26.8), until
 /// [`take_up`]; meanwhile neither another one nor a start-up message has an effect on it.
 pub(crate) fn put_off(id: usize) {
     let state = &PROCESSORS[id].state;

@@ -218,7 +218,7 @@ impl NestedVmx {
     /// # Errors
     ///
     /// L0's own access to a VMCS failed.
-    pub fn refuse_vmcall<P: VmcsPair, M, S, R>(
+    pub fn refuse_vmcall<P: VmcsPair, M: GuestMemory, S, R>(
         &mut self,
         cx: &mut Context<'_, P, M, S, R>,
     ) -> Result<Outcome, AccessError> {
@@ -228,7 +228,7 @@ impl NestedVmx {
             Err(Stop::Access(error)) => return Err(error),
         }
         let fail = VmFail::Valid(InstructionError::VmcallInRoot);
-        self.finish(Err(fail), &mut cx.vmcs.l1())?;
+        self.finish(Err(fail), cx.memory, &mut cx.vmcs.l1())?;
         Ok(Outcome::Done)
     }
 

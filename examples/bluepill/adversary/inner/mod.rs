@@ -62,7 +62,7 @@ pub(crate) fn resets_a_processor(_: &[Range<u64>]) -> Outcome {
     check(lives(), "it is gone")
 }
 
-/// INIT for a processor in VMX root operation, which takes it when it has left that (SDM vol. 3C, 24.8).
+/// INIT for a processor in VMX root operation, which takes it when it has left that (SDM vol. 3C, 26.8).
 pub(crate) fn resets_in_vmx_operation(_: &[Range<u64>]) -> Outcome {
     if !has_vmx() {
         return Ok(());

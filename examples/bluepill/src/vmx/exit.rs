@@ -34,7 +34,7 @@ impl Guest<'_> {
         };
         if event == Event::Nmi {
             // Its delivery blocks NMIs, and the entry that delivers it again must not find them blocked
-            // (SDM vol. 3C, 27.3.1.5).
+            // (SDM vol. 3C, 29.3.1.5).
             let state = self.processor.get(fields::GUEST_INTERRUPTIBILITY)?;
             let blocked = Interruptibility::BLOCKING_BY_NMI.bits();
             self.processor
@@ -165,7 +165,7 @@ impl Guest<'_> {
                 registers::set_cr8(value as u8);
                 self.advance()
             }
-            // In VMX operation these bits are as they are (SDM vol. 3C, 24.8), for the guest's guest in any case.
+            // In VMX operation these bits are as they are (SDM vol. 3C, 26.8), for the guest's guest in any case.
             _ if self.level == Level::L2 => self.inject(Event::GP0),
             0 => {
                 let numeric_error = Cr0Flags::NUMERIC_ERROR.bits();

@@ -207,14 +207,14 @@ impl Guest<'_> {
     /// Gives the guest these registers, and nothing that is on its way to it.
     fn set_system(&mut self, system: &SystemRegisters) -> Result<(), VmxError> {
         let tables = self.tables;
-        // Entries leave CD and NW as they are in the processor (SDM vol. 3C, 27.3.2.1), as INIT does.
+        // Entries leave CD and NW as they are in the processor (SDM vol. 3C, 29.3.2.1), as INIT does.
         let kept = Cr0Flags::CACHE_DISABLE | Cr0Flags::NOT_WRITE_THROUGH;
         let mut hardware = SystemRegisters {
             cr0: system.cr0 & !kept.bits() | tables.cr0_ones() | Cr0Flags::EXTENSION_TYPE.bits(),
             cr4: system.cr4 | tables.caps.cr4.ones,
             ..*system
         };
-        // An entry in IA-32e mode takes only the type of the 64-bit TSS (SDM vol. 3C, 27.3.1.2), and the
+        // An entry in IA-32e mode takes only the type of the 64-bit TSS (SDM vol. 3C, 29.3.1.2), and the
         // guest gets there without an exit at which the type could be changed.
         hardware.tr.attributes =
             SegmentAttributes::from_bits_retain(hardware.tr.attributes.bits() & !0xF | BUSY_TSS);
@@ -362,7 +362,7 @@ impl Guest<'_> {
 
     /// Has whatever runs take this event at its next entry.
     fn inject(&mut self, mut event: Event) -> Result<(), VmxError> {
-        // In real mode "no error code is delivered" (SDM vol. 3C, 27.6.1.1), and an entry that asks for it fails.
+        // In real mode "no error code is delivered" (SDM vol. 3C, 29.6.1.1), and an entry that asks for it fails.
         if let Event::Exception { error_code, .. } = &mut event
             && error_code.is_some()
             && self.processor.get(fields::GUEST_CR0)? & Cr0Flags::PROTECTED_MODE_ENABLE.bits() == 0

@@ -115,6 +115,7 @@ impl Tables {
             let all = Offer {
                 ept: true,
                 vpid: true,
+                enlightened: false,
             };
             let l1 = Processor::read_from(|leaf, sub| cpuid.query(leaf, sub));
             let mut offered = offer(&caps, l1, all);
@@ -294,7 +295,7 @@ pub(super) fn format(caps: &VmxCaps) -> Ept {
     }
 }
 
-/// The EPT. The range registers do not count for a guest on EPT (SDM vol. 3C, 29.3.7): the entries have the
+/// The EPT. The range registers do not count for a guest on EPT (SDM vol. 3C, 31.3.7): the entries have the
 /// types that they give, and what the guest's page attributes make of them is as without a hypervisor.
 fn table(
     caps: &VmxCaps,

@@ -1,4 +1,4 @@
-//! Hardware task switches, which always exit (SDM vol. 3C, 26.4.2).
+//! Hardware task switches, which always exit (SDM vol. 3C, 28.4.2).
 
 use testudo_arch::regs::SystemRegisters;
 use testudo_arch::{Cr0Flags, Cr4Flags, EferFlags, Event, Gpa, GuestMemory};

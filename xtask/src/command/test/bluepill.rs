@@ -11,7 +11,12 @@ use crate::run;
 
 pub(super) fn run(tally: &mut Tally, full: bool) -> Result<()> {
     run::progress("a machine under a hypervisor that started first");
-    tally.check("bluepill::adversary_gets_nowhere", || adversary("qemu"));
+    tally.check("bluepill::adversary_gets_nowhere", || {
+        adversary("svm", "qemu")
+    });
+    tally.check("bluepill::adversary_gets_nowhere_on_vmx", || {
+        adversary("vmx", "bochs")
+    });
     // QEMU alone does not get a second processor of Linux to start when it counts instructions as time.
     tally.check("bluepill::linux_has_the_machine", || {
         status_of(
@@ -22,7 +27,7 @@ pub(super) fn run(tally: &mut Tally, full: bool) -> Result<()> {
     });
     if full {
         tally.check("bluepill::adversary_gets_nowhere_on_bochs", || {
-            adversary("bochs")
+            adversary("svm", "bochs")
         });
         tally.check("bluepill::grub_starts_it", || {
             status_of(
@@ -50,19 +55,35 @@ pub(super) fn run(tally: &mut Tally, full: bool) -> Result<()> {
                 "2",
             )
         });
+        tally.check("bluepill::linux_has_the_machine_on_vmx", || {
+            status_of(
+                &[
+                    "--backend",
+                    "vmx",
+                    "--processors",
+                    "2",
+                    "--run",
+                    LOOK_AROUND,
+                ],
+                5,
+                "Testudo pill: processors 2",
+            )
+        });
     }
     Ok(())
 }
 
-/// Both processors, the real interrupt controller, and SVM for whoever wants it.
-const LOOK_AROUND: &str = "test $(nproc) = 2 && pill-info && grep -qw svm /proc/cpuinfo \
+/// Both processors, the real interrupt controller, and SVM or VMX for whoever wants it.
+const LOOK_AROUND: &str = "test $(nproc) = 2 && pill-info && grep -Eqw 'svm|vmx' /proc/cpuinfo \
                            && grep -q IO-APIC /proc/interrupts && exit 5";
 
 /// The guest that tries to get at the hypervisor.
-fn adversary(emulator: &str) -> Result<()> {
+fn adversary(backend: &str, emulator: &str) -> Result<()> {
     let kernel = bare::build_binary(PILL, "adversary")?;
     let kernel = kernel.to_string_lossy();
     let arguments = [
+        "--backend",
+        backend,
         "--emulator",
         emulator,
         "--processors",
