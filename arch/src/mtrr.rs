@@ -188,7 +188,10 @@ impl Mtrrs {
         let page = self.addresses & !0xFFF;
         let valid = match which {
             Which::Default => value & !DEF_TYPE_DEFINED == 0 && known(value),
-            Which::Fixed(_) => value.to_le_bytes().into_iter().all(|kind| known(kind.into())),
+            Which::Fixed(_) => value
+                .to_le_bytes()
+                .into_iter()
+                .all(|kind| known(kind.into())),
             Which::Base(_) => value & !(page | 0xFF) == 0 && known(value),
             Which::Mask(_) => value & !(page | VALID) == 0,
         };
@@ -226,9 +229,8 @@ impl Mtrrs {
             return T::Uncacheable;
         }
         if address < FIXED_END && self.fixed_count() {
-            let covers = |&(_, start, size): &(u32, u64, u64)| {
-                (start..start + 8 * size).contains(&address)
-            };
+            let covers =
+                |&(_, start, size): &(u32, u64, u64)| (start..start + 8 * size).contains(&address);
             if let Some(index) = FIXED.iter().position(covers) {
                 let (_, start, size) = FIXED[index];
                 let range = ((address - start) / size) as usize;
@@ -251,7 +253,8 @@ impl Mtrrs {
     /// The addresses below `end` in order, in ranges of one type each and each as long as can be. `None`
     /// if a variable range is not one range: its mask has holes, which no firmware makes.
     pub fn ranges(&self, end: u64) -> Option<Ranges<'_>> {
-        let whole = |mask: u64| (mask | !self.addresses).leading_ones() + mask.trailing_zeros() >= 64;
+        let whole =
+            |mask: u64| (mask | !self.addresses).leading_ones() + mask.trailing_zeros() >= 64;
         let suits = self.enabled().all(|(_, mask, _)| whole(mask));
         suits.then_some(Ranges {
             mtrrs: self,
@@ -335,11 +338,7 @@ mod tests {
     /// The registers as Bochs's firmware leaves them: the PCI hole from 3 GiB on is uncacheable.
     #[test]
     fn a_pc() {
-        let mtrrs = of(&[
-            (0x259, 0),
-            (0x200, 0xC000_0000),
-            (0x201, 0xF_C000_0800),
-        ]);
+        let mtrrs = of(&[(0x259, 0), (0x200, 0xC000_0000), (0x201, 0xF_C000_0800)]);
         let ranges: Vec<_> = mtrrs.ranges(1 << BITS).unwrap().collect();
         assert_eq!(
             ranges,
