@@ -8,6 +8,9 @@
 use core::arch::naked_asm;
 use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
+use testudo_arch::cpuid::Cpuid;
+use testudo_arch::regs::SystemRegisters;
+use testudo_arch::{Gprs, Segment};
 use testudo_rt::irq::{self, TrapFrame};
 use testudo_rt::{cpu, time};
 use testudo_vmx::hw::called_off;
@@ -69,6 +72,27 @@ pub(crate) enum Order {
     Reset,
     /// Begin in real mode at this page.
     Start(u8),
+}
+
+impl Order {
+    /// The registers with which a processor begins (APM vol. 2, table 14-1; SDM vol. 3A, table 10-1).
+    pub(crate) fn registers(self, cpuid: &Cpuid) -> (SystemRegisters, Gprs) {
+        let mut system = SystemRegisters::reset();
+        if let Self::Start(page) = self {
+            system.cs = Segment {
+                selector: u16::from(page) << 8,
+                base: u64::from(page) << 12,
+                ..system.cs
+            };
+            system.rip = 0;
+        }
+        let [signature, ..] = cpuid.query(1, 0);
+        let gprs = Gprs {
+            rdx: u64::from(signature),
+            ..Gprs::default()
+        };
+        (system, gprs)
+    }
 }
 
 /// Takes over NMIs, and INIT where the processor redirects it.

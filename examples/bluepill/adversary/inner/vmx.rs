@@ -17,7 +17,7 @@ use testudo_vmx::controls::{
 use testudo_vmx::exit::Exit;
 use testudo_vmx::hw::instructions as raw;
 use testudo_vmx::hw::{GuestRegisters, HostState, RegionFrame, VmcsKind, Vmx};
-use testudo_vmx::{VmFail, VmcsWrite, VmxCaps, fields, state};
+use testudo_vmx::{VmcsWrite, VmxCaps, fields, state};
 
 use super::{Frames, Outcome};
 use crate::{VMXE, check, cr4, lives, try_set_cr4};
@@ -95,12 +95,12 @@ pub(super) fn run(code: &[u8], target: u64, maps: Option<u64>) -> Result<u64, &'
 
     // SAFETY: CPL 0, `caps` are this processor's, and nobody moves us to another.
     let mut vmx = unsafe { Vmx::enable(&caps, region()?) }.map_err(|_| "VMX cannot be enabled")?;
-    let fail = |_: VmFail| "a VMCS cannot be made";
+    const NO_VMCS: &str = "a VMCS cannot be made";
     let mut own = vmx
         .create_vmcs(region()?, VmcsKind::Ordinary)
-        .map_err(fail)?;
+        .map_err(|_| NO_VMCS)?;
     let mut held = vmx.hold_interrupts();
-    let mut vmcs = vmx.load(&mut own).map_err(fail)?;
+    let mut vmcs = vmx.load(&mut own).map_err(|_| NO_VMCS)?;
     prepare(&mut vmcs, &caps, maps).map_err(|_| "the VMCS cannot be written")?;
     let pointer = format.pointer(table.root());
     vmcs.set(fields::EPT_POINTER, pointer)

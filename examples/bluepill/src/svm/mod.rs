@@ -22,7 +22,7 @@ use core::convert::Infallible;
 
 use testudo_arch::memory::GuestRam;
 use testudo_arch::regs::SystemRegisters;
-use testudo_arch::{EferFlags, Event, FrameAlloc, Gpa, Gprs, Hpa, Msr, PAGE_SIZE, RFlags, Segment};
+use testudo_arch::{EferFlags, Event, FrameAlloc, Gpa, Hpa, Msr, PAGE_SIZE, RFlags};
 use testudo_ept::format::npt::Npt;
 use testudo_machine::boot::BootState;
 use testudo_nested::svm::{
@@ -43,7 +43,7 @@ use crate::Pill;
 use crate::apic;
 use crate::frames::Frames;
 use crate::nesting::{Flusher, PAGE_LIMIT};
-use crate::processors::{self, Nmis, Order};
+use crate::processors::{self, Nmis};
 use crate::registers;
 use crate::view::Translate;
 
@@ -239,20 +239,8 @@ impl<'a> Guest<'a> {
         self.nested.reset();
         self.nmi = false;
         self.holds = false;
-        let mut system = SystemRegisters::reset();
-        if let Order::Start(page) = order {
-            system.cs = Segment {
-                selector: u16::from(page) << 8,
-                base: u64::from(page) << 12,
-                ..system.cs
-            };
-            system.rip = 0;
-        }
-        let [signature, ..] = self.pill.cpuid.query(1, 0);
-        self.registers.gprs = Gprs {
-            rdx: u64::from(signature),
-            ..Gprs::default()
-        };
+        let (system, gprs) = order.registers(&self.pill.cpuid);
+        self.registers.gprs = gprs;
         let pat = self.vmcb01.g_pat();
         *self.vmcb01 = Vmcb::new();
         self.set_controls();

@@ -32,7 +32,7 @@ use testudo_arch::memory::GuestRam;
 use testudo_arch::mtrr::Mtrrs;
 use testudo_arch::regs::SystemRegisters;
 use testudo_arch::segment::SegmentAttributes;
-use testudo_arch::{Cr0Flags, EferFlags, Event, FrameAlloc, Gprs, Hpa, Msr, PageSize, Segment};
+use testudo_arch::{Cr0Flags, EferFlags, Event, FrameAlloc, Hpa, Msr, PageSize};
 use testudo_machine::backend::vmx::{Level, Processor, ThisProcessor};
 use testudo_machine::boot::BootState;
 use testudo_nested::vmx::{Acceptance, ComposedStage, PhysicalEvent};
@@ -47,7 +47,7 @@ use crate::Pill;
 use crate::apic;
 use crate::frames::Frames;
 use crate::nesting::Flusher;
-use crate::processors::{self, Nmis, Order};
+use crate::processors::{self, Nmis};
 use crate::registers;
 use nested::Nested;
 
@@ -117,10 +117,7 @@ pub(crate) fn run(
     // SAFETY: CPL 0, the capabilities are this processor's, and the program's flow stays on it.
     let mut vmx = unsafe { Vmx::enable(&tables.caps, region()?)? };
     let mut vmcs = |wanted: bool, kind| match wanted {
-        true => {
-            let vmcs = vmx.create_vmcs(region()?, kind);
-            vmcs.map(Some).map_err(VmxError::Vmcs)
-        }
+        true => Ok::<_, VmxError>(Some(vmx.create_vmcs(region()?, kind)?)),
         false => Ok(None),
     };
     let nesting = tables.guest_caps.is_some();
@@ -138,7 +135,7 @@ pub(crate) fn run(
                 .map_err(VmxError::Invalidation)?;
         }
     }
-    let current = vmx.load(&mut vmcs01).map_err(VmxError::Vmcs)?;
+    let current = vmx.load(&mut vmcs01)?;
     // SAFETY: the runtime uses none of these registers and has CR4.OSXSAVE and OSFXSR set.
     unsafe { resident.load() };
     // SAFETY: as above.
@@ -341,20 +338,8 @@ impl Guest<'_> {
         self.reset_nested()?;
         self.nmi = false;
         self.set_window(false)?;
-        let mut system = SystemRegisters::reset();
-        if let Order::Start(page) = order {
-            system.cs = Segment {
-                selector: u16::from(page) << 8,
-                base: u64::from(page) << 12,
-                ..system.cs
-            };
-            system.rip = 0;
-        }
-        let [signature, ..] = self.pill.cpuid.query(1, 0);
-        self.registers.gprs = Gprs {
-            rdx: u64::from(signature),
-            ..Gprs::default()
-        };
+        let (system, gprs) = order.registers(&self.pill.cpuid);
+        self.registers.gprs = gprs;
         self.set_system(&system)?;
         registers::clear_breakpoints();
         Ok(())

@@ -20,7 +20,7 @@ use testudo_vmx::controls::{
 };
 use testudo_vmx::hw::instructions::InvvpidKind;
 use testudo_vmx::hw::{EnableError, ResidentUnsupported, Vmx};
-use testudo_vmx::{AccessError, VmFail, VmxCaps};
+use testudo_vmx::{AccessError, RegionError, VmFail, VmxCaps};
 
 use crate::apic;
 use crate::frames::Frames;
@@ -54,6 +54,8 @@ pub(crate) enum VmxError {
     #[error(transparent)]
     Enable(#[from] EnableError),
     #[error("the VMCS cannot be used: {0}")]
+    Region(#[from] RegionError),
+    #[error("the VMCS cannot be made current: {0}")]
     Vmcs(VmFail),
     #[error("translations cannot be invalidated: {0}")]
     Invalidation(VmFail),
