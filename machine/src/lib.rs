@@ -38,4 +38,4 @@ pub use host::Host;
 pub use machine::{BuildError, Machine, MachineConfig};
 pub use run::VcpuLoop;
 pub use stop::{Stop, StopReason};
-pub use vcpu::{Vcpu, VcpuError, VmExit};
+pub use vcpu::{NestedStateError, Vcpu, VcpuError, VmExit};

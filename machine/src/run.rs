@@ -6,6 +6,8 @@
 
 mod instructions;
 
+use core::num::NonZeroU32;
+
 use testudo_arch::memory::BroughtIn;
 use testudo_arch::regs::{Gprs, SystemRegisters};
 use testudo_arch::segment::SegmentAttributes;
@@ -35,6 +37,22 @@ enum Activity {
     WaitsForStartup,
 }
 
+/// How often nested state was saved and restored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Renewals {
+    /// In all.
+    pub all: u64,
+    /// While the guest's own guest ran.
+    pub within_guest: u64,
+}
+
+#[derive(Clone, Copy)]
+struct Renewal {
+    every: NonZeroU32,
+    left: u32,
+    renewals: Renewals,
+}
+
 /// A vCPU and everything that it alone uses.
 pub struct VcpuLoop<'m, V, M> {
     machine: &'m Machine<M>,
@@ -56,6 +74,9 @@ pub struct VcpuLoop<'m, V, M> {
     /// What the vCPU's own timer was last set to, and what the host's TSC is then.
     turn: (Option<u64>, Option<u64>),
     stats: Option<ExitStats>,
+    renewal: Option<Renewal>,
+    /// `stats` or `renewal` want to know of every exit.
+    watched: bool,
     /// Where an instruction ends that the emulator left to the machine.
     emulated_next: Option<u64>,
 }
@@ -91,6 +112,8 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
             timer: None,
             turn: (None, None),
             stats: None,
+            renewal: None,
+            watched: false,
             emulated_next: None,
         }
     }
@@ -99,7 +122,27 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
     #[must_use]
     pub fn with_stats(mut self) -> Self {
         self.stats = Some(ExitStats::default());
+        self.watched = true;
         self
+    }
+
+    /// Has the nested state saved and restored every so many times that the host or an open window ended
+    /// the guest's turn: as a migration would, but that the vCPU stays. For tests of that.
+    #[must_use]
+    pub fn with_renewal(mut self, turns: NonZeroU32) -> Self {
+        self.renewal = Some(Renewal {
+            every: turns,
+            left: turns.get(),
+            renewals: Renewals::default(),
+        });
+        self.watched = true;
+        self
+    }
+
+    /// How often that happened.
+    pub fn renewals(&self) -> Renewals {
+        self.renewal
+            .map_or(Renewals::default(), |renewal| renewal.renewals)
     }
 
     /// What the exits cost, if it was counted.
@@ -120,7 +163,7 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
                 return stop;
             }
             match self.vcpu.run(self.lapic.requests()) {
-                Ok(exit) if self.stats.is_some() => self.handle_counted(exit),
+                Ok(exit) if self.watched => self.handle_watched(exit),
                 Ok(VmExit::Cpuid) => self.cpuid(),
                 Ok(exit) => self.handle(exit),
                 Err(error) => return self.stop(StopReason::Backend(error)),
@@ -144,12 +187,43 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
     }
 
     #[cold]
-    fn handle_counted(&mut self, exit: VmExit) {
+    fn handle_watched(&mut self, exit: VmExit) {
         let start = self.machine.host.tsc();
         self.handle(exit);
         let ticks = self.machine.host.tsc().wrapping_sub(start);
         if let Some(stats) = &mut self.stats {
             stats.record(&exit, ticks);
+        }
+        let Some(renewal) = &mut self.renewal else {
+            return;
+        };
+        // At other exits than these it is rarely the guest's own guest that runs.
+        if !matches!(exit, VmExit::Interrupted | VmExit::InterruptWindow) {
+            return;
+        }
+        renewal.left -= 1;
+        if renewal.left == 0 {
+            renewal.left = renewal.every.get();
+            self.renew_nested();
+        }
+    }
+
+    /// The nested state goes through its bytes.
+    fn renew_nested(&mut self) {
+        let saved = match self.vcpu.save_nested() {
+            Ok(Some(saved)) => saved,
+            Ok(None) => return,
+            Err(error) => return self.fail(StopReason::Backend(error)),
+        };
+        self.attention = true;
+        match self.vcpu.restore_nested(&saved) {
+            Ok(within_guest) => {
+                if let Some(Renewal { renewals, .. }) = &mut self.renewal {
+                    renewals.all += 1;
+                    renewals.within_guest += u64::from(within_guest);
+                }
+            }
+            Err(error) => self.fail(StopReason::NestedState(error)),
         }
     }
 

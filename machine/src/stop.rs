@@ -5,7 +5,7 @@ use core::fmt;
 use testudo_arch::regs::{CpuMode, SystemRegisters};
 use testudo_arch::{Gpa, Gprs, Segment};
 
-use crate::vcpu::VcpuError;
+use crate::vcpu::{NestedStateError, VcpuError};
 
 /// Why a machine stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -52,6 +52,9 @@ pub enum StopReason {
         /// What the processor said about it.
         info: [u64; 2],
     },
+    /// The state of a guest hypervisor was not taken up again.
+    #[error("the nested state cannot be restored: {0}")]
+    NestedState(NestedStateError),
     /// The backend failed.
     #[error(transparent)]
     Backend(VcpuError),

@@ -1,5 +1,6 @@
 //! The vCPU: the one trait that every backend implements, and the exits it reports.
 
+use alloc::vec::Vec;
 use core::sync::atomic::AtomicU32;
 
 use testudo_arch::regs::SystemRegisters;
@@ -173,6 +174,26 @@ pub enum VcpuError {
     Invalidation(testudo_vmx::VmFail),
 }
 
+/// Nested state that a vCPU does not take up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum NestedStateError {
+    /// The vCPU is not a hypervisor's.
+    #[error("this vCPU has no nested virtualization")]
+    Unsupported,
+    /// The nested layer for AMD-V refuses it.
+    #[cfg(feature = "svm")]
+    #[error(transparent)]
+    Svm(#[from] testudo_nested::svm::RestoreError),
+    /// The nested layer for VT-x refuses it.
+    #[cfg(feature = "vmx")]
+    #[error(transparent)]
+    Vmx(#[from] testudo_nested::vmx::RestoreError),
+    /// The backend failed.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+}
+
 /// A virtual processor.
 ///
 /// A vCPU belongs to one thread or processor. `run` enters the guest; everything else reads or
@@ -257,6 +278,28 @@ pub trait Vcpu {
     /// How many exits the backend settled by itself, if it counts them.
     fn settled(&self) -> Option<Settled> {
         None
+    }
+
+    /// All that the vCPU has of a nested guest, as bytes in a versioned format: with it the guest's
+    /// own guest goes on in another vCPU that has the same registers otherwise. `None` without
+    /// nested virtualization.
+    ///
+    /// # Errors
+    ///
+    /// The backend failed.
+    fn save_nested(&mut self) -> Result<Option<Vec<u8>>, VcpuError> {
+        Ok(None)
+    }
+
+    /// Takes such state up in place of what there is; says whether the guest's own guest runs by it.
+    /// Windows are to be asked for again. After an error the guest must not run before another attempt
+    /// succeeds.
+    ///
+    /// # Errors
+    ///
+    /// The state is one that this vCPU cannot have been in, or the backend failed.
+    fn restore_nested(&mut self, _state: &[u8]) -> Result<bool, NestedStateError> {
+        Err(NestedStateError::Unsupported)
     }
 
     /// Whether an event has ended the turn of a guest of the guest's since the last call: if that

@@ -1,6 +1,7 @@
-//! The program's own command line: `memory=MIB vcpus=N guests=N nested enlightened paging=nested|shadow timeout=SECONDS stats verbose -- guest command line`.
+//! The program's own command line: `memory=MIB vcpus=N guests=N nested enlightened renew=TURNS paging=nested|shadow timeout=SECONDS stats verbose -- guest command line`.
 
 use core::fmt;
+use core::num::NonZeroU32;
 
 use testudo_machine::paging::Paging;
 
@@ -19,6 +20,8 @@ pub(crate) struct Args<'a> {
     pub(crate) nested: bool,
     /// Whether it is offered enlightened VMCSs.
     pub(crate) enlightened: bool,
+    /// After how many turns each that an interrupt ended, its nested state is saved and restored.
+    pub(crate) renew: Option<NonZeroU32>,
     /// How its memory is put behind its paging; `None` takes what the processor has.
     pub(crate) paging: Option<Paging>,
     /// How many seconds the guest may run.
@@ -41,7 +44,7 @@ impl fmt::Display for BadWord<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "`{}` is not understood; write `memory=MIB vcpus=N guests=N nested enlightened paging=nested|shadow timeout=SECONDS stats verbose DEVICES -- GUEST COMMAND LINE`, \
+            "`{}` is not understood; write `memory=MIB vcpus=N guests=N nested enlightened renew=TURNS paging=nested|shadow timeout=SECONDS stats verbose DEVICES -- GUEST COMMAND LINE`, \
              DEVICES being of `{}`",
             self.0,
             DeviceArgs::USAGE
@@ -58,6 +61,7 @@ impl<'a> Args<'a> {
             guests: 1,
             nested: false,
             enlightened: false,
+            renew: None,
             paging: None,
             timeout_s: None,
             stats: false,
@@ -81,6 +85,10 @@ impl<'a> Args<'a> {
                 Some(("paging", "shadow")) => args.paging = Some(Paging::Shadow),
                 None if word == "stats" => args.stats = true,
                 None if word == "verbose" => args.verbose = true,
+                Some(("renew", turns)) => match turns.parse() {
+                    Ok(turns) => args.renew = Some(turns),
+                    _ => return bad,
+                },
                 Some(("memory", mib)) => match mib.parse() {
                     Ok(mib) if mib > 0 && mib <= 1 << 24 => args.memory_mib = mib,
                     _ => return bad,

@@ -27,6 +27,7 @@ use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
+use core::num::NonZeroU32;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use spin::{Mutex, Once};
@@ -63,6 +64,7 @@ struct Shared {
     lapics: Mutex<Vec<Option<Lapic>>>,
     start: BootState,
     count_exits: bool,
+    renew: Option<NonZeroU32>,
     stats: Mutex<ExitStats>,
     /// What the vCPUs' runs took in ticks of the time-stamp counter, waits included.
     ticks: AtomicU64,
@@ -204,6 +206,7 @@ fn prepare(
         lapics: Mutex::new(lapics.into_iter().map(Some).collect()),
         start,
         count_exits: args.stats,
+        renew: args.renew,
         stats: Mutex::new(ExitStats::default()),
         ticks: AtomicU64::new(0),
         output,
@@ -311,10 +314,20 @@ impl Work for Guest {
             vcpu = vcpu.with_stats();
             host::count_waits();
         }
+        if let Some(turns) = shared.renew {
+            vcpu = vcpu.with_renewal(turns);
+        }
         let start = rt::time::tsc();
         let stop = vcpu.run();
         let ticks = rt::time::tsc().wrapping_sub(start);
         shared.ticks.fetch_add(ticks, Ordering::Relaxed);
+        if shared.renew.is_some() {
+            let renewals = vcpu.renewals();
+            println!(
+                "testudo: nested state saved and restored {} times, {} of them while a nested guest ran",
+                renewals.all, renewals.within_guest
+            );
+        }
         if let Some(stats) = vcpu.stats() {
             shared.stats.lock().add(&stats);
         }

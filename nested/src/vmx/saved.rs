@@ -65,7 +65,7 @@ pub struct SavedVmcs {
 }
 
 /// State that cannot be restored.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum RestoreError {
     /// Its bytes are not what they should be.

@@ -58,6 +58,10 @@ pub(crate) struct Nested {
     /// On VT-x, offer KVM enlightened VMCSs by Hyper-V's interface
     #[arg(long)]
     enlightened: bool,
+    /// Save the nested state and restore it, as a migration would, after every so many turns that an
+    /// interrupt ended
+    #[arg(long, value_name = "TURNS")]
+    renew: Option<u32>,
     /// Have the guest hypervisors shadow their guests' page tables instead of nesting them
     #[arg(long)]
     shadow: bool,
@@ -138,6 +142,7 @@ impl Nested {
             guests: 1,
             vcpus: 1,
             enlightened: false,
+            renew: None,
             shadow: false,
             run: None,
             stats: false,
@@ -180,11 +185,13 @@ impl Nested {
             ..Machine::new(self.backend.emulator())
         };
         let stats = if self.stats { " stats" } else { "" };
+        let renew = self.renew.map(|turns| format!(" renew={turns}"));
+        let renew = renew.unwrap_or_default();
         let enlightened = if self.enlightened { " enlightened" } else { "" };
         let limit = limit(&mut machine);
         let payload = Payload {
             command_line: format!(
-                "guests={} memory={} vcpus={} nested{enlightened}{limit}{stats} -- {}",
+                "guests={} memory={} vcpus={} nested{enlightened}{renew}{limit}{stats} -- {}",
                 self.guests, outermost.memory, self.vcpus, outermost.command_line,
             ),
             modules: outermost.modules,

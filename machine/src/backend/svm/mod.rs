@@ -16,6 +16,7 @@ mod exit;
 mod nested;
 mod shadow;
 
+use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU32, Ordering};
 
 use testudo_arch::regs::{SegmentRegister, SystemRegisters};
@@ -37,7 +38,7 @@ use super::mode::Mode;
 use super::{is_valid_pat, is_valid_xcr0};
 use crate::code_cache::CodeCache;
 use crate::stats::Settled;
-use crate::vcpu::{AwaitedInterrupt, Vcpu, VcpuError, VmExit};
+use crate::vcpu::{AwaitedInterrupt, NestedStateError, Vcpu, VcpuError, VmExit};
 
 use super::paging::GuestPaging;
 use nested::Nested;
@@ -360,6 +361,14 @@ impl<M: GuestMemory, S: SecondStage> Vcpu for SvmVcpu<'_, M, S> {
             return Ok(VmExit::Cpuid);
         }
         self.run_on(requests)
+    }
+
+    fn save_nested(&mut self) -> Result<Option<Vec<u8>>, VcpuError> {
+        Ok(self.nested_bytes())
+    }
+
+    fn restore_nested(&mut self, state: &[u8]) -> Result<bool, NestedStateError> {
+        self.take_nested(state)
     }
 
     #[inline]

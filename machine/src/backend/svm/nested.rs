@@ -3,9 +3,12 @@
 //! The decisions are the nested layer's ([`testudo_nested::svm`]). Here they meet the processor:
 //! which VMCB is entered with which ASID, and what becomes of the interrupts that the machine has.
 
+use alloc::vec::Vec;
+
 use testudo_arch::GuestMemory;
 use testudo_nested::svm::{
-    Acceptance, Context, Handled, Instruction, NestedSvm, Outcome, PhysicalEvent, SecondStage,
+    Acceptance, Context, Handled, Instruction, NestedSvm, Outcome, PhysicalEvent, RestoreError,
+    SavedSvm, SecondStage,
 };
 use testudo_svm::exit::ExitCode;
 use testudo_svm::hw::VmcbFrame;
@@ -18,7 +21,7 @@ use super::SvmVcpu;
 use super::exit::{hide_lme, show_lme};
 pub use crate::backend::flusher::Flusher;
 use crate::stats::Settled;
-use crate::vcpu::{AwaitedInterrupt, VmExit};
+use crate::vcpu::{AwaitedInterrupt, NestedStateError, VmExit};
 
 /// What a vCPU needs to be a hypervisor's.
 pub struct NestedParts<S> {
@@ -172,6 +175,36 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
                 }
             }
         }
+    }
+
+    /// The nested state as bytes.
+    pub(super) fn nested_bytes(&self) -> Option<Vec<u8>> {
+        let nested = self.nested.as_ref()?;
+        let saved = nested.state.save(&self.registers.gprs, &self.vmcb01);
+        Some(saved.to_bytes())
+    }
+
+    /// Begins anew with this nested state: neither L2's control block, nor what was composed, nor L1's
+    /// registers while L2 runs, come from anywhere else.
+    pub(super) fn take_nested(&mut self, bytes: &[u8]) -> Result<bool, NestedStateError> {
+        let nested = self.nested.as_mut().ok_or(NestedStateError::Unsupported)?;
+        let saved = SavedSvm::from_bytes(bytes).map_err(RestoreError::from)?;
+        nested.state.reset();
+        *nested.state.vmcb02_mut() = Vmcb::new();
+        nested.stage.flush();
+        nested.state.restore(
+            &saved,
+            &mut Context {
+                gprs: &mut self.registers.gprs,
+                vmcb01: &mut self.vmcb01,
+                memory: self.memory,
+                second_stage: &mut nested.stage,
+            },
+        )?;
+        let is_guest = nested.state.is_guest();
+        self.delivery_due = false;
+        self.apply_window();
+        Ok(is_guest)
     }
 
     /// An SVM instruction of whoever runs.

@@ -5,16 +5,19 @@
 //! has. Between two calls the current VMCS is that of whoever runs.
 
 use alloc::boxed::Box;
+use alloc::vec::Vec;
 
 use testudo_arch::{Event, Gpa, GuestMemory, Hpa};
 use testudo_nested::vmx::{
     Acceptance, Context, ControlRegisters, Handled, Instruction, NestedVmx, Outcome, PhysicalEvent,
-    SecondStage,
+    RestoreError, SavedVmx, SecondStage,
 };
 use testudo_vmx::bitmap::MsrBitmap;
 use testudo_vmx::controls::{EntryControls, PrimaryControls, SecondaryControls};
+use testudo_vmx::encoding::Area;
 use testudo_vmx::event::InterruptionInformation;
 use testudo_vmx::exit::BasicReason;
+use testudo_vmx::fields::FIELDS;
 use testudo_vmx::hw::instructions::{self, ibpb};
 use testudo_vmx::hw::{HostState, Vmcs};
 use testudo_vmx::{AccessError, VmxCaps, fields};
@@ -24,7 +27,7 @@ use super::processor::{Level, Pair};
 use super::{Controls, Processor, ThisProcessor, VmxTables, VmxVcpu, setup};
 pub use crate::backend::flusher::Flusher;
 use crate::stats::Settled;
-use crate::vcpu::{AwaitedInterrupt, Vcpu, VcpuError, VmExit};
+use crate::vcpu::{AwaitedInterrupt, NestedStateError, Vcpu, VcpuError, VmExit};
 
 /// What a vCPU needs to be a hypervisor's.
 pub struct NestedParts<'t, S> {
@@ -297,6 +300,58 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
             Outcome::Abort => Ok(Some(VmExit::Shutdown)),
             Outcome::Hypercall => Ok(Some(VmExit::Hypercall)),
         }
+    }
+
+    /// The nested state as bytes.
+    pub(super) fn nested_bytes(&mut self) -> Result<Option<Vec<u8>>, VcpuError> {
+        // What is known of whoever runs goes to its VMCS, from which the layer takes it.
+        self.prepare()?;
+        let Some(nested) = &mut self.nested else {
+            return Ok(None);
+        };
+        let saved = layer!(self, nested, save())?;
+        self.select(self.level)?;
+        Ok(Some(saved.to_bytes()))
+    }
+
+    /// Begins anew with this nested state: neither the guest state in L2's VMCS nor what was composed
+    /// comes from anywhere else.
+    pub(super) fn take_nested(&mut self, bytes: &[u8]) -> Result<bool, NestedStateError> {
+        if self.nested.is_none() {
+            return Err(NestedStateError::Unsupported);
+        }
+        let saved = SavedVmx::from_bytes(bytes).map_err(RestoreError::from)?;
+        self.prepare()?;
+        self.leave_vmx_operation();
+        self.select(Level::L2)?;
+        for info in FIELDS {
+            let field = info.encoding;
+            if field.area() == Area::Guest && info.exists(self.caps) {
+                let write = self.processor.write_raw(field, 0);
+                write
+                    .map_err(|fail| AccessError::Write {
+                        field,
+                        value: 0,
+                        fail,
+                    })
+                    .map_err(VcpuError::from)?;
+            }
+        }
+        let Some(nested) = &mut self.nested else {
+            return Err(NestedStateError::Unsupported);
+        };
+        nested.stage.flush(None);
+        layer!(self, nested, restore(&saved))?;
+        let is_guest = nested.state.is_guest();
+        self.follow_shadowing()?;
+        self.level = if is_guest { Level::L2 } else { Level::L1 };
+        self.select(self.level)?;
+        self.registers.gprs.rsp = self
+            .processor
+            .get(fields::GUEST_RSP)
+            .map_err(VcpuError::from)?;
+        self.rsp_agreed = self.registers.gprs.rsp;
+        Ok(is_guest)
     }
 
     /// While L1 has a current VMCS, its VMREAD and VMWRITE reach the shadow. Without one the control is

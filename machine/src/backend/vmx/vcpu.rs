@@ -1,5 +1,6 @@
 //! The backend as the machine's loop sees it.
 
+use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU32, Ordering};
 
 use testudo_arch::regs::{SegmentRegister, SystemRegisters};
@@ -15,7 +16,7 @@ use super::{CPUID, Level, Processor, VmxVcpu};
 use crate::backend::{is_valid_pat, is_valid_xcr0};
 use crate::irq::ApicState;
 use crate::stats::Settled;
-use crate::vcpu::{AwaitedInterrupt, Vcpu, VcpuError, VmExit};
+use crate::vcpu::{AwaitedInterrupt, NestedStateError, Vcpu, VcpuError, VmExit};
 
 /// HV_X64_MSR_VP_ASSIST_PAGE of Hyper-V's interface.
 const ASSIST_PAGE: Msr = Msr(0x4000_0073);
@@ -267,6 +268,14 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> Vcpu for VmxVcpu<'_, P, M, S>
         if let Err(error) = self.invalidate_shadow_page(address) {
             self.remember(error);
         }
+    }
+
+    fn save_nested(&mut self) -> Result<Option<Vec<u8>>, VcpuError> {
+        self.nested_bytes()
+    }
+
+    fn restore_nested(&mut self, state: &[u8]) -> Result<bool, NestedStateError> {
+        self.take_nested(state)
     }
 
     fn read_msr(&mut self, msr: Msr) -> Option<u64> {

@@ -26,6 +26,7 @@ mod enlightened;
 mod instructions;
 mod model;
 mod passed_through;
+mod regressions;
 mod resumes;
 mod routing;
 mod saved;

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::FormatError;
-use crate::vmx::{RestoreError, SavedVmx, kvm_layout};
+use crate::vmx::{LaunchState, RestoreError, SavedVmcs, SavedVmx, kvm_layout};
 use proptest::prelude::*;
 
 pub(super) fn save(vm: &mut Vm) -> SavedVmx {
@@ -196,6 +196,48 @@ proptest! {
         let host = super::containment::untouchable(&other);
         if restore(&mut other, &saved).is_ok() && other.nested.is_guest() {
             super::containment::assert_contained(&other, &host);
+        }
+    }
+
+    /// Any state goes through our bytes and comes back; through KVM's, all that it has a place for.
+    #[test]
+    fn both_formats_carry_any_state(
+        flags: [bool; 5], addresses: [u64; 3],
+        values in prop::collection::vec((0..testudo_vmx::fields::FIELDS.len(), any::<u64>()), 0..64),
+    ) {
+        let [is_vmxon, is_current, is_guest, launched, is_enlightened] = flags;
+        let [vmxon, at, assist_page] = addresses;
+        let mut image = Box::new(VmcsImage::new());
+        for (field, value) in values {
+            image.write_raw(testudo_vmx::fields::FIELDS[field].encoding, value).unwrap();
+        }
+        let launch_state = if launched { LaunchState::Launched } else { LaunchState::Clear };
+        let saved = SavedVmx {
+            vmxon: is_vmxon.then_some(Gpa(vmxon)),
+            current: is_current.then_some(SavedVmcs {
+                at: Gpa(at),
+                is_enlightened,
+                launch_state,
+                image,
+            }),
+            is_guest,
+            assist_page,
+        };
+        let back = SavedVmx::from_bytes(&saved.to_bytes());
+        prop_assert_eq!(back.as_ref(), Ok(&saved));
+        // All ones is KVM's word for none.
+        prop_assume!(vmxon != u64::MAX && at != u64::MAX);
+        let theirs = SavedVmx::from_kvm(&saved.to_kvm()).unwrap();
+        prop_assert_eq!((theirs.vmxon, theirs.is_guest), (saved.vmxon, is_guest));
+        prop_assert_eq!(theirs.current.is_some(), is_current);
+        if let (Some(theirs), Some(ours)) = (theirs.current, saved.current) {
+            prop_assert_eq!(theirs.launch_state, launch_state);
+            prop_assert_eq!(theirs.is_enlightened, is_enlightened);
+            let place = if is_enlightened { u64::MAX } else { at };
+            prop_assert_eq!(theirs.at, Gpa(place));
+            for &(slot, _) in kvm_layout::OFFSETS {
+                prop_assert_eq!(theirs.image.read_raw(slot.field), ours.image.read_raw(slot.field));
+            }
         }
     }
 }

@@ -2,10 +2,11 @@
 //! its guest, too.
 
 use testudo_arch::{Gpr, Msr};
-use testudo_nested::vmx::{EptFault, EptHandled, Offer, REVISION, offer};
+use testudo_nested::vmx::{EptFault, EptHandled, Offer, REVISION, enlightened_vmcs, offer};
 use testudo_vmx::controls::{ExitControls, PinControls};
 
 use super::*;
+use crate::vcpu::NestedStateError;
 
 const TABLES: u64 = 0x1000;
 const OPERAND: u64 = 0x7000;
@@ -48,6 +49,27 @@ fn hypervisor() -> Hypervisor {
 
 /// As [`hypervisor`], with a shadow VMCS or without.
 fn hypervisor_with(shadow: bool) -> Hypervisor {
+    hypervisor_in(prepared_memory(), shadow, false)
+}
+
+/// L1's memory, with its page tables and regions in it.
+fn prepared_memory() -> &'static GuestRam {
+    let memory: &GuestRam = Box::leak(Box::new(ram(0x1_0000)));
+    for (at, entry) in [
+        (TABLES, TABLES + 0x1003),
+        (TABLES + 0x1000, TABLES + 0x2003),
+        (TABLES + 0x2000, 0x83),
+    ] {
+        memory.store_u64(Gpa(at), entry).unwrap();
+    }
+    for region in [VMXON_REGION, REGION] {
+        memory.store_u32(Gpa(region), REVISION).unwrap();
+    }
+    memory
+}
+
+/// As [`hypervisor_with`], in this memory, and with enlightened VMCSs or without.
+fn hypervisor_in(memory: &'static GuestRam, shadow: bool, enlightened: bool) -> Hypervisor {
     let caps: &'static VmxCaps = Box::leak(Box::new(fixtures::skylake_sp()));
     let controls: &Controls =
         Box::leak(Box::new(Controls::choose(caps).unwrap().for_hypervisors()));
@@ -65,27 +87,16 @@ fn hypervisor_with(shadow: bool) -> Hypervisor {
         xcr0_valid: 7,
         shadow: None,
     };
-    let memory: &GuestRam = Box::leak(Box::new(ram(0x1_0000)));
-    for (at, entry) in [
-        (TABLES, TABLES + 0x1003),
-        (TABLES + 0x1000, TABLES + 0x2003),
-        (TABLES + 0x2000, 0x83),
-    ] {
-        memory.store_u64(Gpa(at), entry).unwrap();
-    }
-    for region in [VMXON_REGION, REGION] {
-        memory.store_u32(Gpa(region), REVISION).unwrap();
-    }
     let mut vcpu: Hypervisor = VmxVcpu::on(FakeProcessor::new(caps), &parts, memory).unwrap();
     let all = Offer {
         ept: true,
         vpid: true,
-        enlightened: false,
+        enlightened,
     };
     vcpu.processor.has_shadow = shadow;
     let parts = NestedParts {
         caps: offer(caps, caps.processor, all),
-        enlightened: false,
+        enlightened,
         vpid: 2,
         controls,
         tables,
@@ -487,6 +498,98 @@ fn vmread_and_vmwrite_reach_a_shadow_while_a_vmcs_is_current() {
     vcpu.l1_points(BasicReason::Vmclear, REGION);
     vcpu.l1_points(BasicReason::Vmptrld, REGION);
     assert_eq!(state(&vcpu), (false, u64::MAX));
+}
+
+/// A guest inside the guest's guest migrates: what the nested layer has of it goes as bytes into another
+/// vCPU on the same memory, which has only ever been at its reset.
+#[test]
+fn l2_goes_on_in_another_vcpu() {
+    let mut vcpu = Hypervisor::prepared(NO_PIN, NO_EXIT);
+    vcpu.vmwrite(fields::HOST_RSP, 0x5000);
+    vcpu.vmwrite(fields::GUEST_GS_BASE, 0x4_0000);
+    vcpu.launch();
+    // L2 has come on, and an event is on its way into it.
+    vcpu.will(|vmcs, registers| {
+        registers.gprs.rdx = 0x99;
+        vmcs.preset(fields::GUEST_RIP, 0x1234);
+        vmcs.preset(fields::GUEST_RSP, 0x6780);
+        vmcs.preset(fields::GUEST_RFLAGS, 0x202);
+        exit(vmcs, BasicReason::InterruptWindow, 0);
+    });
+    vcpu.set_interrupt_window(Some(AwaitedInterrupt::External));
+    assert_eq!(vcpu.enter_once(), VmExit::InterruptWindow);
+    vcpu.inject(Event::Interrupt(0x77));
+    let saved = vcpu.save_nested().unwrap().unwrap();
+    let memory = vcpu.memory;
+    let gprs = *vcpu.gprs();
+    drop(vcpu);
+
+    let mut vcpu = hypervisor_in(memory, false, false);
+    assert_eq!(vcpu.restore_nested(&saved), Ok(true));
+    *vcpu.gprs_mut() = gprs;
+    assert_eq!((vcpu.level, vcpu.processor.level), (Level::L2, Level::L2));
+    assert_eq!((vcpu.rip(), vcpu.system().gs.base), (0x1234, 0x4_0000));
+    vcpu.load_rsp();
+    assert_eq!(vcpu.gprs().rsp, 0x6780);
+    vcpu.will_exit(BasicReason::Cpuid, 0);
+    vcpu.run_out();
+    // The last entry was L1's, the one before it L2's.
+    let [.., injected, _] = *vcpu.processor.injected else {
+        panic!("two entries");
+    };
+    assert_eq!(injected, 0x8000_0077);
+    vcpu.assert_exited(BasicReason::Cpuid);
+    assert_eq!((vcpu.gprs().rdx, vcpu.gprs().rsp), (0x99, 0x5000));
+    assert_eq!(vcpu.vmread(fields::GUEST_RIP), 0x1234);
+    assert_eq!(vcpu.vmread(fields::GUEST_RSP), 0x6780);
+    // L1 goes on with it, and it moves once more while L1 runs.
+    let saved = vcpu.save_nested().unwrap().unwrap();
+    let mut vcpu = hypervisor_in(memory, false, false);
+    assert_eq!(vcpu.restore_nested(&saved), Ok(false));
+    vcpu.will_exit(BasicReason::Vmresume, 0);
+    vcpu.run_out();
+    assert_eq!((vcpu.level, vcpu.rip()), (Level::L2, 0x1234));
+    // No such state for a vCPU that is no hypervisor's, and none that is damaged.
+    let mut bad = saved.clone();
+    bad[8] = 0xFF;
+    let refused = vcpu.restore_nested(&bad);
+    assert!(matches!(refused, Err(NestedStateError::Vmx(_))));
+}
+
+#[test]
+fn an_enlightened_entry_ends_shadowing() {
+    const ASSIST: u64 = 0xC000;
+    const PAGE: u64 = 0xD000;
+    let assist_page = Msr(0x4000_0073);
+    assert_eq!(hypervisor().read_msr(assist_page), None);
+    let mut vcpu = hypervisor_in(prepared_memory(), true, true);
+    let shadowing = SecondaryControls::VMCS_SHADOWING.bits();
+    vcpu.l1_points(BasicReason::Vmxon, VMXON_REGION);
+    vcpu.l1_points(BasicReason::Vmclear, REGION);
+    vcpu.l1_points(BasicReason::Vmptrld, REGION);
+    assert_ne!(vcpu.hardware(fields::SECONDARY_CONTROLS) & shadowing, 0);
+    assert_eq!(vcpu.write_msr(assist_page, ASSIST | 1), Some(true));
+    assert_eq!(vcpu.read_msr(assist_page), Some(ASSIST | 1));
+    assert_eq!(vcpu.write_msr(assist_page, 1 << 40 | 1), Some(false));
+    let caps = vcpu.nested.as_ref().unwrap().state.caps().clone();
+    let mut image = samples::valid(&caps);
+    image.set(fields::HOST_RIP, HOST_RIP).unwrap();
+    image.set(fields::HOST_CR3, TABLES).unwrap();
+    let memory = vcpu.memory;
+    memory.write(Gpa(PAGE), &enlightened_vmcs(&image)).unwrap();
+    memory.write(Gpa(ASSIST + 40), &[1]).unwrap();
+    memory.store_u64(Gpa(ASSIST + 48), PAGE).unwrap();
+    vcpu.launch();
+    vcpu.will_exit(BasicReason::Cpuid, 0);
+    vcpu.run_out();
+    assert_eq!((vcpu.level, vcpu.rip()), (Level::L1, HOST_RIP));
+    assert_eq!(vcpu.hardware(fields::SECONDARY_CONTROLS) & shadowing, 0);
+    assert_eq!(vcpu.hardware(fields::VMCS_LINK_POINTER), u64::MAX);
+    // The reason is in the page.
+    let reason = memory.load_u32(Gpa(PAGE + 692)).unwrap();
+    assert_eq!(reason, u32::from(BasicReason::Cpuid.number()));
+    vcpu.l1_points(BasicReason::Vmptrld, REGION);
+    assert_ne!(vcpu.hardware(fields::SECONDARY_CONTROLS) & shadowing, 0);
 }
 
 #[test]
