@@ -13,7 +13,8 @@
 //!
 //! The same kernel, RAM disk, command line and memory in different places, counted from the first
 //! instruction of the unpacked kernel to the first one of its first process. Nothing in a guest counts:
-//! the emulator stops at the two addresses and says how many instructions were executed, whoever's.
+//! the emulator stops at the two addresses and says how many instructions were executed, whoever's. Bochs
+//! does not, so there are no boots on VT-x.
 //!
 //! | figure | the kernel is the guest of |
 //! | --- | --- |
