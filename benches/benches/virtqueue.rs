@@ -14,7 +14,7 @@
 //! | instructions | 259 | 208 | 236 | 200 | | |
 //! | a chain of 128 | 0.86 | 0.77 | 0.66 | 0.67 | 3.5 | 3.6 |
 //! | instructions | 39 | 41 | 41 | 44 | | |
-//! | indirect chains of 1 | 5.1 | 6.3 | 5.8 | 5.1 | 20.0 | 16.8 |
+//! | indirect chains of 1 | 4.4 | 4.2 | 3.6 | 3.7 | 19.4 | 14.1 |
 //! | instructions | 305 | 256 | 283 | 252 | | |
 //! | indirect chains of 8 | 7.0 | 8.1 | 6.9 | 7.1 | 31.9 | 36.7 |
 //! | instructions | 557 | 515 | 514 | 476 | | |

@@ -35,7 +35,7 @@ const CHECKS: [&str; 16] = [
 /// Longer than everything together takes, in 10⁹ instructions on QEMU.
 const TIMEOUT: &str = "200";
 /// The same in seconds of a busy machine, for Bochs.
-const TIMEOUT_OF_BOCHS: &str = "900";
+const TIMEOUT_OF_BOCHS: &str = "1800";
 const DISK_SIZE: usize = 16 << 20;
 /// The check of the second boot.
 const OUTLIVES: &str = "disk_outlives_the_guest";
