@@ -994,6 +994,36 @@ mod tests {
     }
 
     #[test]
+    fn words_lie_in_one_range_that_may_be_written() {
+        let (mut a, mut b) = (vec![1; 4], vec![2; 4]);
+        let mut ram = two_regions(&mut a, &mut b);
+        let mut fixed = vec![3u64; 4];
+        // SAFETY: `fixed` outlives `ram`.
+        unsafe { ram.add(Gpa(0x8000), fixed.as_mut_ptr().cast(), 32, false) }.unwrap();
+        for (gpa, count, value) in [(0x1000, 4, 1), (0x1018, 1, 1), (0x1020, 4, 2)] {
+            let words = ram.words(Gpa(gpa), count).unwrap();
+            assert_eq!(words.len(), count);
+            assert!(words.iter().all(|w| w.load(Ordering::Acquire) == value));
+        }
+        ram.words(Gpa(0x1020), 2).unwrap()[1].store(7, Ordering::Release);
+        assert_eq!(ram.load_u64(Gpa(0x1028)), Ok(7));
+        // Across two ranges, past the last, before the first, misaligned, too many, read-only.
+        for (gpa, count) in [
+            (0x1018, 2),
+            (0x1020, 5),
+            (0xFF8, 1),
+            (0x1004, 1),
+            (0x1000, usize::MAX / 8 + 2),
+            (0x8000, 1),
+        ] {
+            assert!(ram.words(Gpa(gpa), count).is_none(), "{gpa:#x}");
+        }
+        let reference = &ram;
+        let through = <&GuestRam as GuestMemory>::words(&reference, Gpa(0x1000), 4);
+        assert!(through.is_some());
+    }
+
+    #[test]
     fn a_partial_access_changes_nothing() {
         let (mut a, mut b) = (vec![0; 4], vec![0; 4]);
         let ram = two_regions(&mut a, &mut b);
