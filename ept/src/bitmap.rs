@@ -39,8 +39,12 @@ impl<'a> PageBitmap<'a> {
 
     /// Marks `pages` pages from the one that holds `address`.
     pub fn mark_range(&self, address: u64, pages: u64) {
-        let mut page = address >> 12;
-        let end = page.saturating_add(pages);
+        let length = (self.words.len() as u64).saturating_mul(64);
+        let start = address >> 12;
+        let end = start
+            .saturating_add(pages)
+            .min(self.first.saturating_add(length));
+        let mut page = start.max(self.first);
         while page < end {
             let count = (end - page).min(64);
             let bits = u64::MAX >> (64 - count);

@@ -353,6 +353,32 @@ fn tables_take_a_quarter_of_a_percent() {
     assert_eq!((table.table_frames(), pool.free_frames()), (1, 699));
 }
 
+/// In an empty table each page is the largest that its place, its frame and what is left allow.
+fn uses_the_largest_pages<F: Format>(format: F, page: u64, pages: u64, frame: u64) {
+    let pool = FramePool::new(2100);
+    let table = PageTable::new(format.clone(), &pool).unwrap();
+    let flags = flags(&format, 3);
+    let largest = PAGE << (9 * (format.largest_level(flags) - 1));
+    let (start, len) = (page * PAGE, pages * PAGE);
+    let mapped = table.map(format.address(start), len, Hpa(frame * PAGE), flags);
+    mapped.unwrap();
+    let mut next = start;
+    for (at, leaf) in table.leaves(format.address(start), len).unwrap() {
+        let at = format.offset(at).unwrap();
+        assert_eq!((at, leaf.frame.0), (next, frame * PAGE + (at - start)));
+        let fits = |bytes: u64| {
+            let aligned = (at | leaf.frame.0) & (bytes - 1) == 0;
+            bytes <= largest && aligned && start + len - at >= bytes
+        };
+        let best = [1 << 30, 1 << 21, PAGE]
+            .into_iter()
+            .find(|bytes| fits(*bytes));
+        assert_eq!(Some(leaf.bytes()), best, "{at:#x}");
+        next = at + leaf.bytes();
+    }
+    assert_eq!(next, start + len);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 32, failure_persistence: None, ..ProptestConfig::default() })]
 
@@ -411,6 +437,21 @@ proptest! {
     #[test]
     fn amd_io_tables_with_sized_pages_are_a_map(ops in prop::collection::vec(op(), 1..24)) {
         run(AmdVi::new(4, 48).with_sized_pages().with_accessed_dirty(), &ops, 4096);
+    }
+
+    #[test]
+    fn a_range_is_mapped_with_the_largest_pages_that_fit(
+        page in pages(),
+        pages in prop_oneof![length(), (1..3u64).prop_map(|n| n << 18 | 0x301)],
+        frame in prop_oneof![pages(), (0..4u64).prop_map(|n| n << 18)],
+        near in any::<bool>(),
+    ) {
+        // Often with the same offset in a large page, and always where there are many pages.
+        let frame = if near || pages > 1 << 17 { frame & !0x3FFFF | page & 0x3FFFF } else { frame };
+        uses_the_largest_pages(Npt::new(48), page, pages, frame);
+        uses_the_largest_pages(Ept::new(46).without_large_executable(), page, pages, frame);
+        uses_the_largest_pages(Vtd::new(3, 39).with_largest_page(PageSize::Size2M), page, pages, frame);
+        uses_the_largest_pages(LongMode::new(46).with_five_levels(), page, pages, frame);
     }
 
     #[test]

@@ -11,7 +11,7 @@ const LARGE: u64 = 1 << 7;
 const MEMORY_TYPE: u64 = 7 << 3;
 
 bitflags! {
-    /// The flags of an entry that maps a page (SDM vol. 3C, tables 29-3, 29-5 and 29-7).
+    /// The flags of an entry that maps a page (SDM vol. 3C, tables 31-3, 31-5 and 31-7).
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
     pub struct EptFlags: u64 {
         /// Reads are allowed.

@@ -105,9 +105,9 @@ pub(crate) const DEFECTS: &[Defect] = &[
     Defect {
         emulator: Qemu,
         name: "a user's access to the supervisor's page is reported without its key",
-        manual: "SDM vol. 3A, 4.7: the PK flag is 1 if the access was a data access to an address \
-                 whose protection key is disallowed by the register that controls it; that of a \
-                 supervisor-mode address is IA32_PKRS",
+        manual: "SDM vol. 3A, 4.7: the PK flag is 1 if the access causing the page-fault exception was a \
+                 data access to a linear address with a protection key for which the protection-key \
+                 rights registers disallow access; that of a supervisor-mode address is IA32_PKRS",
         kind: Answers(|case, words, answer| {
             let supervisor =
                 |word: &Word| matches!(word.owner, Owner::Guest(_)) && word.value & USER == 0;
@@ -183,15 +183,15 @@ pub(crate) const DEFECTS: &[Defect] = &[
     Defect {
         emulator: Bochs,
         name: "a guest's entries are marked although the second stage forbids writing them",
-        manual: "SDM vol. 3C, 31.3.3.2: an EPT violation occurs if a data write, such as one that \
-                 updates an accessed or dirty flag of a guest's paging structure, goes to an address \
-                 that is not writable",
+        manual: "SDM vol. 3C, 31.3.3.2: an EPT violation occurs if the access is a data write and bit 1 \
+                 was clear in any of the EPT entries; writes to guest paging structures to update \
+                 accessed and dirty flags are considered to be data writes",
         kind: UpdatesUnchecked,
     },
     Defect {
         emulator: Bochs,
         name: "bit 12 of a large page's EPT entry is not checked",
-        manual: "SDM vol. 3C, tables 29-3 and 29-5: bits 29:12 of an entry that maps a 1-GByte page, \
+        manual: "SDM vol. 3C, tables 31-3 and 31-5: bits 29:12 of an entry that maps a 1-GByte page, \
                  and 20:12 of one that maps a 2-MByte page, are reserved",
         kind: Sees(|_, words| {
             for word in words {
@@ -205,8 +205,8 @@ pub(crate) const DEFECTS: &[Defect] = &[
     Defect {
         emulator: Bochs,
         name: "nested faults at PAE paging's upper entries are reported at their table's address",
-        manual: "APM vol. 2, 15.25.6: EXITINFO2 contains the guest-physical address that caused the \
-                 nested page fault",
+        manual: "APM vol. 2, 15.25.6: the faulting guest physical address is saved in the VMCB's \
+                 EXITINFO2 field",
         kind: Answers(|case, words, answer| {
             let is_upper = |word: &Word| word.owner == Owner::Guest(3);
             if let Outcome::NestedFault { gpa, .. } = &mut answer.outcome
