@@ -354,6 +354,13 @@ pub trait FrameMem {
             value = value.wrapping_add(step);
         }
     }
+
+    /// Has the processor bring the entries at `entry` into its caches, if it can be told to: they are
+    /// loaded soon.
+    #[inline]
+    fn prefetch(&self, entry: Hpa) {
+        let _ = entry;
+    }
 }
 
 #[allow(
@@ -392,6 +399,10 @@ impl<M: FrameMem + ?Sized> FrameMem for &M {
     #[inline]
     fn fill(&self, first: Hpa, count: usize, value: u64, step: u64) {
         (**self).fill(first, count, value, step);
+    }
+    #[inline]
+    fn prefetch(&self, entry: Hpa) {
+        (**self).prefetch(entry);
     }
 }
 

@@ -39,11 +39,12 @@ impl<'a> PageBitmap<'a> {
 
     /// Marks `pages` pages from the one that holds `address`.
     pub fn mark_range(&self, address: u64, pages: u64) {
+        // Neither the log nor the addresses go on for ever.
+        const PAGES: u64 = 1 << (64 - 12);
         let length = (self.words.len() as u64).saturating_mul(64);
+        let last = self.first.saturating_add(length).min(PAGES);
         let start = address >> 12;
-        let end = start
-            .saturating_add(pages)
-            .min(self.first.saturating_add(length));
+        let end = start.saturating_add(pages).min(last);
         let mut page = start.max(self.first);
         while page < end {
             let count = (end - page).min(64);

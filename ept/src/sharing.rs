@@ -25,57 +25,85 @@ pub trait PageMemory {
     /// Loads the aligned 64 bits at `word`.
     fn load(&self, word: Hpa) -> u64;
 
+    /// Whether any bit of the aligned 256 bytes at `at` is set. Who can load more than 64 bits at a time
+    /// finds it out faster than by [`Self::load`].
+    #[inline]
+    fn any_set(&self, at: Hpa) -> bool {
+        let mut sum = [0u64; 4];
+        for word in 0..8 {
+            for (lane, sum) in sum.iter_mut().enumerate() {
+                *sum |= self.load(at.wrapping_add(word * 32 + lane as u64 * 8));
+            }
+        }
+        sum != [0; 4]
+    }
+
+    /// Has the processor bring the 64 bytes at `line` into its caches, if it can be told to: they are
+    /// loaded soon.
+    #[inline]
+    fn prefetch(&self, line: Hpa) {
+        let _ = line;
+    }
+
     /// Copies a page to another that nobody else uses.
     fn copy(&self, from: Hpa, to: Hpa);
 }
 
-/// Whether a page is all zeros.
+/// Has a part of the page that comes next brought into the caches while another is read: memory is
+/// far away, and the processor does not guess across the end of a page.
 #[inline]
-pub fn is_zero(memory: &impl PageMemory, page: Hpa) -> bool {
+fn prefetch(memory: &impl PageMemory, next: Option<Hpa>, from: u64, to: u64) {
+    if let Some(next) = next {
+        for line in (from..to).step_by(64) {
+            memory.prefetch(next.wrapping_add(line));
+        }
+    }
+}
+
+/// Whether a page is all zeros. `next` is the page that will be read after it, if that is known.
+#[inline]
+pub fn is_zero(memory: &impl PageMemory, page: Hpa, next: Option<Hpa>) -> bool {
     // Most pages show at once that they are not.
     if memory.load(page) | memory.load(page.wrapping_add(2048)) != 0 {
         return false;
     }
-    for line in 0..16 {
-        let at = page.wrapping_add(line * 256);
-        let mut sum = [0u64; 4];
-        for word in 0..8 {
-            for (lane, sum) in sum.iter_mut().enumerate() {
-                *sum |= memory.load(at.wrapping_add(word * 32 + lane as u64 * 8));
-            }
-        }
-        if sum != [0; 4] {
-            return false;
-        }
-    }
-    true
+    (0..4096).step_by(256).all(|at| {
+        prefetch(memory, next, at, at + 256);
+        !memory.any_set(page.wrapping_add(at))
+    })
 }
 
-/// A hash of a page's contents. It finds candidates and proves nothing.
+/// A hash of a page's contents. It finds candidates and proves nothing. `next` is as for [`is_zero`].
 #[inline]
-pub fn hash(memory: &impl PageMemory, page: Hpa) -> u64 {
-    const KEYS: [u64; 4] = [
+pub fn hash(memory: &impl PageMemory, page: Hpa, next: Option<Hpa>) -> u64 {
+    const KEYS: [u64; 5] = [
         0x9E37_79B9_7F4A_7C15,
         0xC2B2_AE3D_27D4_EB4F,
         0x1656_67B1_9E37_79F9,
         0x27D4_EB2F_1656_67C5,
+        0x85EB_CA77_C2B2_AE63,
     ];
-    // Independent lanes, so that products overlap.
-    let mut lanes: [u64; 8] = core::array::from_fn(|lane| KEYS[lane & 3].rotate_left(lane as u32));
-    for line in 0..32 {
-        let at = page.wrapping_add(line * 128);
-        for (lane, state) in lanes.iter_mut().enumerate() {
-            let at = at.wrapping_add(lane as u64 * 16);
-            let (a, b) = (memory.load(at), memory.load(at.wrapping_add(8)));
-            *state = fold(a ^ *state, b ^ KEYS[lane & 3]).wrapping_add(*state);
+    // Products are summed, so that none waits for another. Two sums take turns, line by line.
+    let mut sums = [KEYS[0], KEYS[1]];
+    for pair in 0..32 {
+        prefetch(memory, next, pair * 128, pair * 128 + 128);
+        for (line, sum) in (0..).zip(&mut sums) {
+            let at = page.wrapping_add(pair * 128 + line * 64);
+            let mut products = 0u64;
+            for block in 0..4 {
+                let at = at.wrapping_add(block * 16);
+                let (a, b) = (memory.load(at), memory.load(at.wrapping_add(8)));
+                let keys = (KEYS[block as usize], KEYS[block as usize + 1]);
+                products = products.wrapping_add(fold(a ^ keys.0, b ^ keys.1));
+            }
+            // It matters which line comes first.
+            *sum = sum
+                .rotate_left(23)
+                .wrapping_mul(KEYS[4])
+                .wrapping_add(products);
         }
     }
-    let [a, b, c, d, e, f, g, h] = lanes;
-    let halves = [
-        fold(a ^ KEYS[0], b) ^ fold(c ^ KEYS[1], d),
-        fold(e ^ KEYS[2], f) ^ fold(g ^ KEYS[3], h),
-    ];
-    fold(halves[0] ^ KEYS[1], halves[1])
+    fold(sums[0] ^ KEYS[2], KEYS[4]) ^ fold(sums[1] ^ KEYS[3], KEYS[1])
 }
 
 /// Both halves of a product, added without carry.
@@ -230,6 +258,8 @@ impl<D: FrameAlloc> Sharing<D> {
             first
         };
         let mut candidates = Vec::new();
+        // The page before is looked at while the next one is on its way from memory.
+        let mut waiting: Option<(u64, SmallPage)> = None;
         let mut through = true;
         let leaves = table.leaves(F::Input::from_u64(from), end - from)?;
         for (looked, (address, leaf)) in leaves.enumerate() {
@@ -239,10 +269,14 @@ impl<D: FrameAlloc> Sharing<D> {
                 break;
             }
             if leaf.shift == 12
-                && let Some(page) = table.small_page(address)
+                && let Some(page) = table.small_page(address).filter(SmallPage::is_candidate)
+                && let Some(before) = waiting.replace((address.as_u64(), page))
             {
-                self.look(address.as_u64(), page, memory, &mut candidates);
+                self.look(before, Some(page.frame), memory, &mut candidates);
             }
+        }
+        if let Some(last) = waiting {
+            self.look(last, None, memory, &mut candidates);
         }
         if through {
             self.next = end;
@@ -256,20 +290,17 @@ impl<D: FrameAlloc> Sharing<D> {
     /// is shared already.
     fn look<P: PageMemory>(
         &mut self,
-        address: u64,
-        page: SmallPage,
+        (address, page): (u64, SmallPage),
+        next: Option<Hpa>,
         memory: &P,
         candidates: &mut Vec<Candidate>,
     ) {
-        if page.shared || !page.writable {
-            return;
-        }
         self.stats.scanned += 1;
-        let zero = is_zero(memory, page.frame);
+        let zero = is_zero(memory, page.frame, next);
         let hash = if zero {
             ZERO
         } else {
-            hash(memory, page.frame) | 1
+            hash(memory, page.frame, next) | 1
         };
         let candidate = Candidate {
             address,

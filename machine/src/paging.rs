@@ -382,3 +382,86 @@ impl<F: FrameAlloc + FrameMem, M, B> fmt::Display for ShadowPaging<F, M, B> {
         )
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::thread;
+    use testudo_arch::Hpa;
+
+    /// Kicks are flags, which a processor in the guest looks at as it would take an interrupt.
+    struct Kicks([AtomicBool; 2]);
+
+    impl Host for Kicks {
+        fn now(&self) -> u64 {
+            0
+        }
+        fn tsc(&self) -> u64 {
+            0
+        }
+        fn tsc_hz(&self) -> u64 {
+            1
+        }
+        fn kick(&self, vcpu: usize) {
+            self.0[vcpu].store(true, Ordering::SeqCst);
+        }
+        fn set_timer(&self, _: Option<u64>) {}
+        fn wait(&self) {}
+    }
+
+    /// When a flush is over, no processor uses what it had cached before, however it was on its way
+    /// into the guest or out.
+    #[test]
+    fn no_vcpu_uses_a_translation_after_its_flush() {
+        const CHANGES: u64 = 300;
+        let gates = [Gate::default(), Gate::default()];
+        let host = Kicks([AtomicBool::new(false), AtomicBool::new(false)]);
+        // The one entry of the one table, and the oldest value that may still be used.
+        let (entry, oldest) = (AtomicU64::new(0), AtomicU64::new(0));
+        let wrong = AtomicU64::new(0);
+        let run = &|vcpu: usize| {
+            let gate = &gates[vcpu];
+            gate.drop_translations();
+            let mut cached = 0;
+            while cached < CHANGES {
+                if gate.enter() {
+                    cached = entry.load(Ordering::SeqCst);
+                }
+                for _ in 0..64 {
+                    if cached < oldest.load(Ordering::SeqCst) {
+                        wrong.fetch_add(1, Ordering::Relaxed);
+                    }
+                    if host.0[vcpu].swap(false, Ordering::SeqCst) {
+                        break;
+                    }
+                    thread::yield_now();
+                }
+                gate.leave();
+            }
+        };
+        thread::scope(|scope| {
+            for vcpu in 0..2 {
+                scope.spawn(move || run(vcpu));
+            }
+            let counters = Counters::default();
+            let mut hardware = Gates {
+                gates: &gates,
+                host: &host,
+                counters: &counters,
+                own: usize::MAX,
+            };
+            let everything = Invalidation {
+                root: Hpa::ZERO,
+                first: 0,
+                last: u64::MAX,
+                leaves_only: false,
+            };
+            for change in 1..=CHANGES {
+                entry.store(change, Ordering::SeqCst);
+                let Ok(()) = hardware.invalidate(&everything);
+                oldest.store(change, Ordering::SeqCst);
+            }
+        });
+        assert_eq!(wrong.into_inner(), 0);
+    }
+}

@@ -5,6 +5,7 @@
 #![allow(unsafe_code, reason = "the frames are plain memory")]
 
 mod arena;
+mod ratios;
 mod scan;
 
 use std::convert::Infallible;
@@ -13,7 +14,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use arena::{Frames, Handler, NoFlush};
-use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use criterion::{Criterion, Throughput, criterion_group};
 use memory_addr::{PhysAddr, VirtAddr};
 use page_table_entry::x86_64::X64PTE;
 use page_table_multiarch::{MappingFlags, PageTable64};
@@ -83,6 +84,73 @@ fn ours_mapped() -> Ours {
     table
 }
 
+fn protect_ours(table: &Ours, writable: bool) {
+    let rights = match writable {
+        true => Rights::READ | Rights::WRITE,
+        false => Rights::READ,
+    };
+    let flush = table.protect(Gva(FIRST), LEN, rights).unwrap();
+    flush.discharge(&mut NoHardware);
+}
+
+fn translate_ours(table: &Ours, addresses: &[u64]) -> u64 {
+    addresses.iter().fold(0, |sum, a| {
+        sum ^ table.translate(Gva(*a)).unwrap().address.0
+    })
+}
+
+fn ours_large() -> Ours {
+    let table = ours();
+    table
+        .map_up_to(Gva(FIRST), LEN, Hpa(FRAME), FLAGS, PageSize::Size2M)
+        .unwrap();
+    table
+}
+
+fn split_ours(table: &mut Ours) {
+    let flush = table.split(Gva(FIRST), LEN, PageSize::Size4K).unwrap();
+    flush.discharge(&mut NoHardware);
+}
+
+fn merge_ours(table: &mut Ours) {
+    let flush = table.merge(Gva(FIRST), LEN, PageSize::Size2M).unwrap();
+    assert_eq!(flush.discharge(&mut NoHardware), 512);
+}
+
+/// 64 pieces of 16 MiB over 16 TiB.
+fn map_sparse(table: &mut Ours) {
+    for piece in 0..64u64 {
+        let start = Gva(FIRST + (piece << 38));
+        table
+            .map_up_to(start, LEN / 64, Hpa(FRAME), FLAGS, PageSize::Size4K)
+            .unwrap();
+    }
+}
+
+fn ours_clean() -> Ours {
+    let table = ours_mapped();
+    let clean = |flags| flags - LongModeFlags::DIRTY;
+    let flush = table.update(Gva(FIRST), LEN, clean).unwrap();
+    flush.discharge(&mut NoHardware);
+    table
+}
+
+/// Marks every `every`th page as hardware would; 0 for none.
+fn dirty_ours(table: &Ours, every: u64) {
+    for number in (0..PAGES).filter(|n| is_dirty(*n, every)) {
+        let marked = table.change_page(Gva(FIRST + number * 4096), |mut leaf| {
+            leaf.flags |= LongModeFlags::DIRTY;
+            leaf
+        });
+        marked.discharge(&mut NoHardware);
+    }
+}
+
+fn harvest_ours(table: &Ours, log: &PageBitmap<'_>) {
+    let flush = table.harvest_dirty(Gva(FIRST), LEN, log).unwrap();
+    black_box(flush.discharge(&mut NoHardware));
+}
+
 fn ours_done(table: Ours) {
     let destroyed = table.destroy(&mut NoHardware);
     assert!(destroyed.is_ok());
@@ -128,6 +196,32 @@ fn peer_mapped() -> Peer {
     peer
 }
 
+fn unmap_peer(peer: &mut Peer) {
+    for number in 0..PAGES {
+        peer.0.unmap(peer_page(number)).unwrap().1.ignore();
+    }
+}
+
+fn protect_peer(peer: &mut Peer, writable: bool) {
+    let flags = PageTableFlags::from_bits_retain(if writable { 0x63 } else { 0x61 });
+    for number in 0..PAGES {
+        // SAFETY: nothing runs on the table.
+        unsafe {
+            peer.0
+                .update_flags(peer_page(number), flags)
+                .unwrap()
+                .ignore();
+        };
+    }
+}
+
+fn translate_peer(peer: &Peer, addresses: &[u64]) -> u64 {
+    addresses.iter().fold(0, |sum, a| {
+        let found = peer.0.translate_addr(x86_64::VirtAddr::new(*a));
+        sum ^ found.unwrap().as_u64()
+    })
+}
+
 fn peer_done(peer: Peer) {
     fn free(base: *mut u8, table: u64, level: u8) {
         for index in 0..512 {
@@ -170,6 +264,28 @@ fn multiarch_mapped() -> Multiarch {
     table
 }
 
+fn unmap_multiarch(table: &mut Multiarch) {
+    let start = VirtAddr::from(FIRST as usize);
+    table.cursor().unmap_region(start, LEN as usize).unwrap();
+}
+
+fn protect_multiarch(table: &mut Multiarch, writable: bool) {
+    let start = VirtAddr::from(FIRST as usize);
+    let flags = match writable {
+        true => MappingFlags::READ | MappingFlags::WRITE,
+        false => MappingFlags::READ,
+    };
+    let mut cursor = table.cursor();
+    cursor.protect_region(start, LEN as usize, flags).unwrap();
+}
+
+fn translate_multiarch(table: &Multiarch, addresses: &[u64]) -> u64 {
+    addresses.iter().fold(0, |sum, a| {
+        let found = table.query(VirtAddr::from(*a as usize)).unwrap();
+        sum ^ found.0.as_usize() as u64
+    })
+}
+
 // The bare loop.
 
 /// The 512 lowest tables of the range, one after another.
@@ -190,6 +306,49 @@ fn bare_mapped() -> Bare {
     let mut bare = bare();
     store_entries(&mut bare);
     bare
+}
+
+fn flip_entries(bare: &mut Bare) {
+    for entry in &mut bare.0 {
+        *entry ^= 2;
+    }
+    black_box(&mut bare.0);
+}
+
+fn harvest_bare(bare: &mut Bare, log: &mut Vec<u64>) {
+    for (word, entries) in log.iter_mut().zip(bare.0.chunks_exact_mut(64)) {
+        for (index, entry) in entries.iter_mut().enumerate() {
+            if *entry & 0x40 != 0 {
+                *entry &= !0x40;
+                *word |= 1 << index;
+            }
+        }
+    }
+    black_box(log);
+}
+
+fn dirty_bare(bare: &mut Bare, every: u64) {
+    for (number, entry) in (0..).zip(bare.0.iter_mut()) {
+        *entry = *entry & !0x40 | if is_dirty(number, every) { 0x40 } else { 0 };
+    }
+}
+
+fn is_dirty(number: u64, every: u64) -> bool {
+    every != 0 && number.is_multiple_of(every)
+}
+
+/// What is dirty at a harvest: a name, and every how manieth page.
+const HARVESTS: [(&str, u64); 4] = [("0 %", 0), ("0.1 %", 1000), ("1 %", 100), ("100 %", 1)];
+
+/// A permutation of all pages, with an offset.
+fn random() -> Vec<u64> {
+    (0..PAGES)
+        .map(|n| FIRST + (n.wrapping_mul(0x9E37_79B1) % PAGES) * 4096 + (n & 0xFF8))
+        .collect()
+}
+
+fn sequential() -> Vec<u64> {
+    (0..PAGES).map(|n| FIRST + n * 4096 + 8).collect()
 }
 
 fn ranges(c: &mut Criterion) {
@@ -253,19 +412,10 @@ fn ranges(c: &mut Criterion) {
         b.iter_custom(|n| timed(n, ours_mapped, run, ours_done));
     });
     group.bench_function("x86_64", |b| {
-        let run = |peer: &mut Peer| {
-            for number in 0..PAGES {
-                peer.0.unmap(peer_page(number)).unwrap().1.ignore();
-            }
-        };
-        b.iter_custom(|n| timed(n, peer_mapped, run, peer_done));
+        b.iter_custom(|n| timed(n, peer_mapped, unmap_peer, peer_done));
     });
     group.bench_function("multiarch", |b| {
-        let run = |table: &mut Multiarch| {
-            let start = VirtAddr::from(FIRST as usize);
-            table.cursor().unmap_region(start, LEN as usize).unwrap();
-        };
-        b.iter_custom(|n| timed(n, multiarch_mapped, run, drop));
+        b.iter_custom(|n| timed(n, multiarch_mapped, unmap_multiarch, drop));
     });
     group.finish();
 
@@ -275,70 +425,41 @@ fn ranges(c: &mut Criterion) {
         .sample_size(20);
     group.bench_function("testudo", |b| {
         let table = ours_mapped();
-        let mut rights = [Rights::READ, Rights::READ | Rights::WRITE]
-            .into_iter()
-            .cycle();
+        let mut writable = true;
         b.iter(|| {
-            let rights = rights.next().unwrap();
-            table
-                .protect(Gva(FIRST), LEN, rights)
-                .unwrap()
-                .discharge(&mut NoHardware);
+            writable = !writable;
+            protect_ours(&table, writable);
         });
         ours_done(table);
     });
     group.bench_function("x86_64", |b| {
         let mut peer = peer_mapped();
-        let mut flags = [0x61, 0x63].into_iter().cycle();
+        let mut writable = true;
         b.iter(|| {
-            let flags = PageTableFlags::from_bits_retain(flags.next().unwrap());
-            for number in 0..PAGES {
-                // SAFETY: nothing runs on the table.
-                unsafe {
-                    peer.0
-                        .update_flags(peer_page(number), flags)
-                        .unwrap()
-                        .ignore();
-                };
-            }
+            writable = !writable;
+            protect_peer(&mut peer, writable);
         });
         peer_done(peer);
     });
     group.bench_function("multiarch", |b| {
         let mut table = multiarch_mapped();
-        let read = MappingFlags::READ;
-        let mut flags = [read, read | MappingFlags::WRITE].into_iter().cycle();
+        let mut writable = true;
         b.iter(|| {
-            let start = VirtAddr::from(FIRST as usize);
-            table
-                .cursor()
-                .protect_region(start, LEN as usize, flags.next().unwrap())
-                .unwrap();
+            writable = !writable;
+            protect_multiarch(&mut table, writable);
         });
     });
     group.bench_function("bare", |b| {
         let mut bare = bare_mapped();
-        let mut flip = 2;
-        b.iter(|| {
-            flip ^= 2;
-            for entry in &mut bare.0 {
-                *entry = (*entry & !2) | flip;
-            }
-            black_box(&mut bare.0);
-        });
+        b.iter(|| flip_entries(&mut bare));
     });
     group.finish();
 }
 
 fn translate(c: &mut Criterion) {
-    // A permutation of all pages, with an offset.
-    let random: Vec<u64> = (0..PAGES)
-        .map(|n| FIRST + (n.wrapping_mul(0x9E37_79B1) % PAGES) * 4096 + (n & 0xFF8))
-        .collect();
-    let sequential: Vec<u64> = (0..PAGES).map(|n| FIRST + n * 4096 + 8).collect();
     for (name, addresses) in [
-        ("translate, sequential", &sequential),
-        ("translate, random", &random),
+        ("translate, sequential", sequential()),
+        ("translate, random", random()),
     ] {
         let mut group = c.benchmark_group(name);
         group
@@ -346,37 +467,17 @@ fn translate(c: &mut Criterion) {
             .sample_size(20);
         group.bench_function("testudo", |b| {
             let table = ours_mapped();
-            b.iter(|| {
-                addresses.iter().fold(0, |sum, a| {
-                    sum ^ table.translate(Gva(*a)).unwrap().address.0
-                })
-            });
+            b.iter(|| translate_ours(&table, &addresses));
             ours_done(table);
         });
         group.bench_function("x86_64", |b| {
             let peer = peer_mapped();
-            b.iter(|| {
-                addresses.iter().fold(0, |sum, a| {
-                    sum ^ peer
-                        .0
-                        .translate_addr(x86_64::VirtAddr::new(*a))
-                        .unwrap()
-                        .as_u64()
-                })
-            });
+            b.iter(|| translate_peer(&peer, &addresses));
             peer_done(peer);
         });
         group.bench_function("multiarch", |b| {
             let table = multiarch_mapped();
-            b.iter(|| {
-                addresses.iter().fold(0, |sum, a| {
-                    sum ^ table
-                        .query(VirtAddr::from(*a as usize))
-                        .unwrap()
-                        .0
-                        .as_usize()
-                })
-            });
+            b.iter(|| translate_multiarch(&table, &addresses));
         });
         group.finish();
     }
@@ -385,44 +486,21 @@ fn translate(c: &mut Criterion) {
 fn sizes(c: &mut Criterion) {
     let mut group = c.benchmark_group("page sizes, 512 of 2 MiB");
     group.throughput(Throughput::Elements(512)).sample_size(20);
-    let large = || {
-        let table = ours();
-        table
-            .map_up_to(Gva(FIRST), LEN, Hpa(FRAME), FLAGS, PageSize::Size2M)
-            .unwrap();
-        table
-    };
     group.bench_function("split", |b| {
-        let run = |table: &mut Ours| {
-            let flush = table.split(Gva(FIRST), LEN, PageSize::Size4K).unwrap();
-            flush.discharge(&mut NoHardware);
-        };
-        b.iter_custom(|n| timed(n, large, run, ours_done));
+        b.iter_custom(|n| timed(n, ours_large, split_ours, ours_done));
     });
     group.bench_function("merge", |b| {
-        let run = |table: &mut Ours| {
-            let flush = table.merge(Gva(FIRST), LEN, PageSize::Size2M).unwrap();
-            assert_eq!(flush.discharge(&mut NoHardware), 512);
-        };
-        b.iter_custom(|n| timed(n, ours_mapped, run, ours_done));
+        b.iter_custom(|n| timed(n, ours_mapped, merge_ours, ours_done));
     });
     group.finish();
 
-    // 64 pieces of 16 MiB over 16 TiB cost what one piece of 1 GiB costs.
+    // What one piece of 1 GiB costs, in 64 pieces.
     let mut group = c.benchmark_group("map 1 GiB over 16 TiB");
     group
         .throughput(Throughput::Elements(PAGES))
         .sample_size(20);
     group.bench_function("testudo", |b| {
-        let run = |table: &mut Ours| {
-            for piece in 0..64u64 {
-                let start = Gva(FIRST + (piece << 38));
-                table
-                    .map_up_to(start, LEN / 64, Hpa(FRAME), FLAGS, PageSize::Size4K)
-                    .unwrap();
-            }
-        };
-        b.iter_custom(|n| timed(n, ours, run, ours_done));
+        b.iter_custom(|n| timed(n, ours, map_sparse, ours_done));
     });
     group.finish();
 }
@@ -432,59 +510,26 @@ fn harvest(c: &mut Criterion) {
     group
         .throughput(Throughput::Elements(PAGES))
         .sample_size(20);
-    for (name, every) in [("0 %", 0), ("0.1 %", 1000), ("1 %", 100), ("100 %", 1)] {
+    for (name, every) in HARVESTS {
         let words: Vec<AtomicU64> = (0..PAGES / 64).map(|_| AtomicU64::new(0)).collect();
-        let dirty = |number: u64| every != 0 && number.is_multiple_of(every);
         group.bench_function(format!("testudo, {name} dirty"), |b| {
-            let table = ours_mapped();
-            let flush = table
-                .update(Gva(FIRST), LEN, |flags| flags - LongModeFlags::DIRTY)
-                .unwrap();
-            flush.discharge(&mut NoHardware);
-            let table = std::cell::RefCell::new(table);
+            let table = ours_clean();
             let prepare = || {
-                for number in (0..PAGES).filter(|n| dirty(*n)) {
-                    let table = table.borrow();
-                    let marked = table.change_page(Gva(FIRST + number * 4096), |mut leaf| {
-                        leaf.flags |= LongModeFlags::DIRTY;
-                        leaf
-                    });
-                    marked.discharge(&mut NoHardware);
-                }
+                dirty_ours(&table, every);
                 words
                     .iter()
                     .for_each(|word| word.store(0, Ordering::Relaxed));
             };
             let log = PageBitmap::new(FIRST, &words);
-            let run = |(): &mut ()| {
-                let table = table.borrow();
-                let flush = table.harvest_dirty(Gva(FIRST), LEN, &log).unwrap();
-                black_box(flush.discharge(&mut NoHardware));
-            };
+            let run = |(): &mut ()| harvest_ours(&table, &log);
             b.iter_custom(|n| timed(n, prepare, run, drop));
-            ours_done(table.into_inner());
+            ours_done(table);
         });
         group.bench_function(format!("bare, {name} dirty"), |b| {
-            let mut bare = bare_mapped();
+            let bare = std::cell::RefCell::new(bare_mapped());
             let mut log = vec![0u64; (PAGES / 64) as usize];
-            let entries = std::cell::RefCell::new(&mut bare.0);
-            let mut run = |(): &mut ()| {
-                let mut entries = entries.borrow_mut();
-                for (word, entries) in log.iter_mut().zip(entries.chunks_exact_mut(64)) {
-                    for (index, entry) in entries.iter_mut().enumerate() {
-                        if *entry & 0x40 != 0 {
-                            *entry &= !0x40;
-                            *word |= 1 << index;
-                        }
-                    }
-                }
-                black_box(&mut log);
-            };
-            let mark = || {
-                for (number, entry) in (0..).zip(entries.borrow_mut().iter_mut()) {
-                    *entry = *entry & !0x40 | if dirty(number) { 0x40 } else { 0 };
-                }
-            };
+            let mut run = |(): &mut ()| harvest_bare(&mut bare.borrow_mut(), &mut log);
+            let mark = || dirty_bare(&mut bare.borrow_mut(), every);
             b.iter_custom(|n| timed(n, mark, &mut run, drop));
         });
     }
@@ -493,4 +538,11 @@ fn harvest(c: &mut Criterion) {
 }
 
 criterion_group!(benches, ranges, translate, sizes, harvest, scan::scan);
-criterion_main!(benches);
+
+fn main() {
+    if std::env::args().any(|argument| argument == "ratios") {
+        return ratios::print();
+    }
+    benches();
+    Criterion::default().configure_from_args().final_summary();
+}

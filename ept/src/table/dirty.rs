@@ -20,6 +20,15 @@ struct Harvest<'a> {
     log: &'a PageBitmap<'a>,
 }
 
+impl Harvest<'_> {
+    /// Whether an entry that has some of these bits may be wanted. One of a shared page keeps its write
+    /// right elsewhere.
+    #[inline]
+    fn may_want<F: Format, M: FrameAlloc + FrameMem>(&self, bits: u64) -> bool {
+        bits & self.wanted == self.wanted || bits & PageTable::<F, M>::SHARED != 0
+    }
+}
+
 impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
     /// The bit by which a tracked page is known: the lowest one that hardware ignores.
     pub(super) const TRACKED: u64 = F::SOFTWARE & F::SOFTWARE.wrapping_neg();
@@ -266,10 +275,30 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
                 }
             } else {
                 let (child, below) = self.format.child(entry, level);
+                if len > piece {
+                    self.prefetch_after(at, level);
+                }
                 self.harvest_table(child, below, offset, piece, harvest, flush);
             }
             offset += piece;
             len -= piece;
+        }
+    }
+
+    /// Has the beginning of the table that the entry after `at` refers to brought into the caches. The
+    /// rest of it the processor guesses when it comes there.
+    #[inline]
+    fn prefetch_after(&self, at: Hpa, level: u8) {
+        const BEGINNING: u64 = 512;
+        if level != 2 || at.0 & 0xFF8 == 0xFF8 {
+            return;
+        }
+        let entry = self.frames.load(at.wrapping_add(8));
+        if self.format.is_present(entry) && !self.format.is_leaf(entry, level) {
+            let table = self.format.child(entry, level).0;
+            for line in (0..BEGINNING).step_by(64) {
+                self.frames.prefetch(table.wrapping_add(line));
+            }
         }
     }
 
@@ -293,11 +322,11 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
                 let entries: [u64; 8] =
                     core::array::from_fn(|n| self.frames.load(at.wrapping_add(n as u64 * 8)));
                 let any = entries.iter().fold(0, |sum, entry| sum | entry);
-                let all = entries.iter().fold(!0, |sum, entry| sum & entry);
-                if any & harvest.wanted != harvest.wanted && any & Self::SHARED == 0 {
+                if !harvest.may_want::<F, M>(any) {
                     index += 8;
                     continue;
                 }
+                let all = entries.iter().fold(!0, |sum, entry| sum & entry);
                 // Hardware has nothing left to write then, and other editors are out.
                 if all & settled == settled && self.format.is_present(all) {
                     for (n, entry) in (0..).zip(entries) {
@@ -305,15 +334,21 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
                         self.frames.store(at, entry & !harvest.clear);
                     }
                     bits |= 0xFFu64.wrapping_shl(index as u32);
-                    index += 8;
-                    continue;
+                } else {
+                    let mut some = (0..).zip(entries).fold(0u32, |some, (n, entry)| {
+                        some | u32::from(harvest.may_want::<F, M>(entry)) << n
+                    });
+                    while some != 0 {
+                        let n = index + u64::from(some.trailing_zeros());
+                        bits |= self.harvest_one(first, n, offset, harvest, flush);
+                        some &= some - 1;
+                    }
                 }
+                index += 8;
+                continue;
             }
-            let end = count.min(index + 8);
-            while index < end {
-                bits |= self.harvest_one(first, index, offset, harvest, flush);
-                index += 1;
-            }
+            bits |= self.harvest_one(first, index, offset, harvest, flush);
+            index += 1;
         }
         if bits == 0 {
             return;

@@ -69,6 +69,13 @@ mod edits {
         pub(crate) writable: bool,
     }
 
+    impl SmallPage {
+        /// Whether the page is one that sharing may be worth for.
+        pub(crate) fn is_candidate(&self) -> bool {
+            self.writable && !self.shared
+        }
+    }
+
     impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
         /// The 4 KiB page at `offset`, if there is one.
         pub(crate) fn small_page(&self, address: F::Input) -> Option<SmallPage> {
