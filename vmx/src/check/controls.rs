@@ -458,7 +458,7 @@ fn event<V: VmcsRead>(
         let field = fields::ENTRY_EXCEPTION_ERROR_CODE;
         c.require(code >> 16 == 0, Rule::EventErrorCode, field, code.into());
     }
-    if information.has_instruction() {
+    if known && information.has_instruction() {
         let length = c.get(fields::ENTRY_INSTRUCTION_LENGTH)?;
         let shortest = if c.caps.misc.zero_length_injection() {
             0
