@@ -80,31 +80,43 @@ pub fn table_limit(memory: &GuestRam) -> usize {
     twice.saturating_add(2048)
 }
 
+/// Who runs on tables: the guest on one of its vCPUs, or a guest of its own there.
+///
+/// What a table in the guest's memory means does not depend on who uses it, so that all of them share
+/// its shadows. Each has a root of its own, which stays while the other one runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Walker {
+    /// The vCPU.
+    pub vcpu: usize,
+    /// A guest of the guest's runs there (L2), on tables that the guest made for it.
+    pub is_nested: bool,
+}
+
 /// What a vCPU on shadow paging asks of the tables, whatever they are made of.
 pub trait ShadowTables: Sync {
-    /// Makes the tables that `state` selects the vCPU's; the value for the hardware's CR3. The
-    /// vCPU's own translations are dropped before it runs again.
+    /// Makes the tables that `state` selects the walker's; the value for the hardware's CR3. All
+    /// translations of the vCPU's own are dropped before it runs again.
     ///
     /// # Errors
     ///
     /// There is no memory for them.
-    fn load(&self, vcpu: usize, state: &PagingState) -> Result<u64, ShadowError>;
+    fn load(&self, walker: Walker, state: &PagingState) -> Result<u64, ShadowError>;
 
-    /// Handles a page fault of the vCPU on its tables.
+    /// Handles a page fault of the walker on its tables.
     ///
     /// # Errors
     ///
     /// There is no memory for tables, or none is loaded.
     fn fault(
         &self,
-        vcpu: usize,
+        walker: Walker,
         state: &PagingState,
         address: Gva,
         access: Access,
     ) -> Result<Outcome, ShadowError>;
 
     /// INVLPG. The vCPU's own translations of the page are the caller's to drop.
-    fn invalidate_page(&self, vcpu: usize, address: Gva);
+    fn invalidate_page(&self, walker: Walker, address: Gva);
 
     /// The machine wrote `len` bytes at `gpa` for the vCPU.
     fn written(&self, vcpu: usize, gpa: Gpa, len: u64);
@@ -160,7 +172,16 @@ pub struct ShadowPaging<F: FrameAlloc + FrameMem, M, B> {
 
 struct Shared<F: FrameAlloc + FrameMem> {
     mmu: ShadowMmu<F>,
-    roots: Vec<ShadowRoot>,
+    /// Of each vCPU: the guest's, and that of a guest of its own.
+    roots: Vec<[ShadowRoot; 2]>,
+}
+
+impl<F: FrameAlloc + FrameMem> Shared<F> {
+    /// The tables, and the walker's root.
+    fn of(&mut self, walker: Walker) -> (&mut ShadowMmu<F>, &mut ShadowRoot) {
+        let root = &mut self.roots[walker.vcpu][usize::from(walker.is_nested)];
+        (&mut self.mmu, root)
+    }
 }
 
 /// What shadow paging did, in numbers.
@@ -196,7 +217,7 @@ impl<F: FrameAlloc + FrameMem, M: GuestMemory, B: Backing> ShadowPaging<F, M, B>
         Self {
             shared: spin::Mutex::new(Shared {
                 mmu: ShadowMmu::new(frames, limit),
-                roots: (0..vcpus).map(|_| ShadowRoot::default()).collect(),
+                roots: (0..vcpus).map(|_| Default::default()).collect(),
             }),
             gates: (0..vcpus).map(|_| Gate::default()).collect(),
             memory,
@@ -238,33 +259,32 @@ where
     M: GuestMemory + Sync,
     B: Backing + Sync,
 {
-    fn load(&self, vcpu: usize, state: &PagingState) -> Result<u64, ShadowError> {
+    fn load(&self, walker: Walker, state: &PagingState) -> Result<u64, ShadowError> {
         count(&self.counters.loads);
+        let vcpu = walker.vcpu;
         let mut shared = self.shared.lock();
         self.gates[vcpu].drop_translations();
         self.with_frames(&mut shared, vcpu, |shared| {
-            let root = &mut shared.roots[vcpu];
-            let loaded = shared.mmu.load(root, &self.memory, state)?;
+            let (mmu, root) = shared.of(walker);
+            let loaded = mmu.load(root, &self.memory, state)?;
             Ok(loaded.discharge(&mut self.gates(vcpu)))
         })
     }
 
     fn fault(
         &self,
-        vcpu: usize,
+        walker: Walker,
         state: &PagingState,
         address: Gva,
         access: Access,
     ) -> Result<Outcome, ShadowError> {
         let outcome = {
             let mut shared = self.shared.lock();
-            self.with_frames(&mut shared, vcpu, |shared| {
-                let (root, memory) = (&shared.roots[vcpu], &self.memory);
+            self.with_frames(&mut shared, walker.vcpu, |shared| {
+                let (mmu, root) = shared.of(walker);
                 let fault =
-                    shared
-                        .mmu
-                        .fault(root, memory, &self.backing, state, address, access)?;
-                Ok(fault.discharge(&mut self.gates(vcpu)))
+                    mmu.fault(root, &self.memory, &self.backing, state, address, access)?;
+                Ok(fault.discharge(&mut self.gates(walker.vcpu)))
             })
         };
         let outcome = match outcome {
@@ -287,12 +307,12 @@ where
         Ok(outcome)
     }
 
-    fn invalidate_page(&self, vcpu: usize, address: Gva) {
+    fn invalidate_page(&self, walker: Walker, address: Gva) {
         count(&self.counters.invalidations);
         let mut shared = self.shared.lock();
-        let Shared { mmu, roots } = &mut *shared;
-        mmu.invalidate_page(&roots[vcpu], &self.memory, address)
-            .discharge(&mut self.gates(vcpu));
+        let (mmu, root) = shared.of(walker);
+        mmu.invalidate_page(root, &self.memory, address)
+            .discharge(&mut self.gates(walker.vcpu));
     }
 
     fn written(&self, vcpu: usize, gpa: Gpa, len: u64) {

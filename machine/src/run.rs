@@ -520,12 +520,7 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
             // Only a processor that is emulated as a whole leaves instructions to the machine.
             Ok(Outcome::Done | Outcome::Continue | Outcome::Intercepted { .. }) => {}
             Ok(Outcome::SingleStep) => self.vcpu.single_step(),
-            Err(EmulateError::Fault(fault)) => {
-                if let Some(address) = fault.cr2 {
-                    self.vcpu.set_cr2(address);
-                }
-                self.vcpu.inject(fault.event);
-            }
+            Err(EmulateError::Fault(fault)) => self.vcpu.raise(fault.event, fault.cr2),
             Err(EmulateError::Unsupported { bytes, .. }) => {
                 if gpa.is_some_and(|gpa| self.vcpu.stop_watching(gpa)) {
                     return;

@@ -370,6 +370,15 @@ pub trait Vcpu {
         work()
     }
 
+    /// Raises a fault of an instruction that was executed by software; `cr2` is the address of a page
+    /// fault.
+    fn raise(&mut self, fault: Event, cr2: Option<u64>) {
+        if let Some(address) = cr2 {
+            self.set_cr2(address);
+        }
+        self.inject(fault);
+    }
+
     /// Reads an MSR that is part of the processor's own state (EFER, STAR, FS base, …); `None`
     /// for all others, which are the machine's to decide.
     fn read_msr(&mut self, msr: Msr) -> Option<u64>;

@@ -1,4 +1,4 @@
-//! The program's own command line: `memory=MIB vcpus=N guests=N nested enlightened renew=TURNS paging=nested|shadow timeout=SECONDS stats verbose -- guest command line`.
+//! The program's own command line: `memory=MIB vcpus=N guests=N nested enlightened renew=TURNS paging=nested|shadow,... timeout=SECONDS stats verbose -- guest command line`.
 
 use core::fmt;
 use core::num::NonZeroU32;
@@ -22,8 +22,9 @@ pub(crate) struct Args<'a> {
     pub(crate) enlightened: bool,
     /// After how many turns each that an interrupt ended, its nested state is saved and restored.
     pub(crate) renew: Option<NonZeroU32>,
-    /// How its memory is put behind its paging; `None` takes what the processor has.
-    pub(crate) paging: Option<Paging>,
+    /// How the memory of each guest is put behind its paging, the last word being for all further
+    /// ones too; nothing takes what the processor has.
+    paging: &'a str,
     /// How many seconds the guest may run.
     pub(crate) timeout_s: Option<u64>,
     /// Whether to print what the exits cost.
@@ -44,7 +45,7 @@ impl fmt::Display for BadWord<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "`{}` is not understood; write `memory=MIB vcpus=N guests=N nested enlightened renew=TURNS paging=nested|shadow timeout=SECONDS stats verbose DEVICES -- GUEST COMMAND LINE`, \
+            "`{}` is not understood; write `memory=MIB vcpus=N guests=N nested enlightened renew=TURNS paging=nested|shadow,... timeout=SECONDS stats verbose DEVICES -- GUEST COMMAND LINE`, \
              DEVICES being of `{}`",
             self.0,
             DeviceArgs::USAGE
@@ -62,7 +63,7 @@ impl<'a> Args<'a> {
             nested: false,
             enlightened: false,
             renew: None,
-            paging: None,
+            paging: "",
             timeout_s: None,
             stats: false,
             verbose: false,
@@ -81,8 +82,9 @@ impl<'a> Args<'a> {
                 }
                 None if word == "nested" => args.nested = true,
                 None if word == "enlightened" => args.enlightened = true,
-                Some(("paging", "nested")) => args.paging = Some(Paging::Nested),
-                Some(("paging", "shadow")) => args.paging = Some(Paging::Shadow),
+                Some(("paging", list)) if list.split(',').all(|word| paging(word).is_some()) => {
+                    args.paging = list;
+                }
                 None if word == "stats" => args.stats = true,
                 None if word == "verbose" => args.verbose = true,
                 Some(("renew", turns)) => match turns.parse() {
@@ -110,5 +112,20 @@ impl<'a> Args<'a> {
             }
         }
         Ok(args)
+    }
+
+    /// How the memory of this guest is put behind its paging; `None` takes what the processor has.
+    pub(crate) fn paging(&self, guest: usize) -> Option<Paging> {
+        let mut words = self.paging.split(',');
+        let word = words.clone().nth(guest).or_else(|| words.next_back())?;
+        paging(word)
+    }
+}
+
+fn paging(word: &str) -> Option<Paging> {
+    match word {
+        "nested" => Some(Paging::Nested),
+        "shadow" => Some(Paging::Shadow),
+        _ => None,
     }
 }

@@ -27,7 +27,7 @@ pub(crate) enum BackendError {
     Svm(#[from] SvmError),
     #[error(transparent)]
     Vmx(#[from] VmxError),
-    #[error("a guest on shadow paging cannot be a hypervisor itself")]
+    #[error("on VT-x, a guest on shadow paging cannot be a hypervisor itself")]
     NoNestingOnShadow,
     #[error("enlightened VMCSs are VT-x's, and this processor has AMD-V")]
     NoEnlightenedVmcb,
@@ -132,11 +132,11 @@ impl Backend {
 
     /// Puts into `processor` what a guest hypervisor may know of the extension.
     pub(crate) fn offer_nested(&self, processor: &mut Cpuid) -> Result<(), BackendError> {
-        if self.paging() == Paging::Shadow {
-            return Err(BackendError::NoNestingOnShadow);
-        }
         match self {
             Self::Svm(svm) => svm.offer_nested(processor),
+            Self::Vmx(vmx) if vmx.paging() == Paging::Shadow => {
+                return Err(BackendError::NoNestingOnShadow);
+            }
             // CPUID says no more than that there is VMX: the rest is in MSRs.
             Self::Vmx(_) => {}
         }

@@ -157,9 +157,14 @@ impl SvmBackend {
         Ok(pages?.leak())
     }
 
-    /// Puts into `processor` what a guest hypervisor may know of SVM.
+    /// Puts into `processor` what a guest hypervisor may know of SVM. On shadow paging it shadows its
+    /// guests' tables too.
     pub(crate) fn offer_nested(&self, processor: &mut Cpuid) {
-        processor.set(leaf_8000_000a(offer(&self.caps)));
+        let mut features = offer(&self.caps);
+        if self.paging == Paging::Shadow {
+            features -= Features::NP;
+        }
+        processor.set(leaf_8000_000a(features));
     }
 
     /// Offers guests SVM, as their CPUID table says it.

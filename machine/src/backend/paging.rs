@@ -6,7 +6,7 @@ use testudo_ept::shadow::{Outcome, ShadowError};
 use testudo_ept::walk::{Access, AccessKind, PageFaultCode, PagingState, Privilege};
 
 use super::mode::{CD, LMA, LME, Mode, NW, NXE, PAE, PG, pdptes_are_valid, read_pdptes};
-use crate::paging::{Gate, ShadowTables};
+use crate::paging::{Gate, ShadowTables, Walker};
 
 const WP: u64 = Cr0Flags::WRITE_PROTECT.bits();
 /// These act on user pages only where there is paging.
@@ -28,9 +28,10 @@ pub struct ShadowPlace<'a> {
     pub physical_bits: u8,
 }
 
-/// The paging registers of a vCPU on shadow paging.
+/// The paging registers of a vCPU on shadow paging, or those of a guest of its guest's.
 pub(crate) struct GuestPaging<'a> {
     place: ShadowPlace<'a>,
+    walker: Walker,
     gate: &'a Gate,
     mode: Mode,
     cr3: u64,
@@ -48,16 +49,32 @@ struct Change {
 }
 
 impl<'a> GuestPaging<'a> {
-    /// With all registers zero; [`Self::set`] comes before the first entry.
+    /// The guest's, with all registers zero; [`Self::set`] comes before the first entry.
     pub(crate) fn new(place: ShadowPlace<'a>) -> Self {
+        let vcpu = place.vcpu;
+        let walker = Walker {
+            vcpu,
+            is_nested: false,
+        };
         Self {
             place,
+            walker,
             gate: place.tables.gate(place.vcpu),
             mode: Mode::default(),
             cr3: 0,
             pdptes: [0; 4],
             root: 0,
             failure: None,
+        }
+    }
+
+    /// As [`Self::new`], those of the guest's own guest on the same vCPU.
+    pub(crate) fn of_nested(&self) -> Self {
+        let mut walker = self.walker;
+        walker.is_nested = true;
+        Self {
+            walker,
+            ..Self::new(self.place)
         }
     }
 
@@ -82,6 +99,11 @@ impl<'a> GuestPaging<'a> {
     #[inline]
     pub(crate) fn failure(&mut self) -> Option<ShadowError> {
         self.failure.take()
+    }
+
+    #[inline]
+    pub(crate) fn has_failed(&self) -> bool {
+        self.failure.is_some()
     }
 
     /// The registers that the processor runs with: paging and write protection on whatever the
@@ -131,7 +153,7 @@ impl<'a> GuestPaging<'a> {
 
     fn load(&mut self) {
         let state = self.state(0, 0);
-        match self.place.tables.load(self.place.vcpu, &state) {
+        match self.place.tables.load(self.walker, &state) {
             Ok(root) => self.root = root,
             Err(error) => self.failure = Some(error),
         }
@@ -221,8 +243,11 @@ impl<'a> GuestPaging<'a> {
         };
         let state = self.state(rflags, pkru);
         let access = Access::new(kind, privilege);
-        let ShadowPlace { tables, vcpu, .. } = self.place;
-        match tables.fault(vcpu, &state, address, access) {
+        match self
+            .place
+            .tables
+            .fault(self.walker, &state, address, access)
+        {
             Ok(outcome) => Some(outcome),
             Err(error) => {
                 self.failure = Some(error);
@@ -233,7 +258,7 @@ impl<'a> GuestPaging<'a> {
 
     /// INVLPG; the caller drops the processor's translations of the page.
     pub(crate) fn invalidate_page(&self, address: Gva) {
-        self.place.tables.invalidate_page(self.place.vcpu, address);
+        self.place.tables.invalidate_page(self.walker, address);
     }
 
     /// The machine wrote guest memory.

@@ -3,7 +3,7 @@
 use testudo_arch::{Event, Gpa, GuestMemory};
 use testudo_svm::Vmcb;
 use testudo_svm::caps::Features;
-use testudo_svm::check::{Outside, check_vmrun};
+use testudo_svm::check::{Outside, check_pdpes, check_vmrun};
 use testudo_svm::event::RawEvent;
 use testudo_svm::intercept::{Intercepts, Misc1, Misc2, Misc3};
 use testudo_svm::vmcb::{
@@ -93,6 +93,10 @@ impl NestedSvm {
         if !check_vmrun(&self.vmcb12, &self.l1_caps, &outside).is_empty() {
             return self.refuse(cx);
         }
+        // Where no memory is, the pointers read as ones, with all reserved bits set.
+        if check_pdpes(&self.vmcb12, &self.l1_caps, cx.memory) != Ok(None) {
+            return self.refuse(cx);
+        }
         if !self.select_translation(unchanged, cx) {
             return self.refuse(cx);
         }
@@ -169,19 +173,19 @@ impl NestedSvm {
             TlbControl::DoNothing => {}
             TlbControl::FlushAsid | TlbControl::FlushAsidNonGlobal => {
                 self.asids.flush(self.vmcb12.asid());
-                cx.second_stage.flush();
+                self.forget_l1_tables(cx.second_stage);
             }
             // Reserved encodings: too much is always allowed.
             TlbControl::FlushAll | TlbControl::Reserved(_) => {
                 self.asids.flush_all();
                 self.flush_l1 = true;
-                cx.second_stage.flush();
+                self.forget_l1_tables(cx.second_stage);
             }
         }
         if self.asids.activate(self.vmcb12.asid()) {
             // Under a new identifier the processor knows nothing of L1's tables, so neither may
             // what was derived from them: a new identifier is one way to flush.
-            cx.second_stage.flush();
+            self.forget_l1_tables(cx.second_stage);
         }
 
         let (l1, vmcb02) = (&*cx.vmcb01, &mut self.pages.vmcb);

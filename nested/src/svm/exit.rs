@@ -49,7 +49,51 @@ pub enum Handled {
     Memory(Gpa),
 }
 
+/// Whose a page fault of L2 is, as an L0 without nested paging has found out: the processor walked
+/// tables of L0's, made from those that L1 gave L2.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PageFaultOf {
+    /// Of L0's tables. They have the page now, or L0 makes the access itself.
+    L0,
+    /// Of the tables that L1 gave L2: the processor that L1 believes to have would have raised this.
+    L2 {
+        /// The address that could not be accessed.
+        address: u64,
+        /// The error code.
+        code: u32,
+    },
+}
+
+const PAGE_FAULT: ExitCode = ExitCode(0x40 + 14);
+
 impl NestedSvm {
+    /// As [`Self::exited`], for an intercepted page fault of L2 when L0 shadows page tables. No other
+    /// exit is different there.
+    ///
+    /// [`Handled::L0`] says that L2 takes the fault, which `vmcb02` holds as the exit.
+    pub fn exited_by_page_fault<M: GuestMemory, S>(
+        &mut self,
+        whose: PageFaultOf,
+        cx: &mut Context<'_, M, S>,
+    ) -> Handled {
+        self.note_exit(cx.gprs);
+        match whose {
+            PageFaultOf::L0 => {
+                self.redeliver();
+                Handled::Resume
+            }
+            PageFaultOf::L2 { address, code } => {
+                self.pages.vmcb.set_exit_info1(code.into());
+                self.pages.vmcb.set_exit_info2(address);
+                if self.vmcb12.intercepts().contains(PAGE_FAULT) {
+                    Handled::L1(self.reflect(PAGE_FAULT, cx))
+                } else {
+                    Handled::L0
+                }
+            }
+        }
+    }
+
     /// Decides an exit of L2, just after the processor left it.
     pub fn exited<M: GuestMemory, S: SecondStage>(
         &mut self,

@@ -184,7 +184,7 @@ impl NestedSvm {
             self.flush_l1 = true;
         } else {
             self.asids.flush(asid);
-            cx.second_stage.flush();
+            self.forget_l1_tables(cx.second_stage);
         }
         Outcome::Done
     }

@@ -5,7 +5,8 @@
 //! and calls here in four places:
 //!
 //! - an SVM instruction exited: [`NestedSvm::execute`];
-//! - L2 exited: [`NestedSvm::exited`];
+//! - L2 exited: [`NestedSvm::exited`], or [`NestedSvm::exited_by_page_fault`] if L0 itself shadows
+//!   page tables;
 //! - the machine has an interrupt, an NMI or INIT for the vCPU: [`NestedSvm::acceptance`], and
 //!   [`NestedSvm::exit_to_l1`] if L1 intercepts it;
 //! - L1 touches EFER, VM_CR or VM_HSAVE_PA: [`NestedSvm::read_msr`], [`NestedSvm::write_msr`].
@@ -113,7 +114,7 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 pub use caps::{leaf_8000_000a, offer};
 pub use composed::{ComposedParts, ComposedStage};
 pub use events::{Acceptance, PhysicalEvent};
-pub use exit::{Handled, PredictorBarrier};
+pub use exit::{Handled, PageFaultOf, PredictorBarrier};
 pub use instruction::{Instruction, Outcome};
 pub use route::{RawExit, Route, route};
 pub use saved::{RestoreError, SavedGuest, SavedSvm};
@@ -193,6 +194,8 @@ pub struct NestedSvm {
     injected: RawEvent,
     /// L1 flushed its own translations.
     flush_l1: bool,
+    /// L1 flushed translations of its guests.
+    flush_l2: bool,
 }
 
 impl NestedSvm {
@@ -222,6 +225,7 @@ impl NestedSvm {
             window: None,
             injected: RawEvent::NONE,
             flush_l1: false,
+            flush_l2: false,
         })
     }
 
@@ -235,6 +239,7 @@ impl NestedSvm {
         self.window = None;
         self.injected = RawEvent::NONE;
         self.asids.flush_all();
+        self.flush_l2 = true;
     }
 
     /// Whether L2 runs rather than L1.
@@ -304,6 +309,20 @@ impl NestedSvm {
     #[inline]
     pub fn take_l1_flush(&mut self) -> bool {
         core::mem::take(&mut self.flush_l1)
+    }
+
+    /// Whether L1 flushed translations of its guests since the last call: what an L0 without nested
+    /// paging has made of L1's tables is to be brought up to date before L2 runs again.
+    #[inline]
+    pub fn take_l2_flush(&mut self) -> bool {
+        core::mem::take(&mut self.flush_l2)
+    }
+
+    /// L1 flushed translations of its guests: what was derived from its tables is stale.
+    #[inline]
+    fn forget_l1_tables(&mut self, second_stage: &mut impl SecondStage) {
+        self.flush_l2 = true;
+        second_stage.flush();
     }
 
     fn msr_permissions_at(&self) -> u64 {

@@ -69,11 +69,20 @@ pub(crate) enum Paging {
 
 impl Paging {
     /// The hypervisor's argument.
-    pub(super) fn word(self) -> &'static str {
-        match self {
-            Self::Nested => " paging=nested",
-            Self::Shadow => " paging=shadow",
+    pub(super) fn word(self) -> String {
+        Self::words(&[self])
+    }
+
+    /// The hypervisor's argument for guests of which each has one of these, and the rest the last.
+    pub(super) fn words(each: &[Self]) -> String {
+        if each.is_empty() {
+            return String::new();
         }
+        let names = each.iter().map(|paging| match paging {
+            Self::Nested => "nested",
+            Self::Shadow => "shadow",
+        });
+        format!(" paging={}", names.collect::<Vec<_>>().join(","))
     }
 }
 
@@ -122,9 +131,9 @@ pub(crate) struct Boot {
     /// On VT-x, offer it enlightened VMCSs by Hyper-V's interface
     #[arg(long, requires = "nested")]
     enlightened: bool,
-    /// How the guest's memory is put behind its paging [default: nested where the processor can]
-    #[arg(long, value_enum)]
-    paging: Option<Paging>,
+    /// How the memory of each guest is put behind its paging [default: nested where the processor can]
+    #[arg(long, value_enum, value_name = "PAGING", value_delimiter = ',')]
+    paging: Vec<Paging>,
     /// Have the emulated processor lack nested paging
     #[arg(long)]
     no_nested_paging: bool,
@@ -218,7 +227,7 @@ impl Boot {
         if self.enlightened {
             command_line.push_str(" enlightened");
         }
-        command_line.push_str(self.paging.map_or("", Paging::word));
+        command_line.push_str(&Paging::words(&self.paging));
         command_line.push_str(&limit(&mut machine));
         if self.stats {
             command_line.push_str(" stats");

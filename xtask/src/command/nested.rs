@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use super::boot::{Backend, HYPERVISOR, limit, machine_memory};
+use super::boot::{Backend, HYPERVISOR, Paging, limit, machine_memory};
 use super::xen::Xen;
 use crate::bare::{self, Payload};
 use crate::debian::{self, Kernel, Tool};
@@ -62,7 +62,11 @@ pub(crate) struct Nested {
     /// interrupt ended
     #[arg(long, value_name = "TURNS")]
     renew: Option<u32>,
-    /// Have the guest hypervisors shadow their guests' page tables instead of nesting them
+    /// How ours puts a guest hypervisor's memory behind its paging, for each of --guests: on shadow paging
+    /// it is not offered nested paging either, and shadow tables are made from its shadow tables
+    #[arg(long, value_enum, value_name = "PAGING", value_delimiter = ',')]
+    paging: Vec<Paging>,
+    /// Have the guest hypervisors shadow their guests' page tables although nested paging is offered
     #[arg(long)]
     shadow: bool,
     /// Shell commands to run in the innermost system; their status is the exit status
@@ -143,6 +147,7 @@ impl Nested {
             vcpus: 1,
             enlightened: false,
             renew: None,
+            paging: Vec::new(),
             shadow: false,
             run: None,
             stats: false,
@@ -163,7 +168,10 @@ impl Nested {
             bail!("a system has at least one processor");
         }
         if self.guest == Guest::Xen && (self.depth != 2 || self.shadow) {
-            bail!("with Xen there are two systems, and their page tables are nested");
+            bail!("with Xen there are two systems, and it decides about their page tables");
+        }
+        if self.paging.len() > self.guests as usize {
+            bail!("there are more words in --paging than --guests");
         }
         if self.enlightened && self.backend != Backend::Vmx {
             bail!("enlightened VMCSs are VT-x's: --enlightened goes with --backend vmx");
@@ -188,10 +196,11 @@ impl Nested {
         let renew = self.renew.map(|turns| format!(" renew={turns}"));
         let renew = renew.unwrap_or_default();
         let enlightened = if self.enlightened { " enlightened" } else { "" };
+        let paging = Paging::words(&self.paging);
         let limit = limit(&mut machine);
         let payload = Payload {
             command_line: format!(
-                "guests={} memory={} vcpus={} nested{enlightened}{renew}{limit}{stats} -- {}",
+                "guests={} memory={} vcpus={} nested{enlightened}{renew}{paging}{limit}{stats} -- {}",
                 self.guests, outermost.memory, self.vcpus, outermost.command_line,
             ),
             modules: outermost.modules,

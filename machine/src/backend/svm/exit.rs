@@ -49,7 +49,12 @@ impl<M: GuestMemory, S: SecondStage> SvmVcpu<'_, M, S> {
                 return Ok(VmExit::DeliveryDue);
             }
             let exit = match &self.nested {
-                Some(nested) if nested.state.is_guest() => self.run_l2(),
+                Some(nested) if nested.state.is_guest() => {
+                    if self.shadow.is_some() {
+                        self.shadow_failure()?;
+                    }
+                    self.run_l2()
+                }
                 _ => {
                     if self.shadow.is_some() {
                         self.shadow_failure()?;
@@ -110,10 +115,12 @@ impl<M: GuestMemory, S: SecondStage> SvmVcpu<'_, M, S> {
     /// Runs the guest once.
     #[inline]
     fn enter_l1(&mut self) {
+        if self.shadow.is_some() {
+            self.enter_gate();
+        }
         if self.nested.is_some() {
             self.prepare_l1();
         } else {
-            self.enter_gate();
             self.asids.prepare(&mut self.l1_asid, &mut self.vmcb01);
         }
         let hidden = self.hides_lme && hide_lme(&mut self.vmcb01);

@@ -40,9 +40,9 @@ use crate::code_cache::CodeCache;
 use crate::stats::Settled;
 use crate::vcpu::{AwaitedInterrupt, NestedStateError, Vcpu, VcpuError, VmExit};
 
-use super::paging::GuestPaging;
 use nested::Nested;
 pub use nested::{Flusher, NestedParts};
+use shadow::Shadow;
 
 /// The MSRs that a guest reads and writes directly, because VMLOAD and VMSAVE switch them.
 const DIRECT_MSRS: [Msr; 11] = [
@@ -104,7 +104,7 @@ pub struct SvmVcpu<'a, M, S = NoSecondStage> {
     processor: HeldInterrupts<'a>,
     vmcb01: VmcbFrame<'a>,
     nested: Option<Nested<S>>,
-    shadow: Option<GuestPaging<'a>>,
+    shadow: Option<Shadow<'a>>,
     asids: AsidPool,
     l1_asid: AsidSlot,
     registers: GuestRegisters,
@@ -394,9 +394,9 @@ impl<M: GuestMemory, S: SecondStage> Vcpu for SvmVcpu<'_, M, S> {
     fn system(&self) -> SystemRegisters {
         let mut system = self.vmcb().system_registers();
         system.efer = self.visible_efer();
-        if let Some(shadow) = &self.shadow {
+        if let Some(paging) = self.l1_paging() {
             (system.cr0, system.cr3, system.cr4) =
-                (shadow.mode().cr0, shadow.cr3(), shadow.mode().cr4);
+                (paging.mode().cr0, paging.cr3(), paging.mode().cr4);
         }
         system
     }
@@ -456,6 +456,11 @@ impl<M: GuestMemory, S: SecondStage> Vcpu for SvmVcpu<'_, M, S> {
 
     #[inline]
     fn inject(&mut self, event: Event) {
+        if let Event::Exception { vector, error_code } = event
+            && self.l2_exits_by(vector, error_code, None)
+        {
+            return;
+        }
         self.is_quiet = false;
         if event == Event::Nmi {
             self.nmi_masked = true;
@@ -465,6 +470,18 @@ impl<M: GuestMemory, S: SecondStage> Vcpu for SvmVcpu<'_, M, S> {
             vmcb.set_intercept_misc1(misc1);
         }
         self.vmcb_mut().set_event_inj(event.into());
+    }
+
+    fn raise(&mut self, event: Event, cr2: Option<u64>) {
+        if let Event::Exception { vector, error_code } = event
+            && self.l2_exits_by(vector, error_code, cr2)
+        {
+            return;
+        }
+        if let Some(address) = cr2 {
+            self.set_cr2(address);
+        }
+        self.inject(event);
     }
 
     fn single_step(&mut self) {
@@ -525,7 +542,7 @@ impl<M: GuestMemory, S: SecondStage> Vcpu for SvmVcpu<'_, M, S> {
 
     fn memory_written(&mut self, gpa: Gpa, len: usize) {
         if let Some(shadow) = &self.shadow {
-            shadow.written(gpa, len);
+            shadow.l1.written(gpa, len);
         }
     }
 

@@ -5,10 +5,10 @@
 
 use alloc::vec::Vec;
 
-use testudo_arch::GuestMemory;
+use testudo_arch::{Exception, Gpa, GuestMemory};
 use testudo_nested::svm::{
-    Acceptance, Context, Handled, Instruction, NestedSvm, Outcome, PhysicalEvent, RestoreError,
-    SavedSvm, SecondStage,
+    Acceptance, Context, Handled, Instruction, NestedSvm, Outcome, PageFaultOf, PhysicalEvent,
+    PredictorBarrier, RestoreError, SavedSvm, SecondStage,
 };
 use testudo_svm::exit::ExitCode;
 use testudo_svm::hw::VmcbFrame;
@@ -17,11 +17,13 @@ use testudo_svm::intercept::Misc1;
 use testudo_svm::vmcb::VintrFlags;
 use testudo_svm::{Exit, Vmcb};
 
-use super::SvmVcpu;
 use super::exit::{hide_lme, show_lme};
+use super::{SVME, SvmVcpu};
 pub use crate::backend::flusher::Flusher;
 use crate::stats::Settled;
-use crate::vcpu::{AwaitedInterrupt, NestedStateError, VmExit};
+use crate::vcpu::{AwaitedInterrupt, NestedStateError, Vcpu, VmExit};
+
+const PAGE_FAULT: u64 = *ExitCode::EXCEPTION.start() + Exception::PageFault.vector() as u64;
 
 /// What a vCPU needs to be a hypervisor's.
 pub struct NestedParts<S> {
@@ -97,13 +99,13 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
 
     /// EFER as whoever runs reads it.
     pub(super) fn visible_efer(&self) -> u64 {
-        if let Some(shadow) = &self.shadow {
-            return shadow.mode().efer;
-        }
-        let efer = self.vmcb().efer();
+        let efer = match self.l1_paging() {
+            Some(paging) => paging.mode().efer | SVME,
+            None => self.vmcb().efer(),
+        };
         match &self.nested {
             Some(nested) => nested.state.visible_efer(efer),
-            None => efer & !super::SVME,
+            None => efer & !SVME,
         }
     }
 
@@ -120,6 +122,12 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
     /// Runs L2 once; gives what the machine must decide.
     #[inline(never)]
     pub(super) fn run_l2(&mut self) -> Option<VmExit> {
+        if self.shadow.is_some() {
+            if !self.put_on_l2_shadow() {
+                return None;
+            }
+            self.enter_gate();
+        }
         let nested = self.nested.as_mut()?;
         if nested.flusher.take() {
             nested.state.flush_translations();
@@ -148,6 +156,14 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
         } else {
             0
         };
+        if self.shadow.is_some() {
+            self.leave_gate();
+            self.take_off_l2_shadow();
+            if self.vmcb().exit_code() == PAGE_FAULT {
+                return self.l2_shadow_fault();
+            }
+        }
+        let nested = self.nested.as_mut()?;
         let mut context = Context {
             gprs: &mut self.registers.gprs,
             vmcb01: &mut self.vmcb01,
@@ -161,7 +177,7 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
             }
             Handled::L1(barrier) => {
                 nested.counts.exits += 1;
-                barrier.discharge(predictor_barrier(self.has_predictor_barrier));
+                self.has_left_for_l1(barrier);
                 self.apply_window();
                 None
             }
@@ -179,7 +195,8 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
 
     /// The nested state as bytes.
     pub(super) fn nested_bytes(&self) -> Option<Vec<u8>> {
-        let nested = self.nested.as_ref()?;
+        // On shadow paging the VMCB has the host's root.
+        let nested = self.nested.as_ref().filter(|_| self.shadow.is_none())?;
         let saved = nested.state.save(&self.registers.gprs, &self.vmcb01);
         Some(saved.to_bytes())
     }
@@ -187,7 +204,8 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
     /// Begins anew with this nested state: neither L2's control block, nor what was composed, nor L1's
     /// registers while L2 runs, come from anywhere else.
     pub(super) fn take_nested(&mut self, bytes: &[u8]) -> Result<bool, NestedStateError> {
-        let nested = self.nested.as_mut().ok_or(NestedStateError::Unsupported)?;
+        let nested = self.nested.as_mut().filter(|_| self.shadow.is_none());
+        let nested = nested.ok_or(NestedStateError::Unsupported)?;
         let saved = SavedSvm::from_bytes(bytes).map_err(RestoreError::from)?;
         nested.state.reset();
         *nested.state.vmcb02_mut() = Vmcb::new();
@@ -207,6 +225,80 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
         Ok(is_guest)
     }
 
+    /// Ends or continues L2's turn after a page fault; `true` if L2 itself takes it.
+    pub(super) fn settle_l2_page_fault(&mut self, whose: PageFaultOf) -> bool {
+        let Some(nested) = &mut self.nested else {
+            return false;
+        };
+        let mut context = Context {
+            gprs: &mut self.registers.gprs,
+            vmcb01: &mut self.vmcb01,
+            memory: self.memory,
+            second_stage: &mut nested.stage,
+        };
+        match nested.state.exited_by_page_fault(whose, &mut context) {
+            Handled::L1(barrier) => {
+                nested.counts.exits += 1;
+                self.has_left_for_l1(barrier);
+                self.apply_window();
+                false
+            }
+            Handled::L0 => true,
+            Handled::Resume | Handled::Memory(_) => {
+                nested.counts.resumed += 1;
+                false
+            }
+        }
+    }
+
+    /// L2's turn has ended, and L1's begins.
+    #[inline]
+    fn has_left_for_l1(&mut self, barrier: PredictorBarrier) {
+        barrier.discharge(predictor_barrier(self.has_predictor_barrier));
+        if self.shadow.is_some() {
+            self.has_written_vmcb12();
+        }
+    }
+
+    /// An exit was written into L1's memory, where a shadowed table may be.
+    fn has_written_vmcb12(&mut self) {
+        if let Some(nested) = &self.nested {
+            let at = nested.state.vmcb12_address();
+            self.memory_written(at, size_of::<Vmcb>());
+        }
+    }
+
+    /// L2 leaves with an exception that arose while L0 executed an instruction for it, if L1
+    /// intercepts that one. `address` is that of a page fault, which then does not reach CR2 (APM
+    /// vol. 2, 15.12.15).
+    pub(super) fn l2_exits_by(
+        &mut self,
+        vector: u8,
+        error_code: Option<u32>,
+        address: Option<u64>,
+    ) -> bool {
+        let Some(nested) = &mut self.nested else {
+            return false;
+        };
+        let code = ExitCode(ExitCode::EXCEPTION.start() + u64::from(vector & 0x1F));
+        if !nested.state.is_guest() || !nested.state.vmcb12().intercepts().contains(code) {
+            return false;
+        }
+        let mut context = Context {
+            gprs: &mut self.registers.gprs,
+            vmcb01: &mut self.vmcb01,
+            memory: self.memory,
+            second_stage: &mut nested.stage,
+        };
+        let info1 = error_code.unwrap_or(0).into();
+        let info2 = address.unwrap_or(0);
+        let barrier = nested.state.exit_to_l1(code, info1, info2, &mut context);
+        nested.counts.exits += 1;
+        self.has_left_for_l1(barrier);
+        self.apply_window();
+        true
+    }
+
     /// An SVM instruction of whoever runs.
     pub(super) fn svm_instruction(&mut self, instruction: Instruction) -> Option<VmExit> {
         if self.nested.is_none() {
@@ -220,13 +312,25 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
             memory: self.memory,
             second_stage: &mut nested.stage,
         };
+        let operand = context.gprs.rax;
         match nested.state.execute(instruction, next, &mut context) {
-            Outcome::Done | Outcome::Refused => {
+            Outcome::Done => {
                 nested.counts.instructions += 1;
+                if instruction == Instruction::Vmsave {
+                    self.memory_written(Gpa(operand), size_of::<Vmcb>());
+                }
+                None
+            }
+            Outcome::Refused => {
+                nested.counts.instructions += 1;
+                self.has_written_vmcb12();
                 None
             }
             Outcome::Entered => {
                 nested.counts.entries += 1;
+                if let Some(shadow) = &mut self.shadow {
+                    shadow.is_l2_new = true;
+                }
                 self.apply_window();
                 None
             }
@@ -307,7 +411,7 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
         };
         let barrier = nested.state.exit_to_l1(code, 0, 0, &mut context);
         nested.counts.events += 1;
-        barrier.discharge(predictor_barrier(self.has_predictor_barrier));
+        self.has_left_for_l1(barrier);
         true
     }
 }

@@ -3,14 +3,20 @@
 //! What the guest does to its paging registers and INVLPG is intercepted, and so are its page
 //! faults. In real mode it runs with paging nevertheless, over tables that map its memory one to one
 //! ("paged real mode", APM vol. 2, 15.19).
+//!
+//! A guest of the guest's (L2) runs likewise: the tables that its hypervisor (L1) has made for it, in
+//! L1's memory, are those that ours are made from. Outside of its turns the VMCB of L2 holds what L1
+//! gave it; the processor's own paging registers are there from just before an entry until just
+//! after it.
 
 use testudo_arch::{Cr4Flags, Event, Exception, Gpa, GuestMemory, Gva};
 use testudo_ept::shadow::Outcome;
-use testudo_nested::svm::SecondStage;
+use testudo_nested::svm::{PageFaultOf, SecondStage};
 use testudo_svm::event::{Combined, RawEvent};
 use testudo_svm::exit::ExceptionInfo;
 use testudo_svm::intercept::{CrIntercepts, ExceptionIntercepts, Misc1, Misc3};
 use testudo_svm::vmcb::NestedControl;
+use testudo_svm::{Exit, Vmcb};
 
 use super::{CS_LONG, GUEST_EFER, LMA, SVME, SvmVcpu};
 use crate::backend::mode::Mode;
@@ -18,8 +24,36 @@ use crate::backend::paging::{GuestPaging, ShadowPlace};
 use crate::vcpu::{MemoryAccess, Vcpu, VcpuError, VmExit};
 use testudo_arch::regs::{SegmentRegister, SystemRegisters};
 
+/// The paging of the guest, and of a guest of its own.
+pub(super) struct Shadow<'a> {
+    pub(super) l1: GuestPaging<'a>,
+    pub(super) l2: GuestPaging<'a>,
+    /// VMRUN was executed since L2's paging registers were taken up.
+    pub(super) is_l2_new: bool,
+}
+
+/// The exits that shadow paging needs, where the processor runs with `real` and the guest believes in
+/// `seen`.
+fn intercepts(real: Mode, seen: Mode) -> CrIntercepts {
+    let mut intercepts = CrIntercepts::READ_CR3
+        | CrIntercepts::WRITE_CR0
+        | CrIntercepts::WRITE_CR3
+        | CrIntercepts::WRITE_CR4;
+    intercepts.set(CrIntercepts::READ_CR0, real.cr0 != seen.cr0);
+    intercepts.set(CrIntercepts::READ_CR4, real.cr4 != seen.cr4);
+    intercepts
+}
+
+fn write_mode(vmcb: &mut Vmcb, mode: Mode, cr3: u64) {
+    vmcb.set_cr0(mode.cr0);
+    vmcb.set_cr3(cr3);
+    vmcb.set_cr4(mode.cr4);
+    vmcb.set_efer(mode.efer | SVME);
+}
+
 impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
-    /// Puts the guest on shadow paging instead of nested paging. It cannot be a hypervisor then.
+    /// Puts the guest on shadow paging instead of nested paging. It cannot be offered nested paging
+    /// itself then.
     #[must_use]
     pub fn with_shadow_paging(mut self, place: ShadowPlace<'a>) -> Self {
         let vmcb = &mut self.vmcb01;
@@ -31,19 +65,49 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
         vmcb.set_intercept_misc1(misc1);
         let misc3 = vmcb.intercept_misc3() | Misc3::INVPCID;
         vmcb.set_intercept_misc3(misc3);
-        self.shadow = Some(GuestPaging::new(place));
+        let l1 = GuestPaging::new(place);
+        self.shadow = Some(Shadow {
+            l2: l1.of_nested(),
+            l1,
+            is_l2_new: true,
+        });
         self.set_system(&SystemRegisters::reset());
         self
     }
 
-    /// Before the guest runs: through the gate, and without the translations that are no longer
-    /// true.
+    fn is_l2(&self) -> bool {
+        let nested = self.nested.as_ref();
+        nested.is_some_and(|nested| nested.state.is_guest())
+    }
+
+    /// The paging of whoever runs.
+    fn paging(&self) -> Option<&GuestPaging<'a>> {
+        let shadow = self.shadow.as_ref()?;
+        Some(if self.is_l2() { &shadow.l2 } else { &shadow.l1 })
+    }
+
+    fn paging_mut(&mut self) -> Option<&mut GuestPaging<'a>> {
+        let is_l2 = self.is_l2();
+        let shadow = self.shadow.as_mut()?;
+        Some(if is_l2 {
+            &mut shadow.l2
+        } else {
+            &mut shadow.l1
+        })
+    }
+
+    /// Before the guest or its own guest runs: through the gate, and without the translations that
+    /// are no longer true. The ASID is to be assigned after it.
     #[inline]
     pub(super) fn enter_gate(&mut self) {
         if let Some(shadow) = &self.shadow
-            && shadow.gate().enter()
+            && shadow.l1.gate().enter()
         {
+            // Both run on the same tables.
             self.l1_asid.flush();
+            if let Some(nested) = &mut self.nested {
+                nested.state.flush_translations();
+            }
         }
     }
 
@@ -51,20 +115,65 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
     #[inline]
     pub(super) fn leave_gate(&self) {
         if let Some(shadow) = &self.shadow {
-            shadow.gate().leave();
+            shadow.l1.gate().leave();
         }
     }
 
     /// Why shadow paging cannot go on, if that is so.
     pub(super) fn shadow_failure(&mut self) -> Result<(), VcpuError> {
-        match self.shadow.as_mut().and_then(GuestPaging::failure) {
+        match self.paging_mut().and_then(GuestPaging::failure) {
             Some(error) => Err(error.into()),
             None => Ok(()),
         }
     }
 
-    /// Takes up the guest's paging registers, all of them.
+    /// Has the processor's paging registers in L2's VMCB, for an entry. `false` if there is no memory
+    /// for the tables.
+    pub(super) fn put_on_l2_shadow(&mut self) -> bool {
+        let (Some(shadow), Some(nested)) = (&mut self.shadow, &mut self.nested) else {
+            return true;
+        };
+        let flushed = nested.state.take_l2_flush();
+        let vmcb02 = nested.state.vmcb02();
+        let seen = Mode {
+            cr0: vmcb02.cr0(),
+            cr4: vmcb02.cr4(),
+            efer: vmcb02.efer() & !SVME,
+        };
+        let cr3 = vmcb02.cr3();
+        // VMRUN reads the page-directory pointers of PAE paging whatever was there before.
+        let is_new = core::mem::take(&mut shadow.is_l2_new) && seen.pae_paging();
+        let paging = &mut shadow.l2;
+        if flushed || is_new || paging.mode() != seen || paging.cr3() != cr3 {
+            paging.set(self.memory, seen, cr3);
+        }
+        if paging.has_failed() {
+            return false;
+        }
+        let (real, root) = paging.hardware();
+        let wanted = nested.state.vmcb12().intercept_cr() | intercepts(real, seen);
+        let vmcb02 = nested.state.vmcb02_mut();
+        write_mode(vmcb02, real, root);
+        if vmcb02.intercept_cr() != wanted {
+            vmcb02.set_intercept_cr(wanted);
+        }
+        true
+    }
+
+    /// Puts L2's own paging registers back, after its turn. The processor has changed none: all that
+    /// writes them is intercepted.
+    pub(super) fn take_off_l2_shadow(&mut self) {
+        if let (Some(shadow), Some(nested)) = (&self.shadow, &mut self.nested) {
+            let paging = &shadow.l2;
+            write_mode(nested.state.vmcb02_mut(), paging.mode(), paging.cr3());
+        }
+    }
+
+    /// Takes up the guest's paging registers, all of them. Those of L2 are taken up at its next entry.
     pub(super) fn set_shadow_system(&mut self, system: &SystemRegisters) {
+        if self.is_l2() {
+            return;
+        }
         let Some(shadow) = &mut self.shadow else {
             return;
         };
@@ -73,47 +182,55 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
             cr4: system.cr4,
             efer: system.efer,
         };
-        shadow.set(self.memory, mode, system.cr3);
+        shadow.l1.set(self.memory, mode, system.cr3);
         self.apply_shadow();
     }
 
-    /// Brings the VMCB in line with the guest's paging registers.
+    /// Brings the VMCB in line with the paging registers of whoever runs.
     fn apply_shadow(&mut self) {
-        let Some(shadow) = &self.shadow else {
+        let Some(paging) = self.paging() else {
             return;
         };
-        let (real, root) = shadow.hardware();
-        let seen = shadow.mode();
-        let mut intercepts = CrIntercepts::READ_CR3
-            | CrIntercepts::WRITE_CR0
-            | CrIntercepts::WRITE_CR3
-            | CrIntercepts::WRITE_CR4;
-        intercepts.set(CrIntercepts::READ_CR0, real.cr0 != seen.cr0);
-        intercepts.set(CrIntercepts::READ_CR4, real.cr4 != seen.cr4);
+        let (seen, cr3) = (paging.mode(), paging.cr3());
+        let (real, root) = paging.hardware();
+        if self.is_l2() {
+            return write_mode(self.vmcb_mut(), seen, cr3);
+        }
         let vmcb = &mut self.vmcb01;
-        vmcb.set_cr0(real.cr0);
-        vmcb.set_cr3(root);
-        vmcb.set_cr4(real.cr4);
-        vmcb.set_efer(real.efer | SVME);
-        vmcb.set_intercept_cr(intercepts);
+        write_mode(vmcb, real, root);
+        vmcb.set_intercept_cr(intercepts(real, seen));
     }
 
     /// WRMSR to EFER; `None` on nested paging.
     pub(super) fn write_shadow_efer(&mut self, value: u64) -> Option<bool> {
-        let shadow = self.shadow.as_mut()?;
-        let done = shadow.write_efer(self.memory, value, GUEST_EFER);
+        let mode = self.paging()?.mode();
+        let svme = if self.nested.is_some() { SVME } else { 0 };
+        if mode.with_efer(value, GUEST_EFER | svme).is_none() {
+            return Some(false);
+        }
+        if let Some(nested) = &mut self.nested {
+            if !nested.state.write_svme(value) {
+                return Some(false);
+            }
+            nested.state.adjust_vmcb01(&mut self.vmcb01);
+        }
+        let memory = self.memory;
+        let done = self
+            .paging_mut()?
+            .write_efer(memory, value & !SVME, GUEST_EFER);
         self.apply_shadow();
         Some(done)
     }
 
     /// MOV to CR0, CR3 or CR4.
     pub(super) fn write_shadow_register(&mut self, number: u8, value: u64) -> bool {
-        let Some(shadow) = &mut self.shadow else {
+        let code = self.vmcb().raw_segment(SegmentRegister::Cs).attributes;
+        let memory = self.memory;
+        let Some(paging) = self.paging_mut() else {
             return false;
         };
-        let code = self.vmcb01.raw_segment(SegmentRegister::Cs).attributes;
-        let cs_long = code & CS_LONG != 0 && shadow.mode().efer & LMA != 0;
-        let done = shadow.write(self.memory, number, value, cs_long);
+        let cs_long = code & CS_LONG != 0 && paging.mode().efer & LMA != 0;
+        let done = paging.write(memory, number, value, cs_long);
         self.apply_shadow();
         done
     }
@@ -121,9 +238,13 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
     /// INVLPG. The processor forgets the page, and with it the rest of the address space, which is
     /// the one way that all processors have.
     pub(super) fn invalidate_shadow_page(&mut self, address: Gva) {
-        if let Some(shadow) = &self.shadow {
-            shadow.invalidate_page(address);
-            self.l1_asid.flush();
+        let Some(paging) = self.paging() else {
+            return;
+        };
+        paging.invalidate_page(address);
+        match &mut self.nested {
+            Some(nested) if nested.state.is_guest() => nested.state.flush_translations(),
+            _ => self.l1_asid.flush(),
         }
     }
 
@@ -136,9 +257,9 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
             });
         };
         let context = (self.cpl(), self.vmcb01.rflags(), self.pkru());
-        let outcome = self.shadow.as_mut()?.fault(address, code, context)?;
+        let outcome = self.shadow.as_mut()?.l1.fault(address, code, context)?;
         let interrupted = self.vmcb01.exit_int_info();
-        let fault = match outcome {
+        let (exception, event) = match outcome {
             Outcome::Inject(fault) => {
                 let event = Event::fault_with(Exception::PageFault, fault.code.bits());
                 self.vmcb01.set_cr2(fault.address.0);
@@ -155,7 +276,6 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
                 return self.shadow_access(other, address, code, interrupted.is_valid());
             }
         };
-        let (exception, event) = fault;
         self.vmcb01
             .set_event_inj(match interrupted.combine(exception) {
                 Combined::Serial => event.into(),
@@ -163,6 +283,32 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
                 Combined::Shutdown => return Some(VmExit::Shutdown),
             });
         None
+    }
+
+    /// A page fault of L2: of the shadow tables, of the tables that L1 gave it, or an access that the
+    /// machine must make.
+    pub(super) fn l2_shadow_fault(&mut self) -> Option<VmExit> {
+        let vmcb02 = self.vmcb();
+        let (address, code) = (Gva(vmcb02.exit_info2()), vmcb02.exit_info1() as u32);
+        let delivering = vmcb02.exit_int_info().is_valid();
+        let context = (self.cpl(), vmcb02.rflags(), self.pkru());
+        let outcome = self.shadow.as_mut()?.l2.fault(address, code, context);
+        let whose = match outcome {
+            Some(Outcome::Inject(fault)) => PageFaultOf::L2 {
+                address: fault.address.0,
+                code: fault.code.bits(),
+            },
+            _ => PageFaultOf::L0,
+        };
+        if !self.settle_l2_page_fault(whose) {
+            return self.shadow_access(outcome?, address, code, delivering);
+        }
+        // As the delivery of a fault that nobody intercepts would have.
+        self.vmcb_mut().set_cr2(address.0);
+        match Exit::read(self.vmcb()) {
+            Exit::Exception(exception) => self.reflect(exception),
+            exit => self.classify(exit),
+        }
     }
 
     /// A fault that is not the guest's; `delivering` if an event's delivery met it.
@@ -197,14 +343,21 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
     pub(super) fn stop_watching_shadow(&self, gpa: Gpa) -> bool {
         self.shadow
             .as_ref()
-            .is_some_and(|shadow| shadow.release(gpa))
+            .is_some_and(|shadow| shadow.l1.release(gpa))
+    }
+
+    /// What L1 sees of its paging registers, where its VMCB has others.
+    #[inline]
+    pub(super) fn l1_paging(&self) -> Option<&GuestPaging<'a>> {
+        let shadow = self.shadow.as_ref()?;
+        (!self.is_l2()).then_some(&shadow.l1)
     }
 
     /// What whoever runs sees of CR3 and CR4.
     #[inline]
     pub(super) fn visible_cr3_and_cr4(&self) -> (u64, u64) {
-        match &self.shadow {
-            Some(shadow) => (shadow.cr3(), shadow.mode().cr4),
+        match self.l1_paging() {
+            Some(paging) => (paging.cr3(), paging.mode().cr4),
             None => (self.vmcb().cr3(), self.vmcb().cr4()),
         }
     }
