@@ -117,6 +117,15 @@ impl Mode {
         Some(Self { efer, ..self })
     }
 
+    /// As VMRUN loads it: LMA is what LME and PG make it, whatever a control block says. Tables for one
+    /// mode must not be walked in another.
+    #[cfg(feature = "svm")]
+    pub(super) const fn with_lma_by_paging(self) -> Self {
+        let long = self.cr0 & PG != 0 && self.efer & LME != 0;
+        let efer = (self.efer & !LMA) | if long { LMA } else { 0 };
+        Self { efer, ..self }
+    }
+
     /// Whether linear addresses are translated by PAE paging.
     pub(super) const fn pae_paging(&self) -> bool {
         self.cr0 & PG != 0 && self.cr4 & PAE != 0 && self.efer & LMA == 0

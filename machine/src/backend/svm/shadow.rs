@@ -139,7 +139,8 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
             cr0: vmcb02.cr0(),
             cr4: vmcb02.cr4(),
             efer: vmcb02.efer() & !SVME,
-        };
+        }
+        .with_lma_by_paging();
         let cr3 = vmcb02.cr3();
         // VMRUN reads the page-directory pointers of PAE paging whatever was there before.
         let is_new = core::mem::take(&mut shadow.is_l2_new) && seen.pae_paging();

@@ -26,6 +26,7 @@ mod instructions;
 mod regressions;
 mod routing;
 mod saved;
+mod shadow;
 
 /// Where the tests put L1's control block and maps.
 pub(super) const VMCB12: Gpa = Gpa(0x10000);
