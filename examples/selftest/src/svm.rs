@@ -11,7 +11,7 @@ use testudo_arch::regs::SegmentRegister;
 use testudo_arch::segment::{Segment, SegmentAttributes};
 use testudo_arch::{Gpr, Gprs, Hpa, Msr};
 use testudo_rt::irq::{self, TrapFrame};
-use testudo_rt::{Boot, apic, cpu, memory, msr, port};
+use testudo_rt::{Boot, apic, cpu, memory, msr, port, time, timer};
 use testudo_svm::hw::{
     EnableError, GuestRegisters, HeldInterrupts, HostFrames, ResidentRegisters, SseRegisters, Svm,
     VmcbFrame,
@@ -44,6 +44,10 @@ pub(crate) const CASES: &[Case] = &[
         run: guest_cannot_mask_interrupts,
     },
     Case {
+        name: "svm::interrupts_end_a_guests_halt",
+        run: interrupts_end_a_guests_halt,
+    },
+    Case {
         name: "svm::waiting_loses_no_interrupt",
         run: waiting_loses_no_interrupt,
     },
@@ -56,6 +60,7 @@ pub(crate) const CASES: &[Case] = &[
 // The guests. None touches memory, but for the one that reads its MXCSR.
 global_asm!(
     ".globl selftest_svm_step, selftest_svm_msrs, selftest_svm_avx, selftest_svm_spin",
+    ".globl selftest_svm_halt",
     "selftest_svm_step:",
     "vmmcall",
     "add rax, 1",
@@ -107,6 +112,9 @@ global_asm!(
     "vmmcall",
     "selftest_svm_spin:",
     "jmp selftest_svm_spin",
+    "selftest_svm_halt:",
+    "hlt",
+    "vmmcall",
 );
 
 unsafe extern "C" {
@@ -114,12 +122,14 @@ unsafe extern "C" {
     static selftest_svm_msrs: u8;
     static selftest_svm_avx: u8;
     static selftest_svm_spin: u8;
+    static selftest_svm_halt: u8;
 }
 
 const RFLAGS_IF: u64 = 1 << 9;
 
-/// The length of VMMCALL.
+/// The lengths of instructions.
 const VMMCALL: u64 = 3;
+const HLT: u64 = 1;
 
 /// What a case works with.
 struct Guest<'a, 's> {
@@ -419,6 +429,33 @@ fn guest_cannot_mask_interrupts(_: &'static Boot) -> Outcome {
         check_eq!(guest.vmcb.rflags() & RFLAGS_IF, 0);
         Outcome::Passed
     });
+    irq::clear_handler(VECTOR);
+    outcome
+}
+
+/// HLT is not intercepted: the processor itself waits, and is the host's when an interrupt comes.
+fn interrupts_end_a_guests_halt(_: &'static Boot) -> Outcome {
+    const DELAY_NS: u64 = 3_000_000;
+    TAKEN.store(0, Ordering::Relaxed);
+    timer::start(VECTOR);
+    irq::set_handler(VECTOR, take);
+    let outcome = with_guest(|guest| {
+        for round in 1..=3 {
+            guest.held.take_pending();
+            check_eq!(TAKEN.load(Ordering::Relaxed), round - 1);
+            let code = &raw const selftest_svm_halt;
+            guest.start(code);
+            let start = time::now_ns();
+            timer::arm(time::tsc_at(start + DELAY_NS));
+            check_eq!(guest.enter(), Exit::Interrupt);
+            check!(time::now_ns() - start >= DELAY_NS, "it did not wait");
+            check_eq!(guest.vmcb.rip(), code as u64 + HLT);
+            guest.held.take_pending();
+            check_eq!(TAKEN.load(Ordering::Relaxed), round);
+        }
+        Outcome::Passed
+    });
+    timer::disarm();
     irq::clear_handler(VECTOR);
     outcome
 }

@@ -92,6 +92,22 @@ impl NestedSvm {
         (self.is_guest && self.vmcb12.intercepts().contains(code)).then_some(code)
     }
 
+    /// Whether L1 has a virtual interrupt pending for L2 that L2 takes at its next instruction
+    /// boundary without an interrupt shadow (APM vol. 2, 15.21.4).
+    pub fn takes_virtual_interrupt(&self) -> bool {
+        let vmcb02 = &self.pages.vmcb;
+        let word = self.window.unwrap_or(vmcb02.virtual_interrupts());
+        let flags = word.flags();
+        let closed = flags.contains(VintrFlags::V_GIF_ENABLE) && !flags.contains(VintrFlags::V_GIF);
+        // The task priority is the live one: the window leaves it to L2.
+        let tpr = vmcb02.virtual_interrupts().tpr();
+        self.is_guest
+            && flags.contains(VintrFlags::V_IRQ)
+            && !closed
+            && (flags.contains(VintrFlags::V_IGN_TPR) || word.priority() > tpr)
+            && vmcb02.rflags() & IF != 0
+    }
+
     /// L1's global interrupt flag. While it is clear, no physical event is accepted.
     #[inline]
     pub fn gif(&self, vmcb01: &Vmcb) -> bool {

@@ -174,6 +174,7 @@ impl<M: GuestMemory, S: SecondStage> SvmVcpu<'_, M, S> {
                 self.next_rip = access.next_rip;
                 port_exit(access)
             }
+            Exit::Hlt if self.l2_wakes_at_once() => VmExit::Idle,
             Exit::Hlt => VmExit::Halt,
             Exit::VirtualInterrupt => {
                 self.set_interrupt_window(None);

@@ -414,6 +414,7 @@ impl<M: GuestMemory, S: SecondStage> Vcpu for SvmVcpu<'_, M, S> {
     fn reset(&mut self) {
         if let Some(nested) = &mut self.nested {
             nested.state.reset();
+            nested.interrupted = false;
             nested.state.adjust_vmcb01(&mut self.vmcb01);
         }
         self.nmi_masked = false;
@@ -531,6 +532,11 @@ impl<M: GuestMemory, S: SecondStage> Vcpu for SvmVcpu<'_, M, S> {
             nested.state.flush_translations();
         }
         Ok(())
+    }
+
+    fn take_interrupted(&mut self) -> bool {
+        let nested = self.nested.as_mut();
+        nested.is_some_and(|nested| core::mem::take(&mut nested.interrupted))
     }
 
     fn translate(&mut self, gpa: Gpa) -> Option<Gpa> {

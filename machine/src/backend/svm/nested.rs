@@ -39,6 +39,8 @@ pub(super) struct Nested<S> {
     pub(super) state: NestedSvm,
     pub(super) stage: S,
     flusher: Flusher,
+    /// L2's turn has ended otherwise than by an exit of its own.
+    pub(super) interrupted: bool,
     counts: Counts,
 }
 
@@ -73,6 +75,7 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
             state,
             stage,
             flusher,
+            interrupted: false,
             counts: Counts::default(),
         });
         self
@@ -299,6 +302,13 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
         true
     }
 
+    /// Whether a HLT of L2's ends as soon as it begins: L1 has a virtual interrupt for it, which the
+    /// machine knows nothing of.
+    pub(super) fn l2_wakes_at_once(&self) -> bool {
+        let nested = self.nested.as_ref();
+        nested.is_some_and(|nested| nested.state.takes_virtual_interrupt())
+    }
+
     /// An SVM instruction of whoever runs.
     pub(super) fn svm_instruction(&mut self, instruction: Instruction) -> Option<VmExit> {
         if self.nested.is_none() {
@@ -410,6 +420,7 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
             second_stage: &mut nested.stage,
         };
         let barrier = nested.state.exit_to_l1(code, 0, 0, &mut context);
+        nested.interrupted = true;
         nested.counts.events += 1;
         self.has_left_for_l1(barrier);
         true

@@ -193,3 +193,33 @@ fn l0s_window_hides_l1s_virtual_interrupt_and_gives_it_back() {
     vm.enter();
     assert!(!vm.nested.vmcb02().intercept_misc1().contains(Misc1::VINTR));
 }
+
+#[test]
+fn a_virtual_interrupt_ends_a_halt_where_l2_takes_it() {
+    let asked = VirtualInterrupts::default()
+        .insert(VintrFlags::V_IRQ | VintrFlags::V_INTR_MASKING)
+        .with_priority(4)
+        .with_tpr(3);
+    let takes = |word: VirtualInterrupts, rflags: u64, window: bool| {
+        let mut vm = Vm::full();
+        vm.edit12(|vmcb12| {
+            vmcb12.set_virtual_interrupts(word);
+            vmcb12.set_rflags(rflags);
+        });
+        vm.enter();
+        vm.nested.set_window(window, &vm.vmcb01);
+        vm.nested.takes_virtual_interrupt()
+    };
+    let gif = VintrFlags::V_GIF_ENABLE;
+    for window in [false, true] {
+        assert!(takes(asked, 0x202, window));
+        assert!(!takes(asked, 2, window), "IF is clear");
+        assert!(!takes(asked.with_tpr(4), 0x202, window), "priority");
+        let ignoring = asked.with_tpr(15).insert(VintrFlags::V_IGN_TPR);
+        assert!(takes(ignoring, 0x202, window));
+        assert!(!takes(asked.remove(VintrFlags::V_IRQ), 0x202, window));
+        assert!(!takes(asked.insert(gif), 0x202, window), "V_GIF is clear");
+        assert!(takes(asked.insert(gif | VintrFlags::V_GIF), 0x202, window));
+    }
+    assert!(!Vm::full().nested.takes_virtual_interrupt(), "L1 runs");
+}

@@ -28,6 +28,15 @@ pub(super) fn run(tally: &mut Tally, full: bool) -> Result<()> {
         tally.check("nested::two_kvms_side_by_side", || {
             status_of("kvm", &["--guests", "2"])
         });
+        tally.check("nested::kvm_on_shadow_paging_runs_linux", || {
+            status_of("kvm", &["--paging", "shadow"])
+        });
+        tally.check("nested::kvm_on_shadow_paging_with_two_processors", || {
+            status_of("kvm", &["--paging", "shadow", "--vcpus", "2"])
+        });
+        tally.check("nested::two_kvms_on_different_paging", || {
+            status_of("kvm", &["--guests", "2", "--paging", "nested,shadow"])
+        });
         // Instructions are time on Bochs in any case, and it takes minutes.
         let on_vtx = ["--backend", "vmx"];
         tally.check("nested::kvm_runs_linux_on_vtx", || {
