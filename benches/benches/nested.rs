@@ -68,7 +68,7 @@ impl svm::SecondStage for Ready {
     fn activate(&mut self, table: svm::NestedTable) -> Option<Hpa> {
         Some(Hpa(table.root.0))
     }
-    fn flush(&mut self) {}
+    fn flush(&mut self, _: Option<u32>) {}
     fn fault(&mut self, fault: testudo_svm::exit::NestedPageFault) -> svm::NestedFault {
         svm::NestedFault::Reflect(fault)
     }

@@ -42,7 +42,7 @@ impl svm::SecondStage for Stage {
     fn activate(&mut self, _: svm::NestedTable) -> Option<Hpa> {
         (self.0 & 7 != 7).then_some(Hpa(COMPOSED))
     }
-    fn flush(&mut self) {}
+    fn flush(&mut self, _: Option<u32>) {}
     fn fault(&mut self, fault: NestedPageFault) -> svm::NestedFault {
         match self.0 & 3 {
             0 => svm::NestedFault::Resolved,

@@ -282,8 +282,7 @@ where
             let mut shared = self.shared.lock();
             self.with_frames(&mut shared, walker.vcpu, |shared| {
                 let (mmu, root) = shared.of(walker);
-                let fault =
-                    mmu.fault(root, &self.memory, &self.backing, state, address, access)?;
+                let fault = mmu.fault(root, &self.memory, &self.backing, state, address, access)?;
                 Ok(fault.discharge(&mut self.gates(walker.vcpu)))
             })
         };

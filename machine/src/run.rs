@@ -24,7 +24,7 @@ use crate::paged::FORGET;
 use crate::policy::msr::MsrPolicy;
 use crate::stats::ExitStats;
 use crate::stop::{Stop, StopReason};
-use crate::vcpu::{AwaitedInterrupt, MemoryAccess, Vcpu, VmExit};
+use crate::vcpu::{AwaitedInterrupt, InitSignal, MemoryAccess, Vcpu, VmExit};
 
 /// What a vCPU does at present.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,6 +65,8 @@ pub struct VcpuLoop<'m, V, M> {
     attention: bool,
     /// An NMI was sent and the vCPU could not take it yet.
     nmi: bool,
+    /// An INIT was sent and has done nothing yet.
+    init: bool,
     /// The guest's IA32_TSC_ADJUST.
     tsc_adjust: u64,
     /// When something is due next, in the host's nanoseconds.
@@ -107,6 +109,7 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
             activity,
             attention: true,
             nmi: false,
+            init: false,
             tsc_adjust: 0,
             deadline: None,
             timer: None,
@@ -250,8 +253,9 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
             self.forget_memory();
         }
         self.poll_timers();
-        if self.lapic.take_init() {
-            self.init();
+        self.init |= self.lapic.take_init();
+        if self.init {
+            self.init_signal();
         }
         if let Some(page) = self.lapic.take_startup()
             && self.activity == Activity::WaitsForStartup
@@ -328,6 +332,16 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
             host.set_timer(deadline);
             self.timer = deadline;
         }
+    }
+
+    #[cold]
+    fn init_signal(&mut self) {
+        match self.vcpu.init_signal() {
+            InitSignal::Resets => self.init(),
+            InitSignal::Waits => return,
+            InitSignal::Exits => self.activity = Activity::Running,
+        }
+        self.init = false;
     }
 
     /// INIT: the processor as after reset, but for what INIT leaves (SDM vol. 3A, 10.1.1).

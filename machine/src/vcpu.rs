@@ -194,6 +194,17 @@ pub enum NestedStateError {
     Vcpu(#[from] VcpuError),
 }
 
+/// What an INIT does to a vCPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InitSignal {
+    /// The processor begins anew ([`Vcpu::reset`]).
+    Resets,
+    /// It waits: the guest is in VMX operation, as a hypervisor.
+    Waits,
+    /// It has ended the turn of a guest of the guest's, and nothing else.
+    Exits,
+}
+
 /// A virtual processor.
 ///
 /// A vCPU belongs to one thread or processor. `run` enters the guest; everything else reads or
@@ -231,6 +242,12 @@ pub trait Vcpu {
     fn reset(&mut self) {
         *self.gprs_mut() = Gprs::default();
         self.set_system(&SystemRegisters::reset());
+    }
+
+    /// What an INIT that was sent to the vCPU does now. One that waits is asked about again when
+    /// something has happened.
+    fn init_signal(&mut self) -> InitSignal {
+        InitSignal::Resets
     }
 
     /// Ends the exiting instruction (CPUID, RDMSR, HLT, …): RIP past it, interrupt shadow over.

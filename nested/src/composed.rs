@@ -10,7 +10,7 @@ use testudo_ept::guest_table::{GuestTable, TableFault};
 use testudo_ept::{Invalidate, PageTable, Rights};
 
 /// How many of L1's tables keep their composition: one for each of its guests, usually.
-const TABLES: usize = 4;
+pub(crate) const TABLES: usize = 4;
 
 /// Compositions by what identifies L1's table. What was found in L1's table stays until L1 flushes,
 /// as in a TLB.
@@ -227,6 +227,7 @@ pub(crate) mod tests {
         root: Gpa(0x1000),
         cr4: 0x20,
         efer: 0xD00,
+        asid: 1,
     };
 
     #[test]
@@ -279,13 +280,86 @@ pub(crate) mod tests {
         // What L1 flushes is looked up again.
         memory.store_u64(Gpa(0x4000), 0xB000 | 7).unwrap();
         let before = count.get();
-        stage.flush();
+        stage.flush(Some(1));
         assert!(count.get() > before);
         assert_eq!(
             stage.fault(npt_fault(0x123, B::WRITE)),
             NestedFault::Resolved
         );
         assert_eq!(stage.translate(Gpa(0x123)), Some(Gpa(0xB123)));
+        stage.destroy();
+    }
+
+    #[test]
+    fn a_flush_concerns_the_address_spaces_that_it_names() {
+        use NestedFaultBits as B;
+        use svm::SecondStage;
+        let (memory, pool, count) = (Memory::new(), FramePool::new(64), Cell::new(0));
+        l1_tables(&memory, 7);
+        // A second table, which shares the lower levels.
+        memory.store_u64(Gpa(0x8000), 0x2007).unwrap();
+        let inner = npt_l0(&pool);
+        let parts = svm::ComposedParts {
+            memory: &memory,
+            inner: &inner,
+            frames: &pool,
+            format: Npt::new(48),
+            l1_format: Npt::new(48),
+            page_limit: 100,
+        };
+        let mut stage = svm::ComposedStage::new(parts, Processor(&count));
+        let of = |root, asid| NestedTable {
+            root: Gpa(root),
+            asid,
+            ..TABLE
+        };
+        let entry = Cell::new(0x9007);
+        // What L2 reaches at address 0 in this address space, through what is derived already.
+        let mut reaches = |flush: Option<Option<u32>>, root, asid| {
+            memory.store_u64(Gpa(0x4000), entry.get()).unwrap();
+            if let Some(flush) = flush {
+                stage.flush(flush);
+            }
+            stage.activate(of(root, asid)).unwrap();
+            let there = |stage: &svm::ComposedStage<_, _, _, _>| {
+                let found = stage.tables_for_test().translate(Gpa(0));
+                found.map(|found| found.address.0 - BACKING)
+            };
+            there(&stage).unwrap_or_else(|| {
+                let handled = stage.fault(npt_fault(0, B::WRITE));
+                assert_eq!(handled, NestedFault::Resolved);
+                there(&stage).unwrap()
+            })
+        };
+        assert_eq!(reaches(None, 0x1000, 1), 0x9000);
+        assert_eq!(reaches(None, 0x8000, 2), 0x9000);
+        // Nobody flushed: both may go on with what they have.
+        entry.set(0xA007);
+        assert_eq!(reaches(None, 0x1000, 1), 0x9000);
+        assert_eq!(reaches(None, 0x8000, 2), 0x9000);
+        assert_eq!(reaches(Some(Some(1)), 0x1000, 1), 0xA000);
+        assert_eq!(reaches(None, 0x8000, 2), 0x9000, "that of another guest");
+        // A new identifier on a table that another one has used.
+        entry.set(0xB007);
+        assert_eq!(reaches(None, 0x8000, 3), 0xB000);
+        entry.set(0xC007);
+        assert_eq!(reaches(None, 0x8000, 2), 0xB000, "both stay on it");
+        assert_eq!(reaches(None, 0x8000, 3), 0xB000);
+        // One that was flushed and has not run since finds the table as it is, though the other one
+        // has derived it in between.
+        assert_eq!(reaches(Some(Some(2)), 0x8000, 3), 0xC000);
+        entry.set(0xD007);
+        assert_eq!(reaches(None, 0x8000, 2), 0xD000);
+        // More users than are remembered, and more tables.
+        for asid in 4..20 {
+            entry.set(0x9007 | u64::from(asid & 1) << 12);
+            assert_eq!(reaches(None, 0x8000, asid), entry.get() - 7);
+        }
+        entry.set(0xE007);
+        assert_eq!(reaches(None, 0x8000, 2), 0xE000);
+        entry.set(0xF007);
+        assert_eq!(reaches(Some(None), 0x8000, 2), 0xF000);
+        assert_eq!(reaches(None, 0x1000, 1), 0xF000);
         stage.destroy();
     }
 
@@ -390,7 +464,7 @@ pub(crate) mod tests {
                     }
                 }
                 if which & 7 == 0 {
-                    stage.flush();
+                    stage.flush(None);
                 }
             }
             stage.destroy();

@@ -118,7 +118,8 @@ fn prepare(
     }
     let cpuid = Cpuid::of_this_processor();
     let mut memory = Memory::reserve(boot, args, &cpuid)?;
-    let mut backend = Backend::new(&cpuid, &memory.ram, args.paging(guest)).map_err(|e| e.to_string())?;
+    let mut backend =
+        Backend::new(&cpuid, &memory.ram, args.paging(guest)).map_err(|e| e.to_string())?;
     let shootdown = Shootdown::new(args.vcpus);
     let managed = memory.manage(&mut backend, args, &shootdown)?;
     let ram = memory.ram;

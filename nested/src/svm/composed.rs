@@ -11,7 +11,7 @@ use testudo_ept::{Invalidate, PageTable, Rights};
 use testudo_svm::exit::{NestedFaultBits, NestedPageFault};
 
 use super::{NestedFault, NestedTable, SecondStage};
-use crate::composed::{Compositions, Stopped};
+use crate::composed::{Compositions, Stopped, TABLES};
 
 /// What a composition is built with.
 #[derive(Clone, Copy, Debug)]
@@ -38,6 +38,31 @@ struct Key {
     five_levels: bool,
 }
 
+/// How many of L1's address spaces can use one composition without its being made anew between them.
+const USERS: usize = 8;
+
+/// The address spaces whose translations a composition stands for: none of them was flushed since it
+/// used the composition. One that is not among them must not find what L1's table said before.
+#[derive(Clone, Copy, Debug, Default)]
+struct Users {
+    table: Option<Key>,
+    /// Identifiers of L1's; 0 is none.
+    asids: [u32; USERS],
+    oldest: usize,
+}
+
+impl Users {
+    /// `true` if it was not among them.
+    fn add(&mut self, asid: u32) -> bool {
+        if self.asids.contains(&asid) {
+            return false;
+        }
+        self.asids[self.oldest] = asid;
+        self.oldest = (self.oldest + 1) % USERS;
+        true
+    }
+}
+
 /// The compositions of one vCPU.
 ///
 /// L1's table is looked up when L2 faults, and what was found stays until L1 flushes, as in a TLB.
@@ -47,6 +72,11 @@ struct Key {
 pub struct ComposedStage<'t, M, N: FrameAlloc + FrameMem, P: FrameAlloc + FrameMem, I> {
     parts: ComposedParts<'t, M, N, P>,
     tables: Compositions<Key, Npt, P, I>,
+    users: [Users; TABLES],
+    /// Whose users go when another table comes.
+    oldest: usize,
+    /// What the last entry asked for.
+    current: Option<(Key, u32)>,
 }
 
 impl<'t, M, N, P, I> ComposedStage<'t, M, N, P, I>
@@ -60,9 +90,39 @@ where
     /// compositions are one vCPU's, flushing its L2 guests before their next entry
     /// ([`NestedSvm::flush_translations`](super::NestedSvm::flush_translations)) is enough.
     pub const fn new(parts: ComposedParts<'t, M, N, P>, processors: I) -> Self {
+        const NOBODY: Users = Users {
+            table: None,
+            asids: [0; USERS],
+            oldest: 0,
+        };
         Self {
             parts,
             tables: Compositions::new(processors),
+            users: [NOBODY; TABLES],
+            oldest: 0,
+            current: None,
+        }
+    }
+
+    /// Another table, or another address space on it: what was derived for others may be older than
+    /// what a processor without translations of this one would find.
+    #[cold]
+    fn change(&mut self, key: Key, asid: u32) {
+        self.current = Some((key, asid));
+        let index = match self.users.iter().position(|users| users.table == Some(key)) {
+            Some(index) => index,
+            None => {
+                let index = self.oldest;
+                self.oldest = (index + 1) % TABLES;
+                self.users[index] = Users {
+                    table: Some(key),
+                    ..Users::default()
+                };
+                index
+            }
+        };
+        if self.users[index].add(asid) {
+            self.tables.flush(|table| *table == key);
         }
     }
 
@@ -139,14 +199,31 @@ where
             root: table.root.0 & TABLE_ADDRESS,
             five_levels: table.cr4 & Cr4Flags::L5_PAGING.bits() != 0,
         };
+        if self.current != Some((key, table.asid)) {
+            self.change(key, table.asid);
+        }
         let (format, frames) = (self.parts.format, self.parts.frames);
         let limit = self.parts.page_limit;
         self.tables
             .activate(key, || Composed::new(format, frames, limit))
     }
 
-    fn flush(&mut self) {
-        self.tables.flush(|_| true);
+    fn flush(&mut self, asid: Option<u32>) {
+        self.current = None;
+        let Some(asid) = asid else {
+            self.users = Default::default();
+            return self.tables.flush(|_| true);
+        };
+        let users = &self.users;
+        self.tables.flush(|table| {
+            let users = users.iter().find(|users| users.table == Some(*table));
+            users.is_none_or(|users| users.asids.contains(&asid))
+        });
+        for users in &mut self.users {
+            for user in users.asids.iter_mut().filter(|user| **user == asid) {
+                *user = 0;
+            }
+        }
     }
 
     fn translate(&mut self, gpa: Gpa) -> Option<Gpa> {

@@ -172,21 +172,17 @@ impl NestedSvm {
         match self.vmcb12.tlb_control() {
             TlbControl::DoNothing => {}
             TlbControl::FlushAsid | TlbControl::FlushAsidNonGlobal => {
-                self.asids.flush(self.vmcb12.asid());
-                self.forget_l1_tables(cx.second_stage);
+                self.forget_l1_tables(Some(self.vmcb12.asid()), cx.second_stage);
             }
             // Reserved encodings: too much is always allowed.
             TlbControl::FlushAll | TlbControl::Reserved(_) => {
-                self.asids.flush_all();
                 self.flush_l1 = true;
-                self.forget_l1_tables(cx.second_stage);
+                self.forget_l1_tables(None, cx.second_stage);
             }
         }
-        if self.asids.activate(self.vmcb12.asid()) {
-            // Under a new identifier the processor knows nothing of L1's tables, so neither may
-            // what was derived from them: a new identifier is one way to flush.
-            self.forget_l1_tables(cx.second_stage);
-        }
+        // Under a new identifier the processor knows nothing of L1's tables, so neither may what was
+        // derived from them: a new identifier is one way to flush.
+        self.flush_l2 |= self.asids.activate(self.vmcb12.asid());
 
         let (l1, vmcb02) = (&*cx.vmcb01, &mut self.pages.vmcb);
         let (root, pat) = if route::is_nested_paging(&self.vmcb12) {
@@ -194,6 +190,7 @@ impl NestedSvm {
                 root: Gpa(self.vmcb12.n_cr3()),
                 cr4: l1.cr4(),
                 efer: l1.efer(),
+                asid: self.vmcb12.asid(),
             };
             let Some(root) = cx.second_stage.activate(table) else {
                 return false;

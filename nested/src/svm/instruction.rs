@@ -183,8 +183,7 @@ impl NestedSvm {
         if asid == 0 {
             self.flush_l1 = true;
         } else {
-            self.asids.flush(asid);
-            self.forget_l1_tables(cx.second_stage);
+            self.forget_l1_tables(Some(asid), cx.second_stage);
         }
         Outcome::Done
     }

@@ -318,11 +318,16 @@ impl NestedSvm {
         core::mem::take(&mut self.flush_l2)
     }
 
-    /// L1 flushed translations of its guests: what was derived from its tables is stale.
+    /// L1 flushed translations of one of its guests, or of all of them: what was derived from its
+    /// tables is stale.
     #[inline]
-    fn forget_l1_tables(&mut self, second_stage: &mut impl SecondStage) {
+    fn forget_l1_tables(&mut self, asid: Option<u32>, second_stage: &mut impl SecondStage) {
+        match asid {
+            Some(asid) => self.asids.flush(asid),
+            None => self.asids.flush_all(),
+        }
         self.flush_l2 = true;
-        second_stage.flush();
+        second_stage.flush(asid);
     }
 
     fn msr_permissions_at(&self) -> u64 {

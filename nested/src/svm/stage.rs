@@ -13,6 +13,8 @@ pub struct NestedTable {
     pub cr4: u64,
     /// L1's EFER at VMRUN: LMA decides the format, NXE whether bit 63 is reserved.
     pub efer: u64,
+    /// The address space that L1 has put L2 in.
+    pub asid: u32,
 }
 
 /// What became of a nested page fault of L2.
@@ -34,12 +36,15 @@ pub enum NestedFault {
 pub trait SecondStage {
     /// Makes the composition of this table of L1's the current one, and returns its root for
     /// N_CR3 of L2's control block. Without one, L1's VMRUN fails with VMEXIT_INVALID.
+    ///
+    /// An address space that has not run on the table since it was flushed must find it as it is:
+    /// a new identifier is one way to flush.
     fn activate(&mut self, table: NestedTable) -> Option<Hpa>;
 
-    /// L1 flushed translations (of one of its address spaces, or all of them): what was derived
-    /// from its table is to be derived anew, unless the implementation saw every change of the
-    /// table already.
-    fn flush(&mut self);
+    /// L1 flushed the translations of one of its address spaces, or of all of them: what these have
+    /// derived from its tables is to be derived anew, unless the implementation saw every change of
+    /// the tables already.
+    fn flush(&mut self, asid: Option<u32>);
 
     /// Handles a nested page fault of L2 under the current composition.
     fn fault(&mut self, fault: NestedPageFault) -> NestedFault;
@@ -58,7 +63,7 @@ impl SecondStage for NoSecondStage {
         None
     }
 
-    fn flush(&mut self) {}
+    fn flush(&mut self, _: Option<u32>) {}
 
     fn fault(&mut self, fault: NestedPageFault) -> NestedFault {
         NestedFault::Reflect(fault)

@@ -120,6 +120,7 @@ impl NestedVmx {
         let injecting = InterruptionInformation(information).is_valid();
         let activity = self.vmcs12.image.get(fields::GUEST_ACTIVITY_STATE)?;
         let halted = activity == ActivityState::Hlt.number() && !injecting;
+        self.is_halted = halted;
         Ok(Ok(Outcome::Entered { halted }))
     }
 

@@ -61,6 +61,8 @@ impl NestedVmx {
         S: SecondStage,
         R: Msrs,
     {
+        // It has run.
+        self.is_halted = false;
         let (reason, qualification, interruption, error_code) = {
             let vmcs02 = cx.vmcs.l2();
             cx.gprs.rsp = vmcs02.get(fields::GUEST_RSP)?;
@@ -324,12 +326,16 @@ impl NestedVmx {
             }
             loads
         });
-        // Where neither L0 nor L1 wants to see HLT, the processor waits in L2, and an exit may end it.
+        // "The activity-state field is saved with the logical processor's activity state before the VM
+        // exit" (30.3.4): an interrupt that exits does not end a halt first. L0 waits for L2, or, where
+        // neither L0 nor L1 wants to see HLT, the processor does.
         let may_halt = self
             .joined
             .is_some_and(|j| !j.primary.contains(PrimaryControls::HLT_EXITING));
         let halted = ActivityState::Hlt.number();
-        let activity = if may_halt && vmcs02.get(fields::GUEST_ACTIVITY_STATE)? == halted {
+        let waits = core::mem::take(&mut self.is_halted)
+            || may_halt && vmcs02.get(fields::GUEST_ACTIVITY_STATE)? == halted;
+        let activity = if waits {
             // The next entry waits again, which only a complete one does.
             self.settled = None;
             ActivityState::Hlt

@@ -191,6 +191,8 @@ pub struct NestedVmx {
     /// Where enlightened VMCSs are offered.
     enlightened: Option<Box<enlightened::Enlightened>>,
     is_guest: bool,
+    /// L2 waits in the HLT activity state, which is L0's to do.
+    is_halted: bool,
     /// The region whose guest state `vmcs02` holds.
     in_vmcs02: Option<Gpa>,
     /// L1 wrote seldom-used guest fields: `vmcs02` needs them.
@@ -249,6 +251,7 @@ impl NestedVmx {
             vmcs12: vmcs12::Vmcs12::new(),
             enlightened: None,
             is_guest: false,
+            is_halted: false,
             in_vmcs02: None,
             rare_dirty: true,
             rare_missing: false,
@@ -272,6 +275,7 @@ impl NestedVmx {
         self.current = None;
         self.set_enlightened(0, None);
         self.is_guest = false;
+        self.is_halted = false;
         self.in_vmcs02 = None;
         self.rare_dirty = true;
         self.rare_missing = false;
@@ -289,6 +293,13 @@ impl NestedVmx {
     #[inline]
     pub fn is_guest(&self) -> bool {
         self.is_guest
+    }
+
+    /// Says that L2 halts, by a HLT for which L1 wants no exit: until the next exit of L2's own, or one
+    /// that L0 makes for it, it is in the HLT activity state. Its RIP is behind the HLT by then.
+    #[inline]
+    pub fn note_halt(&mut self) {
+        self.is_halted = self.is_guest;
     }
 
     /// Whether L2 runs on an EPT of L1's, composed with L0's.

@@ -528,7 +528,7 @@ impl<M: GuestMemory, S: SecondStage> Vcpu for SvmVcpu<'_, M, S> {
         self.is_quiet = false;
         self.l1_asid.flush();
         if let Some(nested) = &mut self.nested {
-            nested.stage.flush();
+            nested.stage.flush(None);
             nested.state.flush_translations();
         }
         Ok(())

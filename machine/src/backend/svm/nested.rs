@@ -212,7 +212,7 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
         let saved = SavedSvm::from_bytes(bytes).map_err(RestoreError::from)?;
         nested.state.reset();
         *nested.state.vmcb02_mut() = Vmcb::new();
-        nested.stage.flush();
+        nested.stage.flush(None);
         nested.state.restore(
             &saved,
             &mut Context {
@@ -223,6 +223,7 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
             },
         )?;
         let is_guest = nested.state.is_guest();
+        nested.interrupted = false;
         self.delivery_due = false;
         self.apply_window();
         Ok(is_guest)

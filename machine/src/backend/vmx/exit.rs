@@ -69,7 +69,10 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
             Exit::ApicWrite { offset } => VmExit::ApicWrite { register: offset },
             Exit::VirtualizedEoi { vector } => VmExit::EndOfInterrupt(vector),
             Exit::ApicAccess(access) => VmExit::Memory(apic_access(access)),
-            Exit::Hlt => VmExit::Halt,
+            Exit::Hlt => {
+                self.note_l2_halt();
+                VmExit::Halt
+            }
             Exit::InterruptWindow | Exit::TprBelowThreshold => {
                 self.set_interrupt_window(None);
                 VmExit::InterruptWindow

@@ -27,7 +27,7 @@ use super::processor::{Level, Pair};
 use super::{Controls, Processor, ThisProcessor, VmxTables, VmxVcpu, setup};
 pub use crate::backend::flusher::Flusher;
 use crate::stats::Settled;
-use crate::vcpu::{AwaitedInterrupt, NestedStateError, Vcpu, VcpuError, VmExit};
+use crate::vcpu::{AwaitedInterrupt, InitSignal, NestedStateError, Vcpu, VcpuError, VmExit};
 
 /// What a vCPU needs to be a hypervisor's.
 pub struct NestedParts<'t, S> {
@@ -85,6 +85,8 @@ pub(super) struct Nested<S> {
     delivery_due: bool,
     /// L2's turn has ended otherwise than by an exit of its own.
     pub(super) interrupted: bool,
+    /// An INIT waits for the end of VMX root operation.
+    init_waits: bool,
     counts: Counts,
 }
 
@@ -203,6 +205,7 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
             shadowing: false,
             delivery_due: false,
             interrupted: false,
+            init_waits: false,
             counts: Counts::default(),
         });
         Ok(())
@@ -274,9 +277,10 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         self.rsp_agreed = self.registers.gprs.rsp;
         match outcome {
             Outcome::Done => {
+                let waited = instruction == Instruction::Vmxoff && nested.init_waits;
                 self.follow_shadowing()?;
                 self.select(Level::L1)?;
-                Ok(None)
+                Ok(waited.then_some(VmExit::InterruptWindow))
             }
             Outcome::Fault(fault) => {
                 self.select(Level::L1)?;
@@ -377,13 +381,22 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         Ok(())
     }
 
+    /// L2 executed a HLT that L1 does not want to see; it waits.
+    pub(super) fn note_l2_halt(&mut self) {
+        if let Some(nested) = &mut self.nested {
+            nested.state.note_halt();
+        }
+    }
+
     /// Has the machine look once more at what waited for L1, which may end L2's turn at once.
     fn look_at_events(&self, halted: bool) -> Option<VmExit> {
         if halted {
             return Some(VmExit::EnteredHalted);
         }
         let nmi = self.primary.contains(PrimaryControls::NMI_WINDOW_EXITING);
-        (nmi || self.window.is_some()).then_some(VmExit::InterruptWindow)
+        let nested = self.nested.as_ref();
+        let init = nested.is_some_and(|nested| nested.init_waits);
+        (nmi || init || self.window.is_some()).then_some(VmExit::InterruptWindow)
     }
 
     /// L1 runs next: what is known of its registers is what the exit loaded.
@@ -445,6 +458,33 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
             }
             Some(_) => false,
             None => otherwise && !self.delivers_event(),
+        }
+    }
+
+    /// What an INIT does: in VMX root operation it waits, and in non-root operation it exits (SDM vol.
+    /// 3C, 26.8 and 28.2).
+    pub(super) fn nested_init(&mut self) -> Result<InitSignal, VcpuError> {
+        let interception = self.interception(PhysicalEvent::Init);
+        let waits = match interception {
+            Some(Acceptance::Exit { .. }) => self.delivers_event(),
+            Some(_) => true,
+            None => false,
+        };
+        if let Some(nested) = &mut self.nested {
+            nested.init_waits = waits;
+        }
+        match interception {
+            _ if waits => {
+                if self.level != Level::L1 {
+                    self.end_turn_after_delivery();
+                }
+                Ok(InitSignal::Waits)
+            }
+            Some(Acceptance::Exit { reason, .. }) => {
+                self.exit_to_l1(reason, 0)?;
+                Ok(InitSignal::Exits)
+            }
+            _ => Ok(InitSignal::Resets),
         }
     }
 
@@ -623,6 +663,7 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         nested.state.reset();
         nested.delivery_due = false;
         nested.interrupted = false;
+        nested.init_waits = false;
         self.level = Level::L1;
         self.cache.forget();
         if let Err(error) = self

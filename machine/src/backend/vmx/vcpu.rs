@@ -16,7 +16,7 @@ use super::{CPUID, Level, Processor, VmxVcpu};
 use crate::backend::{is_valid_pat, is_valid_xcr0};
 use crate::irq::ApicState;
 use crate::stats::Settled;
-use crate::vcpu::{AwaitedInterrupt, NestedStateError, Vcpu, VcpuError, VmExit};
+use crate::vcpu::{AwaitedInterrupt, InitSignal, NestedStateError, Vcpu, VcpuError, VmExit};
 
 /// HV_X64_MSR_VP_ASSIST_PAGE of Hyper-V's interface.
 const ASSIST_PAGE: Msr = Msr(0x4000_0073);
@@ -94,6 +94,16 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> Vcpu for VmxVcpu<'_, P, M, S>
         self.leave_vmx_operation();
         self.set_system(&SystemRegisters::reset());
         *self.gprs_mut() = Gprs::default();
+    }
+
+    fn init_signal(&mut self) -> InitSignal {
+        match self.nested_init() {
+            Ok(effect) => effect,
+            Err(error) => {
+                self.remember(error);
+                InitSignal::Waits
+            }
+        }
     }
 
     #[inline]

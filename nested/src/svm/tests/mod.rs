@@ -62,7 +62,7 @@ impl SecondStage for Stage {
         self.activated.push(table);
         (!self.unavailable).then_some(COMPOSED_ROOT)
     }
-    fn flush(&mut self) {
+    fn flush(&mut self, _: Option<u32>) {
         self.flushes += 1;
     }
     fn fault(&mut self, fault: NestedPageFault) -> NestedFault {

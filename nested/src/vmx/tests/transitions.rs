@@ -816,3 +816,41 @@ fn what_l0_has_exit_stays_an_exit_though_l1_is_not_offered_it() {
     assert_ne!(l2(&vm, fields::SECONDARY_CONTROLS) & encls, 0);
     assert_eq!(vm.get12(fields::SECONDARY_CONTROLS) & encls, 0);
 }
+
+#[test]
+fn an_interrupt_that_exits_finds_a_halted_l2_halted() {
+    const INTERRUPT: BasicReason = BasicReason::ExternalInterrupt;
+    // By the entry, by a HLT that L0 handles, and after it ran on.
+    for (state, halts, runs, expected) in [
+        (1, false, false, 1),
+        (0, true, false, 1),
+        (1, false, true, 0),
+        (0, true, true, 0),
+        (0, false, false, 0),
+    ] {
+        let mut vm = Vm::ready();
+        vm.set12(fields::GUEST_ACTIVITY_STATE, state);
+        let halted = state == 1;
+        assert_eq!(
+            vm.run(Instruction::Vmlaunch),
+            End::Other(Outcome::Entered { halted })
+        );
+        if halts {
+            assert_eq!(vm.exit(BasicReason::Hlt, 0), Handled::L0);
+            vm.nested.note_halt();
+        }
+        if runs {
+            assert_eq!(vm.exit(INTERRUPT, 0), Handled::L0);
+        }
+        let _ = vm.exit_to_l1(INTERRUPT, 0x8000_0021);
+        assert_eq!(vm.get12(fields::GUEST_ACTIVITY_STATE), expected);
+        // The next L2 does not inherit it.
+        vm.set12(fields::GUEST_ACTIVITY_STATE, 0);
+        assert_eq!(
+            vm.run(Instruction::Vmresume),
+            End::Other(Outcome::Entered { halted: false })
+        );
+        assert!(matches!(vm.exit(BasicReason::Cpuid, 0), Handled::L1(_)));
+        assert_eq!(vm.get12(fields::GUEST_ACTIVITY_STATE), 0);
+    }
+}

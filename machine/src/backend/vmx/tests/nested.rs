@@ -296,6 +296,53 @@ fn interrupts_that_the_hypervisor_leaves_to_its_guest_are_delivered_there() {
     assert_eq!(vcpu.last_injected(), 0x8000_0077);
 }
 
+#[test]
+fn an_init_waits_for_a_hypervisor_and_ends_its_guests_turn() {
+    use crate::vcpu::InitSignal;
+    let mut vcpu = hypervisor();
+    assert_eq!(vcpu.init_signal(), InitSignal::Resets);
+    // In root operation it waits: for VMXOFF,
+    vcpu.l1_points(BasicReason::Vmxon, VMXON_REGION);
+    assert_eq!(vcpu.init_signal(), InitSignal::Waits);
+    vcpu.will_exit(BasicReason::Vmxoff, 0);
+    assert_eq!(vcpu.enter_once(), VmExit::InterruptWindow);
+    assert_eq!(vcpu.init_signal(), InitSignal::Resets);
+    // or for an entry, whose event is delivered first.
+    let mut vcpu = Hypervisor::prepared(NO_PIN, NO_EXIT);
+    vcpu.vmwrite(fields::ENTRY_INTERRUPTION_INFORMATION, 0x8000_0306);
+    assert_eq!(vcpu.init_signal(), InitSignal::Waits);
+    vcpu.will_exit(BasicReason::Vmlaunch, 0);
+    assert_eq!(vcpu.enter_once(), VmExit::InterruptWindow);
+    assert_eq!(vcpu.init_signal(), InitSignal::Waits);
+    assert_eq!(vcpu.enter_once(), VmExit::DeliveryDue);
+    vcpu.run_out();
+    assert_eq!(vcpu.last_injected(), 0x8000_0306);
+    assert_eq!(vcpu.init_signal(), InitSignal::Exits);
+    assert!(vcpu.take_interrupted());
+    vcpu.assert_exited(BasicReason::Init);
+    // It is over with the exit; nothing waits any more.
+    vcpu.will_exit(BasicReason::Vmxoff, 0);
+    vcpu.run_out();
+    assert_eq!(vcpu.init_signal(), InitSignal::Resets);
+}
+
+#[test]
+fn a_halted_guest_is_halted_still_when_an_interrupt_ends_its_turn() {
+    let pin = PinControls::EXTERNAL_INTERRUPT_EXITING;
+    let mut vcpu = Hypervisor::running(pin, NO_EXIT);
+    vcpu.will_exit(BasicReason::Hlt, 0);
+    assert_eq!(vcpu.enter_once(), VmExit::Halt);
+    vcpu.advance();
+    vcpu.set_interrupt_window(Some(AwaitedInterrupt::External));
+    assert!(vcpu.take_interrupted());
+    vcpu.assert_exited(BasicReason::ExternalInterrupt);
+    assert_eq!(vcpu.vmread(fields::GUEST_ACTIVITY_STATE), 1);
+    // It goes on waiting.
+    vcpu.set_interrupt_window(None);
+    vcpu.will_exit(BasicReason::Vmresume, 0);
+    assert_eq!(vcpu.enter_once(), VmExit::EnteredHalted);
+}
+
 /// An event that L1 injects is delivered before an interrupt ends L2's turn.
 #[test]
 fn what_l1_injects_is_delivered_first() {
