@@ -69,20 +69,26 @@ pub(crate) enum Paging {
 
 impl Paging {
     /// The hypervisor's argument.
-    pub(super) fn word(self) -> String {
-        Self::words(&[self])
+    pub(super) fn word(self) -> &'static str {
+        match self {
+            Self::Nested => " paging=nested",
+            Self::Shadow => " paging=shadow",
+        }
     }
 
     /// The hypervisor's argument for guests of which each has one of these, and the rest the last.
     pub(super) fn words(each: &[Self]) -> String {
-        if each.is_empty() {
+        let Some((first, others)) = each.split_first() else {
             return String::new();
+        };
+        let mut words = first.word().to_owned();
+        for other in others {
+            words.push_str(match other {
+                Self::Nested => ",nested",
+                Self::Shadow => ",shadow",
+            });
         }
-        let names = each.iter().map(|paging| match paging {
-            Self::Nested => "nested",
-            Self::Shadow => "shadow",
-        });
-        format!(" paging={}", names.collect::<Vec<_>>().join(","))
+        words
     }
 }
 
