@@ -196,7 +196,13 @@ struct ExitTable {
 
 impl ExitTable {
     /// Rows that count what no exit of the processor's began.
-    const NO_EXITS: [&str; 4] = ["all", "delivery due", "entered halted", "nested event"];
+    const NO_EXITS: [&str; 5] = [
+        "all",
+        "delivery due",
+        "entered halted",
+        "nested event",
+        super::TICKS,
+    ];
 
     fn in_output(output: &str) -> Option<Self> {
         let mut lines = output.lines();
