@@ -333,8 +333,11 @@ impl NestedVmx {
             .joined
             .is_some_and(|j| !j.primary.contains(PrimaryControls::HLT_EXITING));
         let halted = ActivityState::Hlt.number();
-        let waits = core::mem::take(&mut self.is_halted)
-            || may_halt && vmcs02.get(fields::GUEST_ACTIVITY_STATE)? == halted;
+        let l0_waits = core::mem::take(&mut self.is_halted);
+        let waits = match may_halt {
+            true => vmcs02.get(fields::GUEST_ACTIVITY_STATE)? == halted,
+            false => l0_waits,
+        };
         let activity = if waits {
             // The next entry waits again, which only a complete one does.
             self.settled = None;
