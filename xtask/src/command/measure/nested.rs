@@ -353,6 +353,7 @@ mod tests {
             CPUID                       10    50.0 %          100\n\
             delivery due                 3    15.0 %          100\n\
             all                         20\n\
+            ticks not waited        123456\n\
             nested entry              1000  (by the backend)\n\
             nested exit               1001  (by the backend)\n\
             VMREAD, VMWRITE             12  (by the backend)\n\
