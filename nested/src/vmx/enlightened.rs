@@ -143,8 +143,16 @@ impl NestedVmx {
     }
 
     /// What an exit saved, into the enlightened VMCS that is active.
-    #[inline]
+    #[inline(always)]
     pub(super) fn store_enlightened(&mut self, memory: &impl GuestMemory) {
+        if self.enlightened.is_some() {
+            self.store_active(memory);
+        }
+    }
+
+    /// Out of line: its frame would be a cost of L1s that do not have the interface.
+    #[inline(never)]
+    fn store_active(&mut self, memory: &impl GuestMemory) {
         if let Some(state) = &mut self.enlightened
             && let Some(at) = state.active
         {

@@ -147,8 +147,8 @@ impl NestedVmx {
         self.leave(cx)
     }
 
-    /// All exit information that an exit to L1 copies.
-    #[inline]
+    /// All exit information that an exit to L1 copies. (A call of its own is 20 instructions of each exit.)
+    #[inline(always)]
     fn take_exit_information<P: VmcsPair, M, S, R>(
         &mut self,
         cx: &mut Context<'_, P, M, S, R>,
@@ -285,7 +285,7 @@ impl NestedVmx {
     }
 
     /// The copy to where L1 reads it without an exit, before L1 runs.
-    #[inline]
+    #[inline(always)]
     pub(super) fn give_to_l1<P: VmcsPair, M: GuestMemory, S, R>(
         &mut self,
         cx: &mut Context<'_, P, M, S, R>,
@@ -308,8 +308,8 @@ impl NestedVmx {
     }
 
     /// L2's state into L1's VMCS (30.3), but for the fields that seldom change: they are in `vmcs02`, and
-    /// fetched when they are wanted.
-    #[inline]
+    /// fetched when they are wanted. (A call of its own is 20 instructions of each exit.)
+    #[inline(always)]
     pub(super) fn save_guest<P: VmcsPair, M, S, R>(
         &mut self,
         l1: &L1Controls,

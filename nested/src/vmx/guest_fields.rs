@@ -161,10 +161,21 @@ pub(super) fn push(
     list: &[Slot],
 ) -> Result<(), AccessError> {
     for slot in list {
-        let value = slot.load(image);
-        if let Err(fail) = vmcs.write_raw(slot.field, value) {
-            return Err(write_failed(slot.field, value, fail));
-        }
+        push_slot(image, vmcs, slot)?;
+    }
+    Ok(())
+}
+
+/// One field of [`push`]. Where few change, a call for each would be most of the cost.
+#[inline(always)]
+pub(super) fn push_slot(
+    image: &VmcsImage,
+    vmcs: &mut impl VmcsWrite,
+    slot: &Slot,
+) -> Result<(), AccessError> {
+    let value = slot.load(image);
+    if let Err(fail) = vmcs.write_raw(slot.field, value) {
+        return Err(write_failed(slot.field, value, fail));
     }
     Ok(())
 }

@@ -120,7 +120,7 @@ impl NestedVmx {
     }
 
     /// The copy into the shadow, as far as they differ: after the copy changed, and before L1 runs.
-    #[inline]
+    #[inline(always)]
     pub(super) fn give_to_shadow<P: VmcsPair, M, S, R>(
         &mut self,
         cx: &mut Context<'_, P, M, S, R>,
@@ -131,7 +131,7 @@ impl NestedVmx {
         {
             while self.shadow_misses != 0 {
                 let slot = shadowed_slot(self.shadow_misses.trailing_zeros() as usize);
-                guest_fields::push(&self.vmcs12.image, &mut shadow, &[slot])?;
+                guest_fields::push_slot(&self.vmcs12.image, &mut shadow, &slot)?;
                 self.shadow_misses &= self.shadow_misses - 1;
             }
         }
