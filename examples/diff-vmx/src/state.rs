@@ -72,6 +72,7 @@ pub(crate) enum Feature {
     NmiWindow,
     SaveTimer,
     Pat,
+    PerfGlobalCtrl,
     DebugControls,
     StoreMsrs,
     LoadMsrsOnExit,
@@ -108,6 +109,7 @@ impl Feature {
         Self::NmiWindow,
         Self::SaveTimer,
         Self::Pat,
+        Self::PerfGlobalCtrl,
         Self::DebugControls,
         Self::StoreMsrs,
         Self::LoadMsrsOnExit,
@@ -281,6 +283,10 @@ impl Feature {
             Self::Pat => {
                 vmcs.exit(ExitControls::LOAD_PAT)?;
                 vmcs.entry(EntryControls::LOAD_PAT)
+            }
+            Self::PerfGlobalCtrl => {
+                vmcs.exit(ExitControls::LOAD_PERF_GLOBAL_CTRL)?;
+                vmcs.entry(EntryControls::LOAD_PERF_GLOBAL_CTRL)
             }
             Self::DebugControls => vmcs.entry(EntryControls::LOAD_DEBUG_CONTROLS),
             Self::StoreMsrs => vmcs.vmcs.set(fields::EXIT_MSR_STORE_COUNT, 2),

@@ -9,6 +9,9 @@
 //! guest state (29.3) too; it reports one violation. [`Violations::outcomes`] has all that it may
 //! report.
 //!
+//! An SMM-transfer monitor's entries have checks of their own where they return from SMM (34.15.4.1 to
+//! 34.15.4.4). Of these only the one of the link pointer is here: no other software can make such an entry.
+//!
 //! ```
 //! use testudo_vmx::caps::fixtures;
 //! use testudo_vmx::check::{Rule, check_entry, samples};
