@@ -69,6 +69,7 @@ impl<'a> GuestPaging<'a> {
     }
 
     /// As [`Self::new`], those of the guest's own guest on the same vCPU.
+    #[cfg(feature = "svm")]
     pub(crate) fn of_nested(&self) -> Self {
         let mut walker = self.walker;
         walker.is_nested = true;
@@ -101,6 +102,7 @@ impl<'a> GuestPaging<'a> {
         self.failure.take()
     }
 
+    #[cfg(feature = "svm")]
     #[inline]
     pub(crate) fn has_failed(&self) -> bool {
         self.failure.is_some()
