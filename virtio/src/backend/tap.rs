@@ -64,15 +64,20 @@ impl NetBackend for Tap {
 
     fn peek(&mut self) -> Option<(NetHeader, &[u8])> {
         let start = self.header_len();
-        if self.len == 0 {
-            self.len = self.file.read(&mut self.input).ok()?;
+        // What is too short to have a frame after its header is nobody's.
+        while self.len <= start {
+            self.len = self
+                .file
+                .read(&mut self.input)
+                .ok()
+                .filter(|&len| len > 0)?;
         }
-        let packet = &self.input[..self.len];
-        let mut header = NetHeader::default();
-        if let (true, Some(bytes)) = (start > 0, packet.first_chunk()) {
-            header = NetHeader::from_bytes(*bytes);
-        }
-        Some((header, packet.get(start..).filter(|p| !p.is_empty())?))
+        let (bytes, frame) = self.input[..self.len].split_at(start);
+        let header = bytes.first_chunk().copied();
+        Some((
+            header.map_or_else(NetHeader::default, NetHeader::from_bytes),
+            frame,
+        ))
     }
 
     fn consume(&mut self) {
@@ -119,6 +124,15 @@ mod tests {
             assert_eq!(seen == header, start > 0);
             tap.consume();
             assert_eq!(tap.peek(), None);
+            // Neither a header without a frame nor half of one keeps the next frame back.
+            if start > 0 {
+                far.send(&bytes[..start]).unwrap();
+                far.send(&bytes[..3]).unwrap();
+                assert_eq!(tap.peek(), None);
+                far.send(&bytes[..3]).unwrap();
+                far.send(&bytes[..len]).unwrap();
+                assert_eq!(tap.peek(), Some((header, &[9; 60][..])));
+            }
         }
     }
 }
