@@ -73,28 +73,46 @@ pub fn is_zero(memory: &impl PageMemory, page: Hpa, next: Option<Hpa>) -> bool {
     })
 }
 
+/// The keys of [`hashes`]: odd numbers without a pattern.
+const KEYS: [u64; 5] = [
+    0x9E37_79B9_7F4A_7C15,
+    0xC2B2_AE3D_27D4_EB4F,
+    0x1656_67B1_9E37_79F9,
+    0x27D4_EB2F_1656_67C5,
+    0x85EB_CA77_C2B2_AE63,
+];
+
 /// A hash of a page's contents. It finds candidates and proves nothing. `next` is as for [`is_zero`].
 #[inline]
 pub fn hash(memory: &impl PageMemory, page: Hpa, next: Option<Hpa>) -> u64 {
-    const KEYS: [u64; 5] = [
-        0x9E37_79B9_7F4A_7C15,
-        0xC2B2_AE3D_27D4_EB4F,
-        0x1656_67B1_9E37_79F9,
-        0x27D4_EB2F_1656_67C5,
-        0x85EB_CA77_C2B2_AE63,
-    ];
-    // Products are summed, so that none waits for another. Two sums take turns, line by line.
-    let mut sums = [KEYS[0], KEYS[1]];
-    for pair in 0..32 {
-        prefetch(memory, next, pair * 128, pair * 128 + 128);
-        for (line, sum) in (0..).zip(&mut sums) {
-            let at = page.wrapping_add(pair * 128 + line * 64);
+    let [hash] = hashes(memory, [page], next.map(|next| [next]));
+    hash
+}
+
+/// The hashes of several pages, each as [`hash`] has it. `next` are those that will be read after them.
+///
+/// One after another, pages of memory that is in no cache are hashed more slowly than the memory could
+/// give them: the processor guesses ahead within a page only. Four at a time, a line of each in turn,
+/// keep it guessing in four.
+#[inline]
+pub fn hashes<const N: usize>(
+    memory: &impl PageMemory,
+    pages: [Hpa; N],
+    next: Option<[Hpa; N]>,
+) -> [u64; N] {
+    let mut sums = [KEYS[0]; N];
+    for line in (0..4096).step_by(64) {
+        for (n, sum) in sums.iter_mut().enumerate() {
+            if let Some(next) = &next {
+                memory.prefetch(next[n].wrapping_add(line));
+            }
+            // Products are summed, so that none waits for another.
             let mut products = 0u64;
             for block in 0..4 {
-                let at = at.wrapping_add(block * 16);
+                let at = pages[n].wrapping_add(line + block as u64 * 16);
                 let (a, b) = (memory.load(at), memory.load(at.wrapping_add(8)));
-                let keys = (KEYS[block as usize], KEYS[block as usize + 1]);
-                products = products.wrapping_add(fold(a ^ keys.0, b ^ keys.1));
+                let product = fold(a ^ KEYS[block], b ^ KEYS[block + 1]);
+                products = products.wrapping_add(product);
             }
             // It matters which line comes first.
             *sum = sum
@@ -103,7 +121,7 @@ pub fn hash(memory: &impl PageMemory, page: Hpa, next: Option<Hpa>) -> u64 {
                 .wrapping_add(products);
         }
     }
-    fold(sums[0] ^ KEYS[2], KEYS[4]) ^ fold(sums[1] ^ KEYS[3], KEYS[1])
+    sums.map(|sum| fold(sum ^ KEYS[2], KEYS[4]))
 }
 
 /// Both halves of a product, added without carry.

@@ -1,4 +1,5 @@
-//! The same rows as one table of ratios: `cargo bench -p testudo-benches --bench paging -- ratios`.
+//! The same rows as one table of ratios: `cargo bench -p testudo-benches --bench paging -- ratios`, and after it
+//! the parts that are wanted, if not all: `ranges`, `translate`, `sizes`, `harvest`, `scan`.
 //!
 //! Competitors take turns, and of each the fastest turn counts, so that whatever else the machine does
 //! meets all alike.
@@ -68,11 +69,22 @@ pub(super) fn print() {
     println!(
         "fastest of {TURNS} turns each, ns for each 4 KiB page of 1 GiB unless another unit is named\n"
     );
-    ranges();
-    translate();
-    sizes();
-    harvest();
-    scan();
+    let parts: [(&str, fn()); 5] = [
+        ("ranges", ranges),
+        ("translate", translate),
+        ("sizes", sizes),
+        ("harvest", harvest),
+        ("scan", scan),
+    ];
+    let arguments: Vec<String> = std::env::args().collect();
+    let all = !parts
+        .iter()
+        .any(|(name, _)| arguments.iter().any(|argument| argument == name));
+    for (name, part) in parts {
+        if all || arguments.iter().any(|argument| argument == name) {
+            part();
+        }
+    }
 }
 
 fn ranges() {
@@ -255,6 +267,12 @@ fn scan() {
                     }),
                 ),
                 (
+                    "of 8 pages in turn",
+                    again(|| {
+                        black_box(memory.read_eight(bytes));
+                    }),
+                ),
+                (
                     "zeros found",
                     again(|| assert_eq!(black_box(memory.zeros(bytes)) as u64, pages)),
                 ),
@@ -264,14 +282,29 @@ fn scan() {
                         black_box(memory.hashes(bytes));
                     }),
                 ),
+                (
+                    "by two threads",
+                    again(|| {
+                        black_box(memory.hashes_by_two(bytes));
+                    }),
+                ),
             ],
         );
+        let [plain, eight, zeros, hashed, by_two] = each[..] else {
+            unreachable!("one figure for each of the five")
+        };
         println!(
-            "{:<26}  zero detection at {:.2} of the bandwidth of reads ({:.1} GB/s); {:.2} M pages/s hashed",
+            "{:<26}  zero detection at {:.2} of the bandwidth of reads in order ({:.1} GB/s), {:.2} of reads of 8 pages\n\
+             {:<26}  in turn ({:.1} GB/s); {:.2} M pages/s hashed ({:.1} GB/s), {:.2} M by two threads",
             "",
-            each[0] / each[1],
-            4096.0 / each[0],
-            1e3 / each[2]
+            plain / zeros,
+            4096.0 / plain,
+            eight / zeros,
+            "",
+            4096.0 / eight,
+            1e3 / hashed,
+            4096.0 / hashed,
+            1e3 / by_two
         );
     }
 }

@@ -5,10 +5,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use criterion::{Criterion, Throughput};
 use testudo_arch::Hpa;
-use testudo_ept::sharing::{PageMemory, hash, is_equal, is_zero};
+use testudo_ept::sharing::{PageMemory, hashes, is_equal, is_zero};
 
-/// More than the caches hold: those of some servers take hundreds of megabytes.
-pub(crate) const BYTES: u64 = 1 << 30;
+/// Much more than the caches hold: those of some servers take hundreds of megabytes.
+pub(crate) const BYTES: u64 = 2 << 30;
 
 /// Guest memory as a hypervisor reaches it: at an offset. It is all zeros.
 pub(crate) struct Memory(Vec<Frame>);
@@ -41,16 +41,39 @@ impl Memory {
         Some(Hpa((page.0 + 4096) % bytes))
     }
 
-    /// The limit: nothing but reads, as wide as the compiler makes them.
-    pub(crate) fn read(&self, bytes: u64) -> u64 {
+    /// The first `bytes` as plain words.
+    fn words(&self, bytes: u64) -> &[u64] {
         // SAFETY: the words are as those of a plain slice, and nobody writes to them.
-        let words = unsafe {
-            core::slice::from_raw_parts(self.0.as_ptr().cast::<u64>(), (bytes / 8) as usize)
-        };
+        unsafe { core::slice::from_raw_parts(self.0.as_ptr().cast::<u64>(), (bytes / 8) as usize) }
+    }
+
+    /// A limit: nothing but reads in order, as wide as the compiler makes them.
+    pub(crate) fn read(&self, bytes: u64) -> u64 {
+        let words = self.words(bytes);
         let round = |_| black_box(words).iter().fold(0, |sum, word| sum | word);
         (0..BYTES / bytes)
             .map(round)
             .fold(0, |sum, word| sum | word)
+    }
+
+    /// A higher limit, that of what one processor gets out of memory: reads of a line from each of eight
+    /// pages in turn, for which it guesses ahead in all eight.
+    pub(crate) fn read_eight(&self, bytes: u64) -> u64 {
+        let words = self.words(bytes);
+        let mut sum = [0u64; 8];
+        for _ in 0..BYTES / bytes {
+            for pages in black_box(words).chunks_exact(8 * 512) {
+                for line in 0..64 {
+                    for page in 0..8 {
+                        let at = page * 512 + line * 8;
+                        for (sum, word) in sum.iter_mut().zip(&pages[at..at + 8]) {
+                            *sum |= word;
+                        }
+                    }
+                }
+            }
+        }
+        sum.iter().fold(0, |sum, word| sum | word)
     }
 
     pub(crate) fn zeros(&self, bytes: u64) -> usize {
@@ -59,8 +82,27 @@ impl Memory {
     }
 
     pub(crate) fn hashes(&self, bytes: u64) -> u64 {
-        Self::pages(bytes).fold(0, |sum, page| {
-            sum ^ hash(self, page, Self::next(page, bytes))
+        self.hashes_of(0, bytes, BYTES)
+    }
+
+    /// Hashes `total` bytes in groups of four pages, all from `bytes` bytes at `from`.
+    fn hashes_of(&self, from: u64, bytes: u64, total: u64) -> u64 {
+        let group = |number: u64| {
+            let first = from + number * 4 * 4096 % bytes;
+            [0, 1, 2, 3].map(|page| Hpa(first + page * 4096))
+        };
+        (0..total / (4 * 4096)).fold(0, |sum, number| {
+            let four = hashes(self, group(number), Some(group(number + 1)));
+            four.iter().fold(sum, |sum, hash| sum ^ hash)
+        })
+    }
+
+    /// As [`Self::hashes`], half by another thread.
+    pub(crate) fn hashes_by_two(&self, bytes: u64) -> u64 {
+        let half = bytes / 2;
+        std::thread::scope(|scope| {
+            let other = scope.spawn(|| self.hashes_of(half, half, BYTES / 2));
+            self.hashes_of(0, half, BYTES / 2) ^ other.join().unwrap()
         })
     }
 }
@@ -85,7 +127,7 @@ fn want_large_pages(memory: u64) {
 
 /// Where the pages are: beyond all caches, in a large one, and near.
 pub(crate) const PLACES: [(&str, u64); 3] = [
-    ("1 GiB", BYTES),
+    ("2 GiB", BYTES),
     ("128 MiB", 128 << 20),
     ("64 KiB", 64 << 10),
 ];
@@ -147,24 +189,32 @@ pub(crate) fn scan(c: &mut Criterion) {
     let memory = Memory::new();
 
     let mut group = c.benchmark_group("scan");
-    group.throughput(Throughput::Bytes(BYTES)).sample_size(10);
+    group.sample_size(10);
+    group.throughput(Throughput::Bytes(BYTES / 2));
     group.bench_function("memcpy", |b| {
-        let from = vec![1u8; BYTES as usize];
-        let mut to = vec![0u8; BYTES as usize];
+        let from = vec![1u8; (BYTES / 2) as usize];
+        let mut to = vec![0u8; (BYTES / 2) as usize];
         b.iter(|| {
             to.copy_from_slice(black_box(&from));
             black_box(&mut to);
         });
     });
+    group.throughput(Throughput::Bytes(BYTES));
     for (place, bytes) in PLACES {
         group.bench_function(format!("bare read, {place}"), |b| {
             b.iter(|| memory.read(bytes));
+        });
+        group.bench_function(format!("bare read of 8 pages in turn, {place}"), |b| {
+            b.iter(|| memory.read_eight(bytes));
         });
         group.bench_function(format!("pages of zeros found, {place}"), |b| {
             b.iter(|| memory.zeros(bytes));
         });
         group.bench_function(format!("pages hashed, {place}"), |b| {
             b.iter(|| memory.hashes(bytes));
+        });
+        group.bench_function(format!("pages hashed by two threads, {place}"), |b| {
+            b.iter(|| memory.hashes_by_two(bytes));
         });
     }
     group.bench_function("pages compared", |b| {
