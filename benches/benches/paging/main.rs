@@ -135,8 +135,10 @@ fn ours_clean() -> Ours {
     table
 }
 
-/// Marks every `every`th page as hardware would; 0 for none.
+/// Marks every `every`th page as hardware would; 0 for none. Every entry is looked at, as by [`dirty_bare`]:
+/// what is to be harvested is in the same caches.
 fn dirty_ours(table: &Ours, every: u64) {
+    black_box(table.leaves(Gva(FIRST), LEN).unwrap().count());
     for number in (0..PAGES).filter(|n| is_dirty(*n, every)) {
         let marked = table.change_page(Gva(FIRST + number * 4096), |mut leaf| {
             leaf.flags |= LongModeFlags::DIRTY;

@@ -25,7 +25,7 @@ impl Harvest<'_> {
     /// right elsewhere.
     #[inline]
     fn may_want<F: Format, M: FrameAlloc + FrameMem>(&self, bits: u64) -> bool {
-        bits & self.wanted == self.wanted || bits & PageTable::<F, M>::SHARED != 0
+        (bits & self.wanted == self.wanted) | (bits & PageTable::<F, M>::SHARED != 0)
     }
 }
 
@@ -250,18 +250,14 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
         harvest: Harvest<'_>,
         flush: &mut Flush<'_, M, u64>,
     ) {
+        if level == 1 {
+            let first = place(table, level, offset);
+            return self.harvest_pages(first, offset, len, None, harvest, flush);
+        }
         let span = 1u64 << shift_of(level);
         while len > 0 {
             let at = place(table, level, offset);
             let piece = len.min(span - (offset & (span - 1)));
-            if level == 1 {
-                // Up to 64 entries make one word of the log.
-                let count = (len >> 12).min(64);
-                self.harvest_word(at, count, offset, harvest, flush);
-                offset += count << 12;
-                len -= count << 12;
-                continue;
-            }
             let entry = self.frames.load(at);
             if !self.format.is_present(entry) {
                 // Nothing to harvest.
@@ -275,92 +271,124 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
                 }
             } else {
                 let (child, below) = self.format.child(entry, level);
-                if len > piece {
-                    self.prefetch_after(at, level);
+                if below == 1 {
+                    let first = place(child, below, offset);
+                    let next = (len > piece).then(|| self.table_after(at, level)).flatten();
+                    self.harvest_pages(first, offset, piece, next, harvest, flush);
+                } else {
+                    self.harvest_table(child, below, offset, piece, harvest, flush);
                 }
-                self.harvest_table(child, below, offset, piece, harvest, flush);
             }
             offset += piece;
             len -= piece;
         }
     }
 
-    /// Has the beginning of the table that the entry after `at` refers to brought into the caches. The
-    /// rest of it the processor guesses when it comes there.
+    /// The table that the entry after `at` refers to, if it has pages.
     #[inline]
-    fn prefetch_after(&self, at: Hpa, level: u8) {
-        const BEGINNING: u64 = 512;
+    fn table_after(&self, at: Hpa, level: u8) -> Option<Hpa> {
         if level != 2 || at.0 & 0xFF8 == 0xFF8 {
-            return;
+            return None;
         }
         let entry = self.frames.load(at.wrapping_add(8));
-        if self.format.is_present(entry) && !self.format.is_leaf(entry, level) {
-            let table = self.format.child(entry, level).0;
-            for line in (0..BEGINNING).step_by(64) {
-                self.frames.prefetch(table.wrapping_add(line));
-            }
-        }
+        let is_table = self.format.is_present(entry) && !self.format.is_leaf(entry, level);
+        is_table.then(|| self.format.child(entry, level).0)
     }
 
-    /// Harvests consecutive entries of a table of level 1.
-    #[inline]
-    fn harvest_word(
+    /// Harvests entries of one table of level 1, from `first` on. Meanwhile the same part of the table that
+    /// comes next is brought into the caches: the processor does not guess across the end of a page.
+    fn harvest_pages(
         &self,
         first: Hpa,
-        count: u64,
         offset: u64,
+        len: u64,
+        next: Option<Hpa>,
         harvest: Harvest<'_>,
         flush: &mut Flush<'_, M, u64>,
     ) {
-        let settled = harvest.wanted | self.format.accessed_bit() | self.format.dirty_bit();
-        let mut bits = 0u64;
-        let mut index = 0;
-        while index < count {
-            let at = first.wrapping_add(index << 3);
-            if !F::SIZED_PAGES && count - index >= 8 {
-                // Mostly, entries that lie together are alike.
-                let entries: [u64; 8] =
-                    core::array::from_fn(|n| self.frames.load(at.wrapping_add(n as u64 * 8)));
-                let any = entries.iter().fold(0, |sum, entry| sum | entry);
-                if !harvest.may_want::<F, M>(any) {
-                    index += 8;
-                    continue;
-                }
-                let all = entries.iter().fold(!0, |sum, entry| sum & entry);
-                // Hardware has nothing left to write then, and other editors are out.
-                if all & settled == settled && self.format.is_present(all) {
-                    for (n, entry) in (0..).zip(entries) {
-                        let at = at.wrapping_add(n * 8);
-                        self.frames.store(at, entry & !harvest.clear);
-                    }
-                    bits |= 0xFFu64.wrapping_shl(index as u32);
-                } else {
-                    let mut some = (0..).zip(entries).fold(0u32, |some, (n, entry)| {
-                        some | u32::from(harvest.may_want::<F, M>(entry)) << n
-                    });
-                    while some != 0 {
-                        let n = index + u64::from(some.trailing_zeros());
-                        bits |= self.harvest_one(first, n, offset, harvest, flush);
-                        some &= some - 1;
-                    }
-                }
-                index += 8;
-                continue;
+        let next = next.map(|next| next.wrapping_add(first.0 & 0xFFF));
+        let count = (len >> 12).min(512);
+        // Sized pages mark more than their own bits.
+        let groups = if F::SIZED_PAGES { 0 } else { count >> 3 };
+        let mut wanted = 0u64;
+        for group in 0..groups {
+            if let Some(next) = next {
+                self.frames.prefetch(next.wrapping_add(group << 6));
             }
-            bits |= self.harvest_one(first, index, offset, harvest, flush);
-            index += 1;
+            // Mostly, entries that lie together are alike, and most are not wanted.
+            let any = self.eight(first, group).iter().fold(0, |sum, e| sum | e);
+            wanted |= u64::from(harvest.may_want::<F, M>(any)).wrapping_shl(group as u32);
         }
-        if bits == 0 {
-            return;
+        // One loop over what is wanted of the whole table: its end is guessed wrong once, and the log's
+        // atomic words do not keep the loads above waiting.
+        let mut bits = [0u64; 8];
+        while wanted != 0 {
+            let group = wanted.trailing_zeros();
+            let eight = self.harvest_eight(first, u64::from(group), offset, harvest, flush);
+            bits[(group >> 3) as usize & 7] |= eight.wrapping_shl((group & 7) << 3);
+            wanted &= wanted - 1;
         }
-        let address = self.format.address(offset).as_u64();
-        harvest.log.mark_word(harvest.log.index(address), bits);
-        let last = offset.wrapping_add((count << 12).wrapping_sub(1));
-        flush.cover(offset, last, true);
-        *flush.value_mut() += u64::from(bits.count_ones());
+        for index in groups << 3..count {
+            let one = self.harvest_one(first, index, offset, harvest, flush);
+            bits[(index >> 6) as usize & 7] |= one.wrapping_shl(index as u32 & 63);
+        }
+        let end = offset.wrapping_add(count << 12);
+        let log = harvest.log;
+        let index = log.index(self.format.address(offset).as_u64());
+        for (word, bits) in (0u64..).zip(bits) {
+            if bits != 0 {
+                log.mark_word(index.wrapping_add(word << 6), bits);
+                let start = offset.wrapping_add(word << 18);
+                let last = start.wrapping_add(0x3_FFFF).min(end.wrapping_sub(1));
+                flush.cover(start, last, true);
+                *flush.value_mut() += u64::from(bits.count_ones());
+            }
+        }
     }
 
-    /// Harvests entry `index` from `first` on: its bit, if it was wanted.
+    /// The eight entries of a group, counted from `first`.
+    #[inline]
+    fn eight(&self, first: Hpa, group: u64) -> [u64; 8] {
+        let at = first.wrapping_add(group << 6);
+        core::array::from_fn(|n| self.frames.load(at.wrapping_add(n as u64 * 8)))
+    }
+
+    /// Harvests a group of eight entries, counted from `first`: eight bits, those that were wanted.
+    #[inline]
+    fn harvest_eight(
+        &self,
+        first: Hpa,
+        group: u64,
+        offset: u64,
+        harvest: Harvest<'_>,
+        flush: &mut Flush<'_, M, u64>,
+    ) -> u64 {
+        let settled = harvest.wanted | self.format.accessed_bit() | self.format.dirty_bit();
+        let entries = self.eight(first, group);
+        let index = group << 3;
+        let all = entries.iter().fold(!0, |sum, entry| sum & entry);
+        // Hardware has nothing left to write then, and other editors are out.
+        if all & settled == settled && self.format.is_present(all) {
+            for (n, entry) in (index..).zip(entries) {
+                let at = first.wrapping_add(n << 3);
+                self.frames.store(at, entry & !harvest.clear);
+            }
+            return 0xFF;
+        }
+        let mut some = (0..).zip(entries).fold(0u32, |some, (n, entry)| {
+            some | u32::from(harvest.may_want::<F, M>(entry)) << n
+        });
+        let mut bits = 0;
+        while some != 0 {
+            let n = some.trailing_zeros();
+            let one = self.harvest_one(first, index + u64::from(n), offset, harvest, flush);
+            bits |= one.wrapping_shl(n);
+            some &= some - 1;
+        }
+        bits
+    }
+
+    /// Harvests entry `index` from `first` on: 1 if it was wanted.
     #[inline]
     fn harvest_one(
         &self,
@@ -381,7 +409,7 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
             harvest.log.mark_range(address, bytes >> 12);
             flush.cover(first, first | (bytes - 1), true);
         }
-        1u64.wrapping_shl(index as u32)
+        1
     }
 
     /// The first offset and the size of the page that a leaf entry belongs to.
