@@ -335,6 +335,15 @@ pub trait FrameMem {
     /// Loads the entry at `entry` with acquire ordering.
     fn load(&self, entry: Hpa) -> u64;
 
+    /// Loads eight consecutive entries, which lie in one frame, from `first` on. Each is loaded as by
+    /// [`Self::load`].
+    ///
+    /// An implementation that finds frames at an offset overrides this to find them once.
+    #[inline]
+    fn load_eight(&self, first: Hpa) -> [u64; 8] {
+        core::array::from_fn(|index| self.load(first.wrapping_add(8 * index as u64)))
+    }
+
     /// Stores the entry at `entry` with release ordering.
     fn store(&self, entry: Hpa, value: u64);
 
@@ -387,6 +396,10 @@ impl<M: FrameMem + ?Sized> FrameMem for &M {
     #[inline]
     fn load(&self, entry: Hpa) -> u64 {
         (**self).load(entry)
+    }
+    #[inline]
+    fn load_eight(&self, first: Hpa) -> [u64; 8] {
+        (**self).load_eight(first)
     }
     #[inline]
     fn store(&self, entry: Hpa, value: u64) {

@@ -95,6 +95,13 @@ impl FrameMem for Frames {
         self.entry(entry).load(Ordering::Acquire)
     }
     #[inline]
+    fn load_eight(&self, first: Hpa) -> [u64; 8] {
+        let first: *const AtomicU64 = self.entry(first);
+        // SAFETY: all eight lie in the frame.
+        let entries = unsafe { &*first.cast::<[AtomicU64; 8]>() };
+        core::array::from_fn(|index| entries[index].load(Ordering::Acquire))
+    }
+    #[inline]
     fn store(&self, entry: Hpa, value: u64) {
         self.entry(entry).store(value, Ordering::Release);
     }

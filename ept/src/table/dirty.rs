@@ -315,42 +315,45 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
             if let Some(next) = next {
                 self.frames.prefetch(next.wrapping_add(group << 6));
             }
+            let entries = self.frames.load_eight(first.wrapping_add(group << 6));
             // Mostly, entries that lie together are alike, and most are not wanted.
-            let any = self.eight(first, group).iter().fold(0, |sum, e| sum | e);
+            let any = entries.iter().fold(0, |sum, e| sum | e);
             wanted |= u64::from(harvest.may_want::<F, M>(any)).wrapping_shl(group as u32);
         }
-        // One loop over what is wanted of the whole table: its end is guessed wrong once, and the log's
-        // atomic words do not keep the loads above waiting.
+        // One loop over what is wanted of the whole table, and one over the log's words: where each ends is
+        // guessed wrong once, and the log's atomic words do not keep the loads above waiting.
         let mut bits = [0u64; 8];
+        let mut words = 0u32;
         while wanted != 0 {
             let group = wanted.trailing_zeros();
             let eight = self.harvest_eight(first, u64::from(group), offset, harvest, flush);
             bits[(group >> 3) as usize & 7] |= eight.wrapping_shl((group & 7) << 3);
+            words |= 1u32.wrapping_shl(group >> 3);
             wanted &= wanted - 1;
         }
         for index in groups << 3..count {
             let one = self.harvest_one(first, index, offset, harvest, flush);
             bits[(index >> 6) as usize & 7] |= one.wrapping_shl(index as u32 & 63);
+            words |= 1u32.wrapping_shl((index >> 6) as u32);
         }
-        let end = offset.wrapping_add(count << 12);
-        let log = harvest.log;
-        let index = log.index(self.format.address(offset).as_u64());
-        for (word, bits) in (0u64..).zip(bits) {
-            if bits != 0 {
-                log.mark_word(index.wrapping_add(word << 6), bits);
-                let start = offset.wrapping_add(word << 18);
-                let last = start.wrapping_add(0x3_FFFF).min(end.wrapping_sub(1));
-                flush.cover(start, last, true);
-                *flush.value_mut() += u64::from(bits.count_ones());
-            }
+        let index = harvest.log.index(self.format.address(offset).as_u64());
+        let mut harvested = 0;
+        let mut left = words;
+        while left != 0 {
+            let word = left.trailing_zeros();
+            let bits = bits[word as usize & 7];
+            harvest
+                .log
+                .mark_word(index.wrapping_add(u64::from(word) << 6), bits);
+            harvested += u64::from(bits.count_ones());
+            left &= left - 1;
         }
-    }
-
-    /// The eight entries of a group, counted from `first`.
-    #[inline]
-    fn eight(&self, first: Hpa, group: u64) -> [u64; 8] {
-        let at = first.wrapping_add(group << 6);
-        core::array::from_fn(|n| self.frames.load(at.wrapping_add(n as u64 * 8)))
+        if harvested != 0 {
+            let start = |word: u32| offset.wrapping_add(u64::from(word) << 18);
+            let end = start(32 - words.leading_zeros()).min(offset.wrapping_add(count << 12));
+            flush.cover(start(words.trailing_zeros()), end.wrapping_sub(1), true);
+            *flush.value_mut() += harvested;
+        }
     }
 
     /// Harvests a group of eight entries, counted from `first`: eight bits, those that were wanted.
@@ -364,7 +367,7 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
         flush: &mut Flush<'_, M, u64>,
     ) -> u64 {
         let settled = harvest.wanted | self.format.accessed_bit() | self.format.dirty_bit();
-        let entries = self.eight(first, group);
+        let entries = self.frames.load_eight(first.wrapping_add(group << 6));
         let index = group << 3;
         let all = entries.iter().fold(!0, |sum, entry| sum & entry);
         // Hardware has nothing left to write then, and other editors are out.
@@ -376,8 +379,11 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
             return 0xFF;
         }
         let mut some = (0..).zip(entries).fold(0u32, |some, (n, entry)| {
-            some | u32::from(harvest.may_want::<F, M>(entry)) << n
+            some | u32::from(!entry & harvest.wanted == 0) << n
         });
+        if entries.iter().fold(0, |sum, entry| sum | entry) & Self::SHARED != 0 {
+            some = 0xFF;
+        }
         let mut bits = 0;
         while some != 0 {
             let n = some.trailing_zeros();
