@@ -198,16 +198,16 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
 
     /// The nested state as bytes.
     pub(super) fn nested_bytes(&self) -> Option<Vec<u8>> {
-        // On shadow paging the VMCB has the host's root.
-        let nested = self.nested.as_ref().filter(|_| self.shadow.is_none())?;
-        let saved = nested.state.save(&self.registers.gprs, &self.vmcb01);
+        let nested = self.nested.as_ref()?;
+        let vmcb01 = self.l1_as_it_sees_itself();
+        let saved = nested.state.save(&self.registers.gprs, &vmcb01);
         Some(saved.to_bytes())
     }
 
     /// Begins anew with this nested state: neither L2's control block, nor what was composed, nor L1's
     /// registers while L2 runs, come from anywhere else.
     pub(super) fn take_nested(&mut self, bytes: &[u8]) -> Result<bool, NestedStateError> {
-        let nested = self.nested.as_mut().filter(|_| self.shadow.is_none());
+        let nested = self.nested.as_mut();
         let nested = nested.ok_or(NestedStateError::Unsupported)?;
         let saved = SavedSvm::from_bytes(bytes).map_err(RestoreError::from)?;
         nested.state.reset();
@@ -225,6 +225,9 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
         let is_guest = nested.state.is_guest();
         nested.interrupted = false;
         self.delivery_due = false;
+        if is_guest {
+            self.put_l1_on_shadow();
+        }
         self.apply_window();
         Ok(is_guest)
     }

@@ -9,6 +9,8 @@
 //! gave it; the processor's own paging registers are there from just before an entry until just
 //! after it.
 
+use alloc::borrow::Cow;
+
 use testudo_arch::{Cr4Flags, Event, Exception, Gpa, GuestMemory, Gva};
 use testudo_ept::shadow::Outcome;
 use testudo_nested::svm::{PageFaultOf, SecondStage};
@@ -168,6 +170,34 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
             let paging = &shadow.l2;
             write_mode(nested.state.vmcb02_mut(), paging.mode(), paging.cr3());
         }
+    }
+
+    /// L1's VMCB with the paging registers that L1 believes in.
+    pub(super) fn l1_as_it_sees_itself(&self) -> Cow<'_, Vmcb> {
+        let mut vmcb01 = Cow::Borrowed(&*self.vmcb01);
+        if let Some(shadow) = &self.shadow {
+            write_mode(vmcb01.to_mut(), shadow.l1.mode(), shadow.l1.cr3());
+        }
+        vmcb01
+    }
+
+    /// The reverse of [`l1_as_it_sees_itself`](Self::l1_as_it_sees_itself), when L1's registers come
+    /// from elsewhere and L2 runs: L1's tables are shadowed, and L2's paging registers new.
+    pub(super) fn put_l1_on_shadow(&mut self) {
+        let Some(shadow) = &mut self.shadow else {
+            return;
+        };
+        let vmcb01 = &mut self.vmcb01;
+        let seen = Mode {
+            cr0: vmcb01.cr0(),
+            cr4: vmcb01.cr4(),
+            efer: vmcb01.efer() & !SVME,
+        };
+        shadow.l1.set(self.memory, seen, vmcb01.cr3());
+        shadow.is_l2_new = true;
+        let (real, root) = shadow.l1.hardware();
+        write_mode(vmcb01, real, root);
+        vmcb01.set_intercept_cr(intercepts(real, seen));
     }
 
     /// Takes up the guest's paging registers, all of them. Those of L2 are taken up at its next entry.

@@ -19,6 +19,10 @@ pub(super) fn run(tally: &mut Tally, full: bool) -> Result<()> {
         renewed(&["--exact"], "200")
     });
     if full {
+        tally.check(
+            "nested::state_on_shadow_paging_is_saved_and_restored",
+            || renewed(&["--exact", "--paging", "shadow"], "200"),
+        );
         tally.check("nested::xen_runs_linux", || status_of("xen", &[]));
         tally.check("nested::kvm_with_shadow_paging_runs_linux", || {
             status_of("kvm", &["--shadow"])
