@@ -14,6 +14,7 @@
 //! | [`walk`] | a guest's own paging, in every mode, with exact page faults |
 //! | [`guest_table`] | second-stage tables that a guest has written |
 //! | [`compose`] | two stages as one table, for guests of guests |
+//! | [`iotlb`] | what makes VT-d's and AMD-Vi's units forget, so that flushes of devices' tables are discharged |
 //! | [`shadow`] | shadow paging, for processors without nested paging |
 //! | [`sharing`] | pages of equal content backed once |
 //! | [`sub_page`] | write permissions for pieces of 128 bytes |
@@ -65,6 +66,7 @@ pub mod compose;
 mod flush;
 pub mod format;
 pub mod guest_table;
+pub mod iotlb;
 mod lock;
 #[cfg(feature = "alloc")]
 mod pool;

@@ -8,6 +8,7 @@
 extern crate alloc;
 
 mod case;
+mod iommu;
 mod runtime;
 mod svm;
 mod vmx;
@@ -19,7 +20,7 @@ use case::{Case, Outcome};
 testudo_rt::entry!(main);
 
 /// The groups of cases, in the order in which they run: later ones rely on what earlier ones tested.
-const GROUPS: [&[Case]; 3] = [runtime::CASES, svm::CASES, vmx::CASES];
+const GROUPS: [&[Case]; 4] = [runtime::CASES, svm::CASES, vmx::CASES, iommu::CASES];
 
 fn main(boot: &'static Boot) -> u8 {
     let chosen = |case: &&Case| {

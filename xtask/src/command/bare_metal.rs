@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 
 use crate::bare::{self, Payload};
 use crate::emulator::{Cpu, Kind, Loader, Machine};
@@ -41,6 +41,9 @@ struct Place {
     /// How the program gets into the machine; Bochs always starts GRUB
     #[arg(long, value_enum, default_value = "direct")]
     loader: Loader,
+    /// An IOMMU of QEMU's, and a device behind it that copies memory as it is told
+    #[arg(long, value_enum)]
+    iommu: Option<Iommu>,
     /// The machine's processors
     #[arg(long, value_name = "N", default_value_t = 2)]
     processors: u32,
@@ -53,6 +56,28 @@ struct Place {
     /// Show what is executed
     #[arg(short, long)]
     verbose: bool,
+}
+
+/// An IOMMU of QEMU's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Iommu {
+    /// VT-d
+    Intel,
+    /// AMD-Vi
+    Amd,
+}
+
+impl Iommu {
+    /// The arguments that make it and the device.
+    fn arguments(self) -> Vec<String> {
+        let unit = match self {
+            Self::Intel => "intel-iommu",
+            Self::Amd => "amd-iommu",
+        };
+        ["-M", "q35", "-device", unit, "-device", "edu"]
+            .map(String::from)
+            .to_vec()
+    }
 }
 
 impl Run {
@@ -70,12 +95,16 @@ impl Selftest {
 impl Place {
     fn run(&self, package: &str, arguments: &[String]) -> Result<u8> {
         run::set_verbose(self.verbose);
+        if self.iommu.is_some() && self.emulator != Kind::Qemu {
+            bail!("only QEMU has IOMMUs");
+        }
         let machine = Machine {
             cpu: self.cpu,
             loader: self.loader,
             processors: self.processors,
             memory: self.memory,
             timeout: Some(Duration::from_secs(self.timeout)),
+            extra: self.iommu.map(Iommu::arguments).unwrap_or_default(),
             ..Machine::new(self.emulator)
         };
         let payload = Payload {

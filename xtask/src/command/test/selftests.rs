@@ -14,7 +14,7 @@ struct Place {
     slow: bool,
 }
 
-const PLACES: [Place; 5] = [
+const PLACES: [Place; 7] = [
     Place {
         name: "QEMU, two processors",
         arguments: &["--emulator", "qemu", "--processors", "2"],
@@ -42,6 +42,16 @@ const PLACES: [Place; 5] = [
             "--processors",
             "2",
         ],
+        slow: false,
+    },
+    Place {
+        name: "QEMU with VT-d",
+        arguments: &["--iommu", "intel", "--processors", "1", "iommu::vtd"],
+        slow: false,
+    },
+    Place {
+        name: "QEMU with AMD-Vi",
+        arguments: &["--iommu", "amd", "--processors", "1", "iommu::amdvi"],
         slow: false,
     },
     Place {
