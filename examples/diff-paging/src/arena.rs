@@ -400,15 +400,19 @@ impl Arena {
                 narrow: false,
             });
         }
-        // A change may lead a write to this table too.
-        let at = Gpa(self.host(Frame::Table1) + (case.offset & !7));
-        if !words.iter().any(|word| word.at.0 & !7 == at.0) {
-            words.push(Word {
-                owner: Owner::Content,
-                at,
-                value: 0,
-                narrow: false,
-            });
+        // A change may lead a write to this table too, where an entry of the case's may lie: of 32-bit
+        // paging, in one half of eight bytes.
+        let at = self.host(Frame::Table1) + (case.offset & !7);
+        for half in [at, at + 4] {
+            let holds = |word: &Word| word.at.0 == half || !word.narrow && word.at.0 == at;
+            if !words.iter().any(holds) {
+                words.push(Word {
+                    owner: Owner::Content,
+                    at: Gpa(half),
+                    value: 0,
+                    narrow: true,
+                });
+            }
         }
         let line = CODE.iter().position(|(of, _)| *of == case.instruction);
         let mut code = self.host(Frame::Code) + 16 * line.unwrap_or(0) as u64;

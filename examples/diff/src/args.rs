@@ -52,6 +52,12 @@ impl Args {
         }
     }
 
+    /// How many cases there are.
+    pub fn count(&self) -> u64 {
+        let indices = self.indices();
+        indices.end - indices.start
+    }
+
     /// Whether one case alone is to be tried.
     pub fn is_single(&self) -> bool {
         self.only.is_some()
