@@ -84,22 +84,30 @@ impl Ring for RingFrames {
 struct Mmio(u64);
 
 impl Mmio {
+    fn at<T>(self, offset: u32) -> *mut T {
+        (self.0 + u64::from(offset)) as *mut T
+    }
+
     fn write32(self, offset: u32, value: u32) {
-        // SAFETY: as for `Registers`.
-        unsafe { ((self.0 + u64::from(offset)) as *mut u32).write_volatile(value) }
+        // SAFETY: firmware says that a unit's registers are there, in the identity map.
+        unsafe { self.at::<u32>(offset).write_volatile(value) }
     }
 }
 
-// SAFETY of each access: firmware says that a unit's registers are there.
 impl Registers for Mmio {
     fn read32(&self, offset: u32) -> u32 {
-        unsafe { ((self.0 + u64::from(offset)) as *const u32).read_volatile() }
+        // SAFETY: as for `write32`.
+        unsafe { self.at::<u32>(offset).read_volatile() }
     }
+
     fn read64(&self, offset: u32) -> u64 {
-        unsafe { ((self.0 + u64::from(offset)) as *const u64).read_volatile() }
+        // SAFETY: as for `write32`.
+        unsafe { self.at::<u64>(offset).read_volatile() }
     }
+
     fn write64(&mut self, offset: u32, value: u64) {
-        unsafe { ((self.0 + u64::from(offset)) as *mut u64).write_volatile(value) }
+        // SAFETY: as for `write32`.
+        unsafe { self.at::<u64>(offset).write_volatile(value) }
     }
 }
 
@@ -192,7 +200,6 @@ where
             .ok_or_else(|| format!("{when}, a write to {at} came to {found:x?}, not {expected:x?}"))
     };
 
-    // The device's buffer is filled through a table too.
     map(page(0), a)?;
     expect(page(0), Some(a), "once mapped")?;
 
