@@ -22,6 +22,7 @@ pub mod caps;
 pub mod check;
 pub mod clock;
 pub mod controls;
+mod defects;
 pub mod encoding;
 mod error;
 pub mod event;
@@ -36,6 +37,7 @@ pub mod structures;
 mod vmcs;
 
 pub use caps::VmxCaps;
+pub use defects::Defects;
 pub use encoding::{Encoding, Field};
 pub use error::{AccessError, InstructionError, RegionError, VmFail};
 pub use vmcs::{VmcsRead, VmcsWrite};

@@ -27,8 +27,6 @@ pub(crate) enum BackendError {
     Svm(#[from] SvmError),
     #[error(transparent)]
     Vmx(#[from] VmxError),
-    #[error("on VT-x, a guest on shadow paging cannot be a hypervisor itself")]
-    NoNestingOnShadow,
     #[error("enlightened VMCSs are VT-x's, and this processor has AMD-V")]
     NoEnlightenedVmcb,
     #[error(transparent)]
@@ -131,16 +129,12 @@ impl Backend {
     }
 
     /// Puts into `processor` what a guest hypervisor may know of the extension.
-    pub(crate) fn offer_nested(&self, processor: &mut Cpuid) -> Result<(), BackendError> {
+    pub(crate) fn offer_nested(&self, processor: &mut Cpuid) {
         match self {
             Self::Svm(svm) => svm.offer_nested(processor),
-            Self::Vmx(vmx) if vmx.paging() == Paging::Shadow => {
-                return Err(BackendError::NoNestingOnShadow);
-            }
             // CPUID says no more than that there is VMX: the rest is in MSRs.
             Self::Vmx(_) => {}
         }
-        Ok(())
     }
 
     /// Offers guests the extension, as their CPUID table says it, with enlightened VMCSs or without.

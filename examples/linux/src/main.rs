@@ -132,9 +132,7 @@ fn prepare(
         paging::hide_from_guests(&mut processor);
     }
     if args.nested {
-        backend
-            .offer_nested(&mut processor)
-            .map_err(|e| e.to_string())?;
+        backend.offer_nested(&mut processor);
     }
     let config = MachineConfig {
         vcpus: args.vcpus,

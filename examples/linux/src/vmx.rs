@@ -174,17 +174,18 @@ impl VmxBackend {
         })
     }
 
-    /// Offers guests VMX, on a processor such as their CPUID table says.
+    /// Offers guests VMX, on a processor such as their CPUID table says. On shadow paging they shadow
+    /// their guests' tables too.
     pub(crate) fn enable_nested(&mut self, guest: &Cpuid, enlightened: bool) {
         let l1 = Processor::read_from(|leaf, sub| guest.query(leaf, sub));
-        let all = Offer {
-            ept: true,
+        let wanted = Offer {
+            ept: self.controls.has_ept(),
             vpid: true,
             enlightened,
         };
         self.enlightened = enlightened;
         self.controls = self.controls.for_hypervisors();
-        self.nested_caps = Some(Box::new(offer(&self.caps, l1, all)));
+        self.nested_caps = Some(Box::new(offer(&self.caps, l1, wanted)));
         self.shadowing = offers_shadowing(&self.caps).then(|| Box::new(shadow_bitmaps()));
     }
 

@@ -10,6 +10,8 @@ pub(crate) mod paging;
 pub mod svm;
 #[cfg(feature = "vmx")]
 pub mod vmx;
+#[cfg(feature = "vmx")]
+mod watched;
 
 /// What XSETBV demands of XCR0 (SDM vol. 1, 13.3; APM vol. 2, 11.5.2): x87 always, AVX with SSE
 /// only, the three components of AVX-512 together and with AVX only.

@@ -69,7 +69,6 @@ impl<'a> GuestPaging<'a> {
     }
 
     /// As [`Self::new`], those of the guest's own guest on the same vCPU.
-    #[cfg(feature = "svm")]
     pub(crate) fn of_nested(&self) -> Self {
         let mut walker = self.walker;
         walker.is_nested = true;
@@ -77,6 +76,24 @@ impl<'a> GuestPaging<'a> {
             walker,
             ..Self::new(self.place)
         }
+    }
+
+    /// The guest may set these bits of CR4 too.
+    #[cfg(feature = "vmx")]
+    pub(crate) fn offer_cr4(&mut self, bits: u64) {
+        self.place.cr4 |= bits;
+    }
+
+    /// The bits of CR4 that the guest may set.
+    #[cfg(feature = "vmx")]
+    pub(crate) fn allowed_cr4(&self) -> u64 {
+        self.place.cr4
+    }
+
+    /// CR0 as it is: the processor lets the guest change bits of it that have nothing to do with paging.
+    #[cfg(feature = "vmx")]
+    pub(crate) fn note_cr0(&mut self, cr0: u64) {
+        self.mode.cr0 = cr0;
     }
 
     /// CR0, CR4 and EFER as the guest sees them.

@@ -174,6 +174,10 @@ impl NestedVmx {
             composed,
             msr_bitmap: self.msr_bitmap_at.0,
             saves_timer: self.caps.exit.allows(ExitControls::SAVE_PREEMPTION_TIMER),
+            pin: match self.timer.turn {
+                Some(_) => PinControls::ACTIVATE_PREEMPTION_TIMER,
+                None => PinControls::empty(),
+            },
         };
         let image = &*self.vmcs12.image;
         let joined = Joined::new(&l0, image, l1, &fixed)?;
@@ -193,7 +197,9 @@ impl NestedVmx {
         }
         if l1.pin.contains(PinControls::ACTIVATE_PREEMPTION_TIMER) {
             let value = image.get(fields::PREEMPTION_TIMER_VALUE)?;
-            vmcs02.set(fields::PREEMPTION_TIMER_VALUE, value)?;
+            vmcs02.set(fields::PREEMPTION_TIMER_VALUE, self.timer.start(value))?;
+        } else if let Some(turn) = self.timer.start_turn() {
+            vmcs02.set(fields::PREEMPTION_TIMER_VALUE, turn)?;
         }
         // The states other than active are waits, and waiting is L0's work: the processor never
         // gets one from L1.

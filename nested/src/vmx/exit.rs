@@ -1,6 +1,6 @@
 //! VM exits to L1: what the processor would save, and what it would load (SDM vol. 3C, chapter 30).
 
-use testudo_arch::{Cr4Flags, EferFlags, Gpa, GuestMemory};
+use testudo_arch::{Cr4Flags, EferFlags, Exception, Gpa, GuestMemory};
 use testudo_vmx::controls::{
     ActivityState, EntryControls, ExitControls, Interruptibility, PinControls, PrimaryControls,
     SecondaryControls,
@@ -10,14 +10,14 @@ use testudo_vmx::exit::{BasicReason, ExitReason};
 use testudo_vmx::{AccessError, VmcsRead, VmcsWrite, fields};
 
 use super::join::L1Controls;
-use super::route::{ExitDetails, L0Windows, Route, route};
+use super::route::{ExitDetails, L0Windows, Route, is_exception_wanted, route};
 use super::shadow::{ALL_SHADOWED, follow, shadowed};
 use super::{
     Context, ControlRegisters, EptFault, EptHandled, Msrs, NestedVmx, SecondStage, VmcsPair,
     guest_fields, vmcs12,
 };
 
-pub use crate::svm::PredictorBarrier;
+pub use crate::svm::{PageFaultOf, PredictorBarrier};
 
 /// What became of an exit of L2.
 #[derive(Debug, PartialEq, Eq)]
@@ -39,6 +39,9 @@ pub enum Handled {
 const LMA: u64 = EferFlags::LONG_MODE_ACTIVE.bits();
 const PAE: u64 = Cr4Flags::PHYSICAL_ADDRESS_EXTENSION.bits();
 const PG: u64 = 1 << 31;
+
+/// Of interruption information, the type.
+const HARDWARE_EXCEPTION: u32 = 3;
 
 /// VMX-abort indicators (30.7).
 const ABORT_SAVING_MSRS: u32 = 1;
@@ -94,15 +97,57 @@ impl NestedVmx {
         let windows = L0Windows {
             interrupt: self.window,
             nmi: self.nmi_window,
+            timer: self.timer.rest != 0,
         };
         match route(&details, &self.vmcs12.image, windows, cx.memory)? {
             Route::L1 => self.reflect(cx),
             Route::SecondStage => self.ept_fault(reason.basic(), qualification, cx),
             Route::L0 => {
+                if reason.basic() == BasicReason::PreemptionTimer
+                    && let Some(value) = self.timer.go_on()
+                {
+                    cx.vmcs.l2().set(fields::PREEMPTION_TIMER_VALUE, value)?;
+                }
                 redeliver(reason.basic(), &mut cx.vmcs.l2())?;
                 Ok(Handled::L0)
             }
         }
+    }
+
+    /// As [`Self::exited`], for a page fault of L2 that exited when L0 shadows page tables. No other exit
+    /// is different there.
+    ///
+    /// [`Handled::L0`] says that L2 takes the fault, whose address and error code `whose` has.
+    ///
+    /// # Errors
+    ///
+    /// L0's own access to a VMCS failed.
+    pub fn exited_by_page_fault<P, M, S, R>(
+        &mut self,
+        whose: PageFaultOf,
+        cx: &mut Context<'_, P, M, S, R>,
+    ) -> Result<Handled, AccessError>
+    where
+        P: VmcsPair,
+        M: GuestMemory,
+        R: Msrs,
+    {
+        self.is_halted = false;
+        cx.gprs.rsp = cx.vmcs.l2().get(fields::GUEST_RSP)?;
+        let reason = BasicReason::ExceptionOrNmi;
+        let PageFaultOf::L2 { address, code } = whose else {
+            redeliver(reason, &mut cx.vmcs.l2())?;
+            return Ok(Handled::Resume);
+        };
+        let vector = Exception::PageFault.vector();
+        if !is_exception_wanted(&self.vmcs12.image, vector, code)? {
+            return Ok(Handled::L0);
+        }
+        self.take_exit_information(cx)?;
+        self.set_exit(reason, address)?;
+        let field = fields::EXIT_INTERRUPTION_ERROR_CODE.encoding();
+        guest_fields::set(&mut self.vmcs12.image, field, code.into())?;
+        self.leave(cx)
     }
 
     fn ept_fault<P, M, S, R>(
@@ -213,6 +258,52 @@ impl NestedVmx {
         M: GuestMemory,
         R: Msrs,
     {
+        self.exit_with(reason, qualification, (interruption, 0), cx)
+    }
+
+    /// Makes L2 exit to L1 by an exception that arose while L0 executed an instruction for it, if L1
+    /// intercepts that one; `None` if not, and L2 is to have it. `address` is that of a page fault, which
+    /// then does not reach CR2 (30.1).
+    ///
+    /// # Errors
+    ///
+    /// L0's own access to a VMCS failed.
+    pub fn exit_by_exception<P, M, S, R>(
+        &mut self,
+        vector: u8,
+        error_code: Option<u32>,
+        address: Option<u64>,
+        cx: &mut Context<'_, P, M, S, R>,
+    ) -> Result<Option<Handled>, AccessError>
+    where
+        P: VmcsPair,
+        M: GuestMemory,
+        R: Msrs,
+    {
+        let code = error_code.unwrap_or(0);
+        if !self.is_guest || !is_exception_wanted(&self.vmcs12.image, vector, code)? {
+            return Ok(None);
+        }
+        let has_code = u32::from(error_code.is_some());
+        let information = 1 << 31 | has_code << 11 | HARDWARE_EXCEPTION << 8 | u32::from(vector);
+        let reason = BasicReason::ExceptionOrNmi;
+        self.exit_with(reason, address.unwrap_or(0), (information, code), cx)
+            .map(Some)
+    }
+
+    /// As [`Self::exit_to_l1`], with the error code of an exception.
+    fn exit_with<P, M, S, R>(
+        &mut self,
+        reason: BasicReason,
+        qualification: u64,
+        (interruption, error_code): (u32, u32),
+        cx: &mut Context<'_, P, M, S, R>,
+    ) -> Result<Handled, AccessError>
+    where
+        P: VmcsPair,
+        M: GuestMemory,
+        R: Msrs,
+    {
         if !self.is_guest {
             return Ok(Handled::Resume);
         }
@@ -232,7 +323,7 @@ impl NestedVmx {
                 fields::EXIT_INTERRUPTION_INFORMATION.encoding(),
                 interruption,
             ),
-            (fields::EXIT_INTERRUPTION_ERROR_CODE.encoding(), 0),
+            (fields::EXIT_INTERRUPTION_ERROR_CODE.encoding(), error_code),
             (fields::IDT_VECTORING_INFORMATION.encoding(), pending),
             (fields::IDT_VECTORING_ERROR_CODE.encoding(), code),
             (fields::EXIT_INSTRUCTION_LENGTH.encoding(), length),
@@ -386,6 +477,12 @@ impl NestedVmx {
             && l1.exit.contains(ExitControls::SAVE_PREEMPTION_TIMER)
         {
             follow!(&vmcs02, image, self.shadow_misses; PREEMPTION_TIMER_VALUE);
+            if self.timer.rest != 0 {
+                let counted = image.get(fields::PREEMPTION_TIMER_VALUE)?;
+                let value = counted.saturating_add(self.timer.rest);
+                image.set(fields::PREEMPTION_TIMER_VALUE, value)?;
+                self.shadow_misses |= const { shadowed(fields::PREEMPTION_TIMER_VALUE.encoding()) };
+            }
         }
         // "bit 31 … is cleared" (30.2).
         let injected = image.get(fields::ENTRY_INTERRUPTION_INFORMATION)?;

@@ -2,11 +2,13 @@
 
 use testudo_arch::segment::SegmentAttributes;
 use testudo_arch::{Cr4Flags, EferFlags, GuestMemory, Segment};
-use testudo_vmx::controls::{ActivityState, EntryControls, ExitControls, Interruptibility};
+use testudo_vmx::controls::{
+    ActivityState, EntryControls, ExitControls, Interruptibility, SecondaryControls,
+};
 use testudo_vmx::image::VmcsImage;
 use testudo_vmx::{AccessError, VmcsRead, VmcsWrite, fields};
 
-use super::{Context, NestedVmx, VmcsPair, pdptes, visible};
+use super::{Context, L0Controls, NestedVmx, VmcsPair, pdptes, visible};
 
 const LMA: u64 = EferFlags::LONG_MODE_ACTIVE.bits();
 const LME: u64 = EferFlags::LONG_MODE_ENABLE.bits();
@@ -98,12 +100,17 @@ impl NestedVmx {
         vmcs01.set(fields::GUEST_PENDING_DEBUG, 0)?;
         vmcs01.set(fields::ENTRY_INTERRUPTION_INFORMATION, 0)?;
         cx.gprs.rsp = rsp;
-        // The processor walks L1's PAE tables from the fields.
         if !long && cr4 & PAE != 0 {
             let Some(entries) = pdptes::read(cx.memory, cr3, &self.caps.processor) else {
                 return Ok(false);
             };
-            pdptes::write(&entries, &mut vmcs01)?;
+            // With EPT the processor walks L1's PAE tables from the fields.
+            if L0Controls::read(&vmcs01)?
+                .secondary
+                .contains(SecondaryControls::ENABLE_EPT)
+            {
+                pdptes::write(&entries, &mut vmcs01)?;
+            }
         }
         Ok(true)
     }

@@ -194,6 +194,8 @@ pub(super) struct Fixed {
     /// The processor can save L2's preemption timer at each exit, so that it goes on after one that
     /// L0 handles, whether or not L1 wants to see what is left.
     pub(super) saves_timer: bool,
+    /// What L0 asks of L2 alone.
+    pub(super) pin: PinControls,
 }
 
 const PE_PG: u64 = 1 | 1 << 31;
@@ -211,7 +213,8 @@ impl Joined {
     ) -> Result<Self, AccessError> {
         let pin = (l0.pin - PinControls::PROCESS_POSTED_INTERRUPTS)
             | PinControls::NMI_EXITING
-            | (l1.pin & PIN);
+            | (l1.pin & PIN)
+            | fixed.pin;
 
         let mut primary = (l0.primary - ABOUT_L1) | (l1.primary & PRIMARY);
         // L2 has no task-priority register but L1's, so its CR8 always exits.

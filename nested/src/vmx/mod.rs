@@ -5,7 +5,8 @@
 //! L2 with another (`vmcs02`), which it hands over as a [`VmcsPair`], and calls here when
 //!
 //! - a VMX instruction exited: [`NestedVmx::execute`];
-//! - L2 exited: [`NestedVmx::exited`];
+//! - L2 exited: [`NestedVmx::exited`], or [`NestedVmx::exited_by_page_fault`] if L0 itself shadows
+//!   page tables;
 //! - the machine has an interrupt, NMI or INIT for the vCPU: [`NestedVmx::acceptance`], and
 //!   [`NestedVmx::exit_to_l1`] if L1 intercepts it;
 //! - L1 reads a VMX capability MSR: [`read_msr`].
@@ -44,9 +45,11 @@ mod saved;
 mod shadow;
 #[cfg(test)]
 mod tests;
+mod timer;
 mod vmcs12;
 
 use alloc::boxed::Box;
+use core::num::NonZeroU32;
 
 use testudo_arch::{Gpa, Gprs, Hpa, Msr};
 use testudo_vmx::bitmap::MsrBitmap;
@@ -60,7 +63,7 @@ pub use composed::{ComposedParts, ComposedStage};
 pub use control_registers::ControlRegisters;
 pub use events::{Acceptance, PhysicalEvent};
 pub use evmcs::{ENLIGHTENED_VERSION, enlightened_vmcs};
-pub use exit::{Handled, PredictorBarrier};
+pub use exit::{Handled, PageFaultOf, PredictorBarrier};
 pub use instruction::{Instruction, Outcome};
 pub use join::{Joined, L0Controls};
 pub use operand::Fault;
@@ -215,6 +218,7 @@ pub struct NestedVmx {
     window: bool,
     /// L0 asked for the NMI window of L2.
     nmi_window: bool,
+    timer: timer::L2Timer,
 }
 
 /// Translations that L1 flushed, for L0 to flush before the next entry of L2.
@@ -265,7 +269,16 @@ impl NestedVmx {
             flush: Flush::default(),
             window: false,
             nmi_window: false,
+            timer: timer::L2Timer::default(),
         }
+    }
+
+    /// Has L2 leave, for L0, after so many units of the preemption timer at most, whatever L1 does with that
+    /// timer. The processor must have it.
+    #[must_use]
+    pub fn with_turns(mut self, longest: NonZeroU32) -> Self {
+        self.timer.turn = Some(longest);
+        self
     }
 
     /// RESET or INIT of L1's processor: outside VMX operation, with no current VMCS. What L0 has not

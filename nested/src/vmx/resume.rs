@@ -184,7 +184,7 @@ impl NestedVmx {
         own.or_from(settled, image)?.write(&mut vmcs02)?;
         if settled.timer {
             let value = image.get(fields::PREEMPTION_TIMER_VALUE)?;
-            vmcs02.set(fields::PREEMPTION_TIMER_VALUE, value)?;
+            vmcs02.set(fields::PREEMPTION_TIMER_VALUE, self.timer.start(value))?;
         }
         // As in a complete entry: waiting is L0's work, and what L0 had on its way into L2 is L1's to
         // inject by now. The last exit left L1's VMCS without an event.

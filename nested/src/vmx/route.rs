@@ -36,13 +36,15 @@ pub struct ExitDetails<'a> {
     pub gprs: &'a Gprs,
 }
 
-/// The windows of L2 that L0 itself asked for.
+/// The exits of L2 that L0 itself asked for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct L0Windows {
     /// The interrupt window.
     pub interrupt: bool,
     /// The NMI window.
     pub nmi: bool,
+    /// The preemption timer, before L1's expires.
+    pub timer: bool,
 }
 
 /// Whose this exit of L2 is. `vmcs12` is L0's copy of L1's VMCS.
@@ -110,7 +112,9 @@ pub fn route<M: GuestMemory>(
         R::EptViolation | R::EptMisconfiguration if secondary(S::ENABLE_EPT) => {
             return Ok(Route::SecondStage);
         }
-        R::PreemptionTimer => l1.pin.contains(PinControls::ACTIVATE_PREEMPTION_TIMER),
+        R::PreemptionTimer => {
+            !l0_windows.timer && l1.pin.contains(PinControls::ACTIVATE_PREEMPTION_TIMER)
+        }
         R::Wbinvd => secondary(S::WBINVD_EXITING),
         R::Rdrand => secondary(S::RDRAND_EXITING),
         R::Rdseed => secondary(S::RDSEED_EXITING),
@@ -128,10 +132,19 @@ fn exception_wanted(exit: &ExitDetails<'_>, vmcs12: &VmcsImage) -> Result<bool, 
     if exit.interruption.event_type() == EventType::Nmi || vector == 18 {
         return Ok(false);
     }
+    is_exception_wanted(vmcs12, vector, exit.error_code)
+}
+
+/// The exception bitmap, and for page faults the mask and the match of error codes (28.2).
+pub(super) fn is_exception_wanted(
+    vmcs12: &VmcsImage,
+    vector: u8,
+    error_code: u32,
+) -> Result<bool, AccessError> {
     let bitmap = ExceptionBitmap::from_bits_retain(vmcs12.get(fields::EXCEPTION_BITMAP)?);
     let mask = vmcs12.get(fields::PAGE_FAULT_ERROR_CODE_MASK)?;
     let matching = vmcs12.get(fields::PAGE_FAULT_ERROR_CODE_MATCH)?;
-    Ok(bitmap.exits(vector, exit.error_code, mask, matching))
+    Ok(bitmap.exits(vector, error_code, mask, matching))
 }
 
 /// Guest/host masks, CR3 targets and the CR8 controls (28.1.3).

@@ -16,7 +16,7 @@ use testudo_vmx::{fields, state};
 use super::apic::APIC_PAGE;
 use super::cache::{self, Cached};
 use super::mode::{LMA, pdptes_are_valid};
-use super::{Processor, Refusal, UnsupportedExit, VmxVcpu};
+use super::{Level, Processor, Refusal, UnsupportedExit, VmxVcpu};
 use crate::vcpu::{MemoryAccess, PortAccess, Vcpu, VcpuError, VmExit};
 
 /// DR7.GD, which a #DB clears (SDM vol. 3B, 18.2.4).
@@ -195,12 +195,24 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
                 error_code: information.has_error_code().then_some(error_code),
             }));
         };
+        self.inject_after(event, exception, interrupted)
+    }
+
+    /// An exception goes to whoever runs, combined with the one whose delivery it interrupted. A double
+    /// fault, and what becomes of a third, a guest hypervisor may want to see.
+    pub(super) fn inject_after(
+        &mut self,
+        event: Event,
+        exception: Exception,
+        interrupted: Option<Event>,
+    ) -> Result<Option<VmExit>, VcpuError> {
         let combined = interrupted.map_or(Combined::Serial, |first| first.combine(exception));
-        self.inject(match combined {
-            Combined::Serial => event,
-            Combined::DoubleFault => Event::fault_with(Exception::DoubleFault, 0),
-            Combined::Shutdown => return Ok(Some(VmExit::Shutdown)),
-        });
+        match combined {
+            Combined::Serial => self.inject(event),
+            Combined::DoubleFault => self.raise(Event::fault_with(Exception::DoubleFault, 0), None),
+            Combined::Shutdown if self.level == Level::L1 => return Ok(Some(VmExit::Shutdown)),
+            Combined::Shutdown => self.l2_exits_by_triple_fault()?,
+        }
         Ok(None)
     }
 
@@ -229,7 +241,7 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
 
     /// An IRET had unblocked NMIs when it met a fault, and will be executed again (SDM vol. 3C,
     /// 30.2.3).
-    fn block_nmis_again(&mut self) {
+    pub(super) fn block_nmis_again(&mut self) {
         let state = self.interruptibility() | Interruptibility::BLOCKING_BY_NMI;
         self.cache.set_interruptibility(state);
     }
@@ -251,9 +263,9 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
 
     /// MOV to CR0 or CR4 that changes what belongs to the hypervisor. Of the guest's own no other
     /// access to a control register exits; of its guests' those to CR8 do, and to CR3 where it asked
-    /// for exits but for some values.
+    /// for exits but for some values, or where they are on shadow paging.
     fn move_to_control_register(&mut self, access: CrAccess) -> Result<Option<VmExit>, VcpuError> {
-        if self.shadow.is_some() {
+        if self.shadow.is_some() && self.level == Level::L1 {
             return self.shadow_register_access(access);
         }
         let (register, source) = match access {
@@ -262,11 +274,20 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
                 source,
             } => (register, source),
             CrAccess::MovFrom {
-                register: 8,
+                register: register @ (3 | 8),
                 destination,
             } => {
+                let value = match register {
+                    3 => self.processor.get(fields::GUEST_CR3)?,
+                    _ => u64::from(self.task_priority()),
+                };
+                let mask = if self.is_long_code() {
+                    u64::MAX
+                } else {
+                    0xFFFF_FFFF
+                };
                 self.load_rsp();
-                self.registers.gprs[destination] = u64::from(self.task_priority());
+                self.registers.gprs[destination] = value & mask;
                 self.advance();
                 return Ok(None);
             }
@@ -285,7 +306,7 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         match register {
             3 => return self.move_to_cr3(value),
             8 if value > 15 => {
-                self.inject(Event::GP0);
+                self.raise(Event::GP0, None);
                 return Ok(None);
             }
             8 => {
@@ -306,13 +327,13 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
             old.with_cr4(value, self.imposed.cr4_guest)
         };
         let Some(new) = new.filter(|new| self.vmx_allows(new)) else {
-            self.inject(Event::GP0);
+            self.raise(Event::GP0, None);
             return Ok(None);
         };
         if new.loads_pdptes(&old) {
             let cr3 = self.processor.get(fields::GUEST_CR3)?;
             if !self.load_pdptes(cr3)? {
-                self.inject(Event::GP0);
+                self.raise(Event::GP0, None);
                 return Ok(None);
             }
         }
@@ -344,7 +365,7 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         let wide = self.caps.processor.exceeds_physical(cr3);
         let long = mode.efer & LMA != 0;
         if long && wide || mode.pae_paging() && !self.load_pdptes(cr3)? {
-            self.inject(Event::GP0);
+            self.raise(Event::GP0, None);
             return Ok(None);
         }
         self.processor.set(fields::GUEST_CR3, cr3)?;

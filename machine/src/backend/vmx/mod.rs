@@ -43,6 +43,7 @@ mod cache;
 mod exit;
 mod mode;
 mod nested;
+mod nested_shadow;
 mod processor;
 mod refusal;
 mod setup;
@@ -69,6 +70,7 @@ use testudo_vmx::hw::{CurrentVmcs, GuestRegisters, HeldInterrupts, HostState};
 use testudo_vmx::{AccessError, Encoding, Field, VmFail, VmxCaps, encoding, fields, state};
 
 use super::paging::ShadowPlace;
+use super::watched::Watched;
 use crate::vcpu::{AwaitedInterrupt, Vcpu, VcpuError};
 use apic::VirtualApic;
 pub use apic::{APIC_PAGE, ApicTables, open_x2apic_msrs};
@@ -98,7 +100,7 @@ pub struct VmxVcpu<'a, P, M, S = NoSecondStage> {
     nested: Option<Nested<S>>,
     registers: GuestRegisters,
     cache: Cache,
-    memory: &'a M,
+    memory: Watched<'a, M>,
     caps: &'a VmxCaps,
     controls: &'a Controls,
     tables: &'a VmxTables,
@@ -251,7 +253,7 @@ impl<'a, P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'a, P, M, S> {
             nested: None,
             registers: GuestRegisters::default(),
             cache: Cache::default(),
-            memory,
+            memory: Watched::new(memory, parts.shadow.map(|place| (place.tables, place.vcpu))),
             caps: parts.caps,
             controls: parts.controls,
             tables: parts.tables,
@@ -479,6 +481,7 @@ impl<'a, P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'a, P, M, S> {
     }
 
     fn forget_translations(&mut self) -> Result<(), VcpuError> {
+        self.forget_l2_shadow();
         let forgotten = self.processor.forget_translations(self.level);
         forgotten.map_err(VcpuError::Invalidation)
     }
@@ -502,8 +505,8 @@ impl<'a, P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'a, P, M, S> {
         } else {
             self.set_mode(mode)?;
         }
-        if mode.pae_paging() && self.controls.has_ept() {
-            let pdptes = read_pdptes(self.memory, system.cr3);
+        if mode.pae_paging() {
+            let pdptes = read_pdptes(&self.memory, system.cr3);
             self.write_pdptes(&pdptes)?;
         }
         self.forget_translations()?;
@@ -563,7 +566,7 @@ impl<'a, P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'a, P, M, S> {
     /// The four page-directory pointers at CR3; where no memory is, ones.
     fn page_directory_pointers(&mut self, cr3: u64) -> [u64; 4] {
         if self.level == Level::L1 {
-            return read_pdptes(self.memory, cr3);
+            return read_pdptes(&self.memory, cr3);
         }
         let table = self.translate_nested(Gpa(cr3 & 0xFFFF_FFE0));
         core::array::from_fn(|i| {
@@ -573,7 +576,11 @@ impl<'a, P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'a, P, M, S> {
         })
     }
 
+    /// The processor looks for them where it uses EPT.
     fn write_pdptes(&mut self, pdptes: &[u64; 4]) -> Result<(), VcpuError> {
+        if !self.controls.has_ept() {
+            return Ok(());
+        }
         for (field, value) in setup::PDPTES.into_iter().zip(*pdptes) {
             self.processor.set(field, value)?;
         }

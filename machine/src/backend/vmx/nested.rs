@@ -6,21 +6,24 @@
 
 use alloc::boxed::Box;
 use alloc::vec::Vec;
+use core::num::NonZeroU32;
 
-use testudo_arch::{Event, Gpa, GuestMemory, Hpa};
+use testudo_arch::{Cr4Flags, Event, Gpa, GuestMemory, Hpa};
 use testudo_nested::vmx::{
-    Acceptance, Context, ControlRegisters, Handled, Instruction, NestedVmx, Outcome, PhysicalEvent,
-    RestoreError, SavedVmx, SecondStage,
+    Acceptance, Context, ControlRegisters, Handled, Instruction, NestedVmx, Outcome, PageFaultOf,
+    PhysicalEvent, PredictorBarrier, RestoreError, SavedVmx, SecondStage,
 };
 use testudo_vmx::bitmap::MsrBitmap;
-use testudo_vmx::controls::{EntryControls, PrimaryControls, SecondaryControls};
+use testudo_vmx::caps::Allowed;
+use testudo_vmx::clock::preemption_timer;
+use testudo_vmx::controls::{EntryControls, PinControls, PrimaryControls, SecondaryControls};
 use testudo_vmx::encoding::Area;
 use testudo_vmx::event::InterruptionInformation;
-use testudo_vmx::exit::BasicReason;
+use testudo_vmx::exit::{BasicReason, ExitReason};
 use testudo_vmx::fields::FIELDS;
 use testudo_vmx::hw::instructions::{self, ibpb};
 use testudo_vmx::hw::{HostState, Vmcs};
-use testudo_vmx::{AccessError, VmxCaps, fields};
+use testudo_vmx::{AccessError, Defects, VmxCaps, fields};
 
 use super::mode::{MCE, Mode};
 use super::processor::{Level, Pair};
@@ -72,6 +75,18 @@ pub fn offers_shadowing(caps: &VmxCaps) -> bool {
 }
 
 const SHADOWING: SecondaryControls = SecondaryControls::VMCS_SHADOWING;
+const VMXE: u64 = Cr4Flags::VIRTUAL_MACHINE_EXTENSIONS.bits();
+
+/// How many ticks of the time-stamp counter L2's turn takes at most where an interrupt does not always end it
+/// ([`Defects::HOLDS_INTERRUPTS_BACK`]): 10 ms on the one processor with this defect. An L1 that
+/// waits for what it interrupts on another processor goes on so late at the latest.
+const TURN: u64 = 1 << 20;
+
+/// Secondary controls with which a hypervisor gives its guests an instruction or a mode.
+const GRANTS: SecondaryControls = SecondaryControls::ENABLE_RDTSCP
+    .union(SecondaryControls::ENABLE_INVPCID)
+    .union(SecondaryControls::ENABLE_EPT)
+    .union(SecondaryControls::UNRESTRICTED_GUEST);
 
 pub(super) struct Nested<S> {
     pub(super) state: NestedVmx,
@@ -110,7 +125,7 @@ macro_rules! layer {
                 gprs: &mut $vcpu.registers.gprs,
                 msrs: &mut $vcpu.processor.guest_msrs(),
                 vmcs: &mut Pair(&mut $vcpu.processor),
-                memory: $vcpu.memory,
+                memory: &$vcpu.memory,
                 second_stage: &mut $nested.stage,
             },
         )
@@ -189,12 +204,28 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         self.imposed.offer_vmx();
         let mut caps = parts.caps;
         caps.cr4.may &= self.imposed.cr4_guest;
+        if let Some(shadow) = &mut self.shadow {
+            shadow.paging.offer_cr4(VMXE);
+            caps.cr4.may &= shadow.paging.allowed_cr4();
+        }
+        // What L1 grants L2 takes effect only where L1 itself has it.
+        let granted = parts.controls.secondary | !GRANTS;
+        let secondary = caps.secondary.may_be_one() & granted;
+        caps.secondary = Allowed::new(caps.secondary.must_be_one(), secondary);
         let mut processor = self.caps.clone();
         processor.cr4.ones |= MCE;
         let (bitmap, at) = parts.msr_bitmap;
         let mut state = NestedVmx::new(caps, &processor, parts.l1_msr_bitmap, bitmap, at);
         if parts.enlightened {
             state = state.with_enlightened_vmcs();
+        }
+        if Defects::of(self.caps).contains(Defects::HOLDS_INTERRUPTS_BACK)
+            && self.caps.pin.allows(PinControls::ACTIVATE_PREEMPTION_TIMER)
+        {
+            let shift = self.caps.misc.preemption_timer_shift();
+            if let Some(turn) = NonZeroU32::new(preemption_timer(TURN, shift)) {
+                state = state.with_turns(turn);
+            }
         }
         self.nested = Some(Nested {
             state,
@@ -224,7 +255,16 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
             return Ok(Some(VmExit::DeliveryDue));
         }
         self.flush_what_l1_flushed()?;
+        if self.shadow.is_some() {
+            return self.run_l2_on_shadow();
+        }
         let reason = self.enter()?;
+        self.settle_l2(reason)
+    }
+
+    /// What becomes of an exit of L2.
+    #[inline(always)]
+    pub(super) fn settle_l2(&mut self, reason: ExitReason) -> Result<Option<VmExit>, VcpuError> {
         let Some(nested) = &mut self.nested else {
             return Ok(None);
         };
@@ -259,12 +299,40 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         }
     }
 
+    /// Whose a page fault of L2 on shadow paging is, and what becomes of it.
+    pub(super) fn exited_by_page_fault(
+        &mut self,
+        whose: PageFaultOf,
+    ) -> Result<Handled, VcpuError> {
+        let Some(nested) = &mut self.nested else {
+            return Ok(Handled::L0);
+        };
+        let handled = layer!(self, nested, exited_by_page_fault(whose))?;
+        self.rsp_agreed = self.registers.gprs.rsp;
+        match handled {
+            Handled::L1(_) => nested.counts.exits += 1,
+            Handled::Resume => nested.counts.resumed += 1,
+            _ => {}
+        }
+        Ok(handled)
+    }
+
+    /// The barrier between L2 and L1 takes effect.
+    pub(super) fn discharge(&self, barrier: PredictorBarrier) {
+        let nested = self.nested.as_ref();
+        let exists = nested.is_some_and(|nested| nested.has_predictor_barrier);
+        barrier.discharge(predictor_barrier(exists));
+    }
+
     /// A VMX instruction of L1's, whose exit is in its VMCS.
     #[inline(never)]
     pub(super) fn vmx_instruction(
         &mut self,
         instruction: Instruction,
     ) -> Result<Option<VmExit>, VcpuError> {
+        if self.shadow.is_some() {
+            self.take_off_l1_shadow()?;
+        }
         let Some(nested) = &mut self.nested else {
             return Ok(Some(VmExit::Forbidden));
         };
@@ -280,10 +348,12 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
                 let waited = instruction == Instruction::Vmxoff && nested.init_waits;
                 self.follow_shadowing()?;
                 self.select(Level::L1)?;
+                self.l1_goes_on()?;
                 Ok(waited.then_some(VmExit::InterruptWindow))
             }
             Outcome::Fault(fault) => {
                 self.select(Level::L1)?;
+                self.l1_goes_on()?;
                 if let Some(address) = fault.cr2 {
                     self.set_cr2(address);
                 }
@@ -294,6 +364,9 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
                 self.follow_shadowing()?;
                 self.select(Level::L2)?;
                 self.level = Level::L2;
+                if self.shadow.is_some() {
+                    self.note_l2_entry()?;
+                }
                 Ok(self.look_at_events(halted))
             }
             Outcome::FailedEntry => {
@@ -302,12 +375,28 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
                 Ok(None)
             }
             Outcome::Abort => Ok(Some(VmExit::Shutdown)),
-            Outcome::Hypercall => Ok(Some(VmExit::Hypercall)),
+            Outcome::Hypercall => {
+                self.l1_goes_on()?;
+                Ok(Some(VmExit::Hypercall))
+            }
+        }
+    }
+
+    /// L1 goes on after an instruction at which the nested layer looked.
+    #[inline]
+    fn l1_goes_on(&mut self) -> Result<(), VcpuError> {
+        match self.shadow {
+            None => Ok(()),
+            Some(_) => self.put_on_l1_shadow(),
         }
     }
 
     /// The nested state as bytes.
     pub(super) fn nested_bytes(&mut self) -> Result<Option<Vec<u8>>, VcpuError> {
+        // On shadow paging the VMCS has the processor's tables.
+        if self.shadow.is_some() {
+            return Ok(None);
+        }
         // What is known of whoever runs goes to its VMCS, from which the layer takes it.
         self.prepare()?;
         let Some(nested) = &mut self.nested else {
@@ -321,7 +410,7 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
     /// Begins anew with this nested state: neither the guest state in L2's VMCS nor what was composed
     /// comes from anywhere else.
     pub(super) fn take_nested(&mut self, bytes: &[u8]) -> Result<bool, NestedStateError> {
-        if self.nested.is_none() {
+        if self.nested.is_none() || self.shadow.is_some() {
             return Err(NestedStateError::Unsupported);
         }
         let saved = SavedVmx::from_bytes(bytes).map_err(RestoreError::from)?;
@@ -400,7 +489,7 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
     }
 
     /// L1 runs next: what is known of its registers is what the exit loaded.
-    fn return_to_l1(&mut self) -> Result<(), VcpuError> {
+    pub(super) fn return_to_l1(&mut self) -> Result<(), VcpuError> {
         self.select(Level::L1)?;
         self.level = Level::L1;
         self.cache.forget();
@@ -412,6 +501,13 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         };
         self.entry = EntryControls::from_bits_retain(self.processor.get(fields::ENTRY_CONTROLS)?);
         self.flush_what_l1_flushed()?;
+        if self.shadow.is_some() {
+            if self.mode.pae_paging() {
+                // An exit loads the page-directory pointers (SDM vol. 3C, 30.5.4).
+                self.forget_l1_shadow();
+            }
+            self.put_on_l1_shadow()?;
+        }
         self.open_window();
         Ok(())
     }
@@ -421,7 +517,10 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
             return Ok(());
         };
         let flush = nested.state.take_flush();
-        if nested.flusher.take() || flush.ept {
+        if let Some(shadow) = &mut self.shadow {
+            shadow.is_l1_stale |= flush.l1;
+            shadow.is_l2_stale |= flush.vpid;
+        } else if nested.flusher.take() || flush.ept {
             self.processor
                 .forget_ept()
                 .map_err(VcpuError::Invalidation)?;
@@ -504,6 +603,45 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         true
     }
 
+    /// An exception of an instruction that L0 executed for L2 ends its turn, if L1 intercepts it.
+    /// `address` is that of a page fault.
+    pub(super) fn l2_exits_by_exception(&mut self, event: Event, address: Option<u64>) -> bool {
+        let Event::Exception { vector, error_code } = event else {
+            return false;
+        };
+        match self.try_exit_by_exception(vector, error_code, address) {
+            Ok(exits) => exits,
+            Err(error) => {
+                self.remember(error);
+                true
+            }
+        }
+    }
+
+    fn try_exit_by_exception(
+        &mut self,
+        vector: u8,
+        error_code: Option<u32>,
+        address: Option<u64>,
+    ) -> Result<bool, VcpuError> {
+        self.prepare()?;
+        let Some(nested) = &mut self.nested else {
+            return Ok(false);
+        };
+        let handled = layer!(self, nested, exit_by_exception(vector, error_code, address))?;
+        let Some(handled) = handled else {
+            return Ok(false);
+        };
+        nested.counts.exits += 1;
+        self.has_left(handled)?;
+        Ok(true)
+    }
+
+    /// L2 met an exception that it cannot be told of: L1 sees a triple fault.
+    pub(super) fn l2_exits_by_triple_fault(&mut self) -> Result<(), VcpuError> {
+        self.exit_to_l1(BasicReason::TripleFault, 0)
+    }
+
     fn exit_to_l1(&mut self, reason: BasicReason, information: u32) -> Result<(), VcpuError> {
         // What is known of L2 goes to its VMCS, from which the layer takes it.
         self.prepare()?;
@@ -513,12 +651,19 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         let handled = layer!(self, nested, exit_to_l1(reason, 0, information))?;
         nested.interrupted = true;
         nested.counts.events += 1;
+        self.has_left(handled)
+    }
+
+    /// L2 has left for L1 otherwise than by an exit of its own.
+    fn has_left(&mut self, handled: Handled) -> Result<(), VcpuError> {
         self.rsp_agreed = self.registers.gprs.rsp;
-        if let Handled::L1(barrier) = handled {
-            barrier.discharge(predictor_barrier(nested.has_predictor_barrier));
-            return self.return_to_l1();
+        match handled {
+            Handled::L1(barrier) => {
+                self.discharge(barrier);
+                self.return_to_l1()
+            }
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     /// Has L2 leave when the interrupt that waits can be taken.
@@ -669,6 +814,7 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         if let Err(error) = self
             .select(Level::L1)
             .and_then(|()| self.follow_shadowing())
+            .and_then(|()| self.put_on_l1_shadow())
         {
             self.remember(error);
         }

@@ -3,8 +3,12 @@
 //! Page faults, INVLPG, all accesses to CR3, and changes of CR0 and CR4 exit. The processor runs with
 //! paging and protection whatever the guest has: it takes no other guest without "unrestricted
 //! guest". In real mode, and until it has loaded its segments in protected mode, it is emulated.
+//!
+//! A guest of the guest's (L2) runs likewise: the tables that its hypervisor (L1) has made for it, in
+//! L1's memory, are those that ours are made from. The processor's own paging registers are in L2's
+//! VMCS from just before an entry until just after it, and in L1's VMCS while L1 runs; else they hold
+//! what L1 gave L2, and L1's own, by which the nested layer finds its way in L1's memory.
 
-use testudo_arch::event::Combined;
 use testudo_arch::regs::SystemRegisters;
 use testudo_arch::{Event, Exception, Gpa, Gpr, GuestMemory, Gva};
 use testudo_ept::shadow::Outcome;
@@ -16,15 +20,26 @@ use testudo_vmx::fields;
 use super::cache::Cached;
 use super::mode::{GUEST_EFER, LMA, Mode, PE};
 use super::setup::PAT_RESET;
-use super::{Processor, VmxVcpu};
+use super::{Level, Processor, VmxVcpu};
 use crate::backend::paging::{GuestPaging, ShadowPlace};
 use crate::vcpu::{MemoryAccess, Vcpu, VcpuError, VmExit};
 
 /// What a vCPU has on shadow paging.
 pub(super) struct Shadow<'a> {
     pub(super) paging: GuestPaging<'a>,
+    /// The paging of the guest's own guest.
+    pub(super) l2: GuestPaging<'a>,
     /// The guest's page attribute table, which acts on nothing: all its memory is write-back.
-    pat: u64,
+    pub(super) pat: u64,
+    /// That of its own guest.
+    pub(super) l2_pat: u64,
+    /// L1's VMCS holds L1's own paging registers, and not the processor's.
+    pub(super) is_l1_off: bool,
+    /// Translations of L1's were dropped, or its page-directory pointers loaded: what its tables say is to
+    /// be taken up before it runs.
+    pub(super) is_l1_stale: bool,
+    /// The same of L2.
+    pub(super) is_l2_stale: bool,
     /// The processor does not take the guest as it is: it is in real mode, or its segments are still
     /// real mode's.
     outside: bool,
@@ -32,15 +47,21 @@ pub(super) struct Shadow<'a> {
 
 impl<'a> Shadow<'a> {
     pub(super) fn new(place: ShadowPlace<'a>) -> Self {
+        let paging = GuestPaging::new(place);
         Self {
-            paging: GuestPaging::new(place),
+            l2: paging.of_nested(),
+            paging,
             pat: PAT_RESET,
+            l2_pat: PAT_RESET,
+            is_l1_off: false,
+            is_l1_stale: false,
+            is_l2_stale: true,
             outside: true,
         }
     }
 }
 
-impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
+impl<'a, P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'a, P, M, S> {
     /// Before the guest runs: through the gate, and without the translations that are no longer
     /// true.
     #[inline]
@@ -48,15 +69,29 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         let Some(shadow) = &mut self.shadow else {
             return Ok(());
         };
-        if let Some(error) = shadow.paging.failure() {
+        let failure = shadow.paging.failure().or_else(|| shadow.l2.failure());
+        if let Some(error) = failure {
             return Err(error.into());
         }
         if shadow.paging.gate().enter()
-            && let Err(error) = self.forget_translations()
+            && let Err(error) = self.forget_both()
         {
             // Whoever waits for this vCPU to leave must not wait for ever.
             self.leave_gate();
             return Err(error);
+        }
+        Ok(())
+    }
+
+    /// The guest and its own guest run on the same tables.
+    fn forget_both(&mut self) -> Result<(), VcpuError> {
+        let levels: &[Level] = match self.nested {
+            Some(_) => &[Level::L1, Level::L2],
+            None => &[Level::L1],
+        };
+        for &level in levels {
+            let forgotten = self.processor.forget_translations(level);
+            forgotten.map_err(VcpuError::Invalidation)?;
         }
         Ok(())
     }
@@ -111,13 +146,13 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
             cr4: system.cr4,
             efer: system.efer,
         };
-        shadow.paging.set(self.memory, mode, system.cr3);
+        shadow.paging.set(&self.memory, mode, system.cr3);
         shadow.outside = true;
         self.apply_shadow()
     }
 
     /// Brings the VMCS in line with the guest's paging registers.
-    fn apply_shadow(&mut self) -> Result<(), VcpuError> {
+    pub(super) fn apply_shadow(&mut self) -> Result<(), VcpuError> {
         let Some(shadow) = &mut self.shadow else {
             return Ok(());
         };
@@ -128,20 +163,38 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         self.write_mode(seen, real)
     }
 
-    /// CR3 as the guest sees it, on shadow paging.
+    /// CR0 as it is before one of the registers changes: some of its bits are the guest's to change, and
+    /// all are written when one of the registers is.
+    fn note_cr0(&mut self) {
+        let cr0 = self.mode().cr0;
+        if let Some(shadow) = &mut self.shadow {
+            shadow.paging.note_cr0(cr0);
+        }
+    }
+
+    /// What L1 has on shadow paging, while it runs: its VMCS holds the processor's registers.
+    fn of_l1(&mut self) -> Option<&mut Shadow<'a>> {
+        let level = self.level;
+        self.shadow.as_mut().filter(|_| level == Level::L1)
+    }
+
+    /// CR3 as the guest sees it, where its VMCS has another.
     pub(super) fn shadow_cr3(&self) -> Option<u64> {
-        Some(self.shadow.as_ref()?.paging.cr3())
+        let shadow = self.shadow.as_ref().filter(|_| self.level == Level::L1)?;
+        Some(shadow.paging.cr3())
     }
 
-    /// The guest's page attribute table, on shadow paging.
+    /// The guest's page attribute table, where its VMCS has another.
     pub(super) fn shadow_pat(&mut self) -> Option<&mut u64> {
-        Some(&mut self.shadow.as_mut()?.pat)
+        Some(&mut self.of_l1()?.pat)
     }
 
-    /// WRMSR to EFER; `None` on nested paging.
+    /// WRMSR to EFER; `None` where the processor has it in the VMCS.
     pub(super) fn write_shadow_efer(&mut self, value: u64) -> Option<bool> {
+        self.of_l1()?;
+        self.note_cr0();
         let shadow = self.shadow.as_mut()?;
-        let done = shadow.paging.write_efer(self.memory, value, GUEST_EFER);
+        let done = shadow.paging.write_efer(&self.memory, value, GUEST_EFER);
         if let Err(error) = self.apply_shadow() {
             self.remember(error);
         }
@@ -155,11 +208,20 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         value: u64,
     ) -> Result<bool, VcpuError> {
         let cs_long = self.is_long_code();
+        let old = self.mode();
+        let after = match number {
+            0 => Mode { cr0: value, ..old },
+            4 => Mode { cr4: value, ..old },
+            _ => old,
+        };
+        if self.level != Level::L1 || !self.vmx_allows(&after) {
+            return Ok(false);
+        }
+        self.note_cr0();
         let Some(shadow) = &mut self.shadow else {
             return Ok(false);
         };
-        let old = shadow.paging.mode();
-        let done = shadow.paging.write(self.memory, number, value, cs_long);
+        let done = shadow.paging.write(&self.memory, number, value, cs_long);
         if !done {
             return Ok(false);
         }
@@ -207,9 +269,13 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
     /// INVLPG.
     pub(super) fn invalidate_shadow_page(&mut self, address: Gva) -> Result<(), VcpuError> {
         if let Some(shadow) = &self.shadow {
-            shadow.paging.invalidate_page(address);
+            match self.level {
+                Level::L1 => shadow.paging.invalidate_page(address),
+                _ => shadow.l2.invalidate_page(address),
+            }
         }
-        self.forget_translations()
+        let forgotten = self.processor.forget_translations(self.level);
+        forgotten.map_err(VcpuError::Invalidation)
     }
 
     /// The machine wrote guest memory.
@@ -232,8 +298,6 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         code: u32,
         interrupted: Option<Event>,
     ) -> Result<Option<VmExit>, VcpuError> {
-        const WRITE: u32 = 1 << 1;
-        const FETCH: u32 = 1 << 4;
         let context = (self.cpl(), self.cached(Cached::Rflags), self.pkru());
         let Some(shadow) = &mut self.shadow else {
             return Ok(None);
@@ -252,33 +316,37 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
             other => {
                 let delivering = interrupted.is_some();
                 self.take_up_interrupted_event()?;
-                let gpa = match other {
-                    // The instruction at RIP has nothing to do with it: the processor itself
-                    // must write.
-                    Outcome::TableWrite(gpa) if delivering => {
-                        self.stop_watching_shadow(gpa);
-                        return Ok(None);
-                    }
-                    Outcome::TableWrite(gpa) | Outcome::NotMemory(gpa) | Outcome::ReadOnly(gpa) => {
-                        gpa
-                    }
-                    _ => return Ok(None),
-                };
-                return Ok(Some(VmExit::Memory(MemoryAccess {
-                    gpa,
-                    gva: Some(address),
-                    write: code & WRITE != 0,
-                    fetch: code & FETCH != 0,
-                    table: false,
-                })));
+                return Ok(self.shadow_access(other, address, code, delivering));
             }
         };
-        let combined = interrupted.map_or(Combined::Serial, |first| first.combine(exception));
-        self.inject(match combined {
-            Combined::Serial => event,
-            Combined::DoubleFault => Event::fault_with(Exception::DoubleFault, 0),
-            Combined::Shutdown => return Ok(Some(VmExit::Shutdown)),
-        });
-        Ok(None)
+        self.inject_after(event, exception, interrupted)
+    }
+
+    /// A fault that is not the guest's; `delivering` if an event's delivery met it.
+    pub(super) fn shadow_access(
+        &self,
+        outcome: Outcome,
+        address: Gva,
+        code: u32,
+        delivering: bool,
+    ) -> Option<VmExit> {
+        const WRITE: u32 = 1 << 1;
+        const FETCH: u32 = 1 << 4;
+        let gpa = match outcome {
+            // The instruction at RIP has nothing to do with it: the processor itself must write.
+            Outcome::TableWrite(gpa) if delivering => {
+                self.stop_watching_shadow(gpa);
+                return None;
+            }
+            Outcome::TableWrite(gpa) | Outcome::NotMemory(gpa) | Outcome::ReadOnly(gpa) => gpa,
+            _ => return None,
+        };
+        Some(VmExit::Memory(MemoryAccess {
+            gpa,
+            gva: Some(address),
+            write: code & WRITE != 0,
+            fetch: code & FETCH != 0,
+            table: false,
+        }))
     }
 }

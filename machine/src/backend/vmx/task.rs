@@ -78,7 +78,7 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         let length = self.processor.get(fields::EXIT_INSTRUCTION_LENGTH)?;
         self.load_rsp();
         let mut gprs = self.registers.gprs;
-        let memory = (self.memory, self.caps.processor.physical_address_bits);
+        let memory = (&self.memory, self.caps.processor.physical_address_bits);
         match switch_tasks(exit, delivering, length, memory, &mut system, &mut gprs) {
             Switched::Done(first) => {
                 self.load_system(&system)?;
@@ -87,22 +87,15 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
                     let blocked = Interruptibility::BLOCKING_BY_NMI;
                     self.cache.set_interruptibility(blocked);
                 }
-                if let Some(fault) = first {
-                    self.raise(fault);
+                if let Some(Fault { event, cr2 }) = first {
+                    self.raise(event, cr2);
                 }
             }
-            Switched::Fault(fault) => self.raise(fault),
+            Switched::Fault(Fault { event, cr2 }) => self.raise(event, cr2),
             Switched::Shutdown => return Ok(Some(VmExit::Shutdown)),
             Switched::Contended => self.injection = delivering,
         }
         Ok(None)
-    }
-
-    fn raise(&mut self, fault: Fault) {
-        if let Some(address) = fault.cr2 {
-            self.set_cr2(address);
-        }
-        self.inject(fault.event);
     }
 }
 

@@ -22,6 +22,7 @@ use testudo_vmx::{Encoding, InstructionError, VmFail, VmcsRead, VmcsWrite};
 
 mod apic;
 mod nested;
+mod nested_shadow;
 mod shadow;
 mod timer;
 

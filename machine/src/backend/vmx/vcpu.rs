@@ -165,6 +165,16 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> Vcpu for VmxVcpu<'_, P, M, S>
         self.cache.add_work();
     }
 
+    fn raise(&mut self, event: Event, cr2: Option<u64>) {
+        if self.level != Level::L1 && self.l2_exits_by_exception(event, cr2) {
+            return;
+        }
+        if let Some(address) = cr2 {
+            self.set_cr2(address);
+        }
+        self.inject(event);
+    }
+
     fn single_step(&mut self) {
         self.leave_step_pending();
     }
@@ -324,7 +334,7 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> Vcpu for VmxVcpu<'_, P, M, S>
                 Some(valid)
             }
             ASSIST_PAGE => {
-                let memory = self.memory;
+                let memory = &self.memory;
                 self.nested.as_mut()?.state.write_assist_page(value, memory)
             }
             // FEATURE_CONTROL is locked, and the capabilities are read-only.

@@ -30,7 +30,9 @@ mod regressions;
 mod resumes;
 mod routing;
 mod saved;
+mod shadow_paging;
 mod transitions;
+mod turns;
 
 pub(super) const VMXON_REGION: Gpa = Gpa(0x8000);
 pub(super) const REGION: Gpa = Gpa(0x9000);
@@ -212,7 +214,16 @@ impl Vm {
 
     /// In VMX operation, with a current VMCS that can be entered.
     pub(super) fn ready() -> Self {
-        let mut vm = Self::new();
+        Self::ready_by(Offer {
+            ept: true,
+            vpid: true,
+            enlightened: false,
+        })
+    }
+
+    /// The same, with this offer.
+    pub(super) fn ready_by(wanted: Offer) -> Self {
+        let mut vm = Self::offered(wanted);
         assert_eq!(vm.pointer(Instruction::Vmxon, VMXON_REGION.0), End::Succeed);
         assert_eq!(vm.pointer(Instruction::Vmclear, REGION.0), End::Succeed);
         assert_eq!(vm.pointer(Instruction::Vmptrld, REGION.0), End::Succeed);

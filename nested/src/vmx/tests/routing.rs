@@ -303,6 +303,7 @@ fn a_window_belongs_to_who_asked() {
         let windows = L0Windows {
             interrupt,
             nmi: !interrupt,
+            timer: false,
         };
         let routed = |windows| route(&exit, &asked, windows, &memory).unwrap();
         assert_eq!(routed(windows), Route::L0);

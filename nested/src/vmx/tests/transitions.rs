@@ -687,7 +687,11 @@ fn a_control_that_is_switched_on_late_brings_its_field() {
 /// An L1 in PAE paging, whose L2 is in it too, without EPT; and where both have their page-directory
 /// pointers.
 fn with_pae_paging() -> (Vm, Gpa) {
-    let mut vm = Vm::ready();
+    in_pae_paging(Vm::ready())
+}
+
+/// As [`with_pae_paging`], of an L1 that is ready.
+pub(super) fn in_pae_paging(mut vm: Vm) -> (Vm, Gpa) {
     let table = Gpa(0x3_0020);
     vm.vmcs.l1.preset(fields::GUEST_EFER, 0);
     vm.vmcs.l1.preset(fields::GUEST_CS_ACCESS_RIGHTS, 0xC09B);

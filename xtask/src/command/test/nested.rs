@@ -55,6 +55,10 @@ pub(super) fn run(tally: &mut Tally, full: bool) -> Result<()> {
         tally.check("nested::state_is_saved_and_restored_on_vtx", || {
             renewed(&on_vtx, "1800")
         });
+        // Its end needs a guest of the guest's to leave that has its interrupts off for good.
+        tally.check("nested::kvm_with_two_processors_runs_linux_on_vtx", || {
+            status_by(&on_vtx, "kvm", "3600", &["--vcpus", "2"])
+        });
     }
     Ok(())
 }

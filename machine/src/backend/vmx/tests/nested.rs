@@ -8,21 +8,21 @@ use testudo_vmx::controls::{ExitControls, PinControls};
 use super::*;
 use crate::vcpu::NestedStateError;
 
-const TABLES: u64 = 0x1000;
+pub(super) const TABLES: u64 = 0x1000;
 const OPERAND: u64 = 0x7000;
 const VMXON_REGION: u64 = 0x8000;
 const REGION: u64 = 0x9000;
 const SHADOW: u64 = 0xB000;
-const VMXE: u64 = 1 << 13;
-const NE: u64 = 1 << 5;
+pub(super) const VMXE: u64 = 1 << 13;
+pub(super) const NE: u64 = 1 << 5;
 /// Where L1 goes on when its guest has exited.
-const HOST_RIP: u64 = 0xFFFF_8000_0000_1000;
+pub(super) const HOST_RIP: u64 = 0xFFFF_8000_0000_1000;
 /// What every script ends with: an interrupt of the host's.
 const HOST: VmExit = VmExit::Interrupted;
 
 /// A second stage under which nothing of L2's memory is mapped: it is a page further in L1's.
 #[derive(Debug, Default)]
-struct Shifted;
+pub(super) struct Shifted;
 
 impl SecondStage for Shifted {
     fn activate(&mut self, _: u64) -> Option<u64> {
@@ -40,7 +40,7 @@ impl SecondStage for Shifted {
     }
 }
 
-type Hypervisor = VmxVcpu<'static, FakeProcessor, GuestRam, Shifted>;
+pub(super) type Hypervisor = VmxVcpu<'static, FakeProcessor, GuestRam, Shifted>;
 
 /// A vCPU whose guest is in 64-bit mode, outside VMX operation.
 fn hypervisor() -> Hypervisor {
@@ -53,7 +53,7 @@ fn hypervisor_with(shadow: bool) -> Hypervisor {
 }
 
 /// L1's memory, with its page tables and regions in it.
-fn prepared_memory() -> &'static GuestRam {
+pub(super) fn prepared_memory() -> &'static GuestRam {
     let memory: &GuestRam = Box::leak(Box::new(ram(0x1_0000)));
     for (at, entry) in [
         (TABLES, TABLES + 0x1003),
@@ -88,28 +88,13 @@ fn hypervisor_in(memory: &'static GuestRam, shadow: bool, enlightened: bool) -> 
         shadow: None,
     };
     let mut vcpu: Hypervisor = VmxVcpu::on(FakeProcessor::new(caps), &parts, memory).unwrap();
+    vcpu.processor.has_shadow = shadow;
     let all = Offer {
         ept: true,
         vpid: true,
         enlightened,
     };
-    vcpu.processor.has_shadow = shadow;
-    let parts = NestedParts {
-        caps: offer(caps, caps.processor, all),
-        enlightened,
-        vpid: 2,
-        controls,
-        tables,
-        l1_msr_bitmap: &MsrBitmap::all_exit(),
-        msr_bitmap: (Box::new(MsrBitmap::all_exit()), Hpa(0x5000)),
-        shadowing: Some(ShadowBitmaps {
-            reads: Hpa(0x6000),
-            writes: Hpa(0x7000),
-        }),
-        stage: Shifted,
-        flusher: Flusher::default(),
-        has_predictor_barrier: false,
-    };
+    let parts = nested_parts(caps, all, controls, tables);
     vcpu.nest(parts, shadow.then_some(Hpa(SHADOW))).unwrap();
     let mut system = SystemRegisters::reset();
     system.cr3 = TABLES;
@@ -121,9 +106,34 @@ fn hypervisor_in(memory: &'static GuestRam, shadow: bool, enlightened: bool) -> 
     vcpu
 }
 
+/// What makes a vCPU a hypervisor's that is offered this.
+pub(super) fn nested_parts(
+    caps: &VmxCaps,
+    wanted: Offer,
+    controls: &'static Controls,
+    tables: &'static VmxTables,
+) -> NestedParts<'static, Shifted> {
+    NestedParts {
+        caps: offer(caps, caps.processor, wanted),
+        enlightened: wanted.enlightened,
+        vpid: 2,
+        controls,
+        tables,
+        l1_msr_bitmap: Box::leak(Box::new(MsrBitmap::all_exit())),
+        msr_bitmap: (Box::new(MsrBitmap::all_exit()), Hpa(0x5000)),
+        shadowing: Some(ShadowBitmaps {
+            reads: Hpa(0x6000),
+            writes: Hpa(0x7000),
+        }),
+        stage: Shifted,
+        flusher: Flusher::default(),
+        has_predictor_barrier: false,
+    }
+}
+
 impl Hypervisor {
     /// L1 executes a VMX instruction whose operand is a pointer in memory.
-    fn l1_points(&mut self, reason: BasicReason, pointer: u64) {
+    pub(super) fn l1_points(&mut self, reason: BasicReason, pointer: u64) {
         self.memory.store_u64(Gpa(OPERAND), pointer).unwrap();
         self.will(move |vmcs, _| {
             // DS, no base, no index, 64-bit addresses: the displacement is the address.
@@ -148,17 +158,22 @@ impl Hypervisor {
         self.gprs().rbx
     }
 
-    fn vmwrite(&mut self, field: impl Into<Encoding>, value: u64) {
+    pub(super) fn vmwrite(&mut self, field: impl Into<Encoding>, value: u64) {
         self.l1_accesses(BasicReason::Vmwrite, field.into(), value);
     }
 
-    fn vmread(&mut self, field: impl Into<Encoding>) -> u64 {
+    pub(super) fn vmread(&mut self, field: impl Into<Encoding>) -> u64 {
         self.l1_accesses(BasicReason::Vmread, field.into(), 0)
     }
 
     /// In VMX operation, with a current VMCS that can be entered, by these additional controls.
     fn prepared(pin: PinControls, exit: ExitControls) -> Self {
-        let mut vcpu = hypervisor();
+        hypervisor().with_vmcs(pin, exit)
+    }
+
+    /// As [`Self::prepared`].
+    pub(super) fn with_vmcs(self, pin: PinControls, exit: ExitControls) -> Self {
+        let mut vcpu = self;
         vcpu.l1_points(BasicReason::Vmxon, VMXON_REGION);
         vcpu.l1_points(BasicReason::Vmclear, REGION);
         vcpu.l1_points(BasicReason::Vmptrld, REGION);
@@ -183,7 +198,7 @@ impl Hypervisor {
         vcpu
     }
 
-    fn launch(&mut self) {
+    pub(super) fn launch(&mut self) {
         self.will_exit(BasicReason::Vmlaunch, 0);
         self.run_out();
         assert_eq!(self.level, Level::L2);
@@ -197,7 +212,7 @@ impl Hypervisor {
     }
 
     /// L1 runs, after its guest exited for this reason.
-    fn assert_exited(&mut self, reason: BasicReason) {
+    pub(super) fn assert_exited(&mut self, reason: BasicReason) {
         assert_eq!((self.level, self.processor.level), (Level::L1, Level::L1));
         assert_eq!(self.rip(), HOST_RIP);
         self.run_out();
@@ -205,8 +220,8 @@ impl Hypervisor {
     }
 }
 
-const NO_PIN: PinControls = PinControls::empty();
-const NO_EXIT: ExitControls = ExitControls::empty();
+pub(super) const NO_PIN: PinControls = PinControls::empty();
+pub(super) const NO_EXIT: ExitControls = ExitControls::empty();
 
 #[test]
 fn a_guest_of_the_guest_runs_and_exits_to_it() {
@@ -567,7 +582,7 @@ fn l2_goes_on_in_another_vcpu() {
     assert_eq!(vcpu.enter_once(), VmExit::InterruptWindow);
     vcpu.inject(Event::Interrupt(0x77));
     let saved = vcpu.save_nested().unwrap().unwrap();
-    let memory = vcpu.memory;
+    let memory = vcpu.memory.inner();
     let gprs = *vcpu.gprs();
     drop(vcpu);
 
@@ -622,7 +637,7 @@ fn an_enlightened_entry_ends_shadowing() {
     let mut image = samples::valid(&caps);
     image.set(fields::HOST_RIP, HOST_RIP).unwrap();
     image.set(fields::HOST_CR3, TABLES).unwrap();
-    let memory = vcpu.memory;
+    let memory = vcpu.memory.inner();
     memory.write(Gpa(PAGE), &enlightened_vmcs(&image)).unwrap();
     memory.write(Gpa(ASSIST + 40), &[1]).unwrap();
     memory.store_u64(Gpa(ASSIST + 48), PAGE).unwrap();

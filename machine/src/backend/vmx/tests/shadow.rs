@@ -9,11 +9,11 @@ use super::*;
 use crate::paging::{ShadowPaging, allowed_cr4};
 
 const MEMORY: usize = 0x10_0000;
-const HOST: u64 = 1 << 30;
+pub(super) const HOST: u64 = 1 << 30;
 /// A page fault of a present page's absence, by the supervisor.
-const PAGE_FAULT: u32 = 1 << 31 | 1 << 11 | 3 << 8 | 14;
+pub(super) const PAGE_FAULT: u32 = 1 << 31 | 1 << 11 | 3 << 8 | 14;
 
-struct Contiguous;
+pub(super) struct Contiguous;
 
 impl Backing for Contiguous {
     fn find(&self, gpa: Gpa) -> Option<Backed> {
@@ -198,6 +198,15 @@ fn the_guests_tables_decide_once_it_has_paging() {
     assert_eq!(vcpu.write_msr(Msr::PAT, 0), Some(true));
     assert_eq!(vcpu.read_msr(Msr::PAT), Some(0));
     assert_eq!(vcpu.hardware(fields::GUEST_PAT), before);
+    // What the guest does to its own bits of CR0 without an exit stays when another register changes.
+    const TS: u64 = 8;
+    let with_ts = vcpu.hardware(fields::GUEST_CR0) | TS;
+    vcpu.processor.vmcs.preset(fields::GUEST_CR0, with_ts);
+    vcpu.guest_moves_to(3, 0x2000);
+    assert_eq!(vcpu.system().cr0, 0x8000_0011 | TS);
+    vcpu.processor.vmcs.preset(fields::GUEST_CR0, with_ts & !TS);
+    vcpu.guest_moves_to(4, 0x10);
+    assert_eq!(vcpu.system().cr0, 0x8000_0011);
     // Reserved bits of CR4 and CR0 are refused.
     vcpu.guest_moves_to(4, 1 << 13);
     assert_eq!(vcpu.last_injected() & 0xFF, 13);

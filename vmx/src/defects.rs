@@ -1,0 +1,52 @@
+//! What processors do otherwise than the manual says, where a hypervisor must know it to be right on them.
+//! So far these are emulated processors.
+
+use bitflags::bitflags;
+
+use crate::caps::VmxCaps;
+
+bitflags! {
+    /// Defects of a processor.
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+    pub struct Defects: u8 {
+        /// After an entry with RFLAGS.IF = 0, external interrupts stay pending until the guest changes IF,
+        /// although "external-interrupt exiting" is 1: then "the value of RFLAGS.IF does not affect
+        /// interrupt blocking" (SDM vol. 3C, table 27-5). A guest that waits with interrupts off for what
+        /// another processor does keeps its own for ever, unless the preemption timer, or an NMI, ends its
+        /// turn.
+        ///
+        /// Bochs loads the guest's RFLAGS, and masks the interrupts by its IF, before it takes the
+        /// processor to be in VMX non-root operation; the control is looked at only when IF changes.
+        const HOLDS_INTERRUPTS_BACK = 1;
+    }
+}
+
+/// The VMCS revision identifier of all models of Bochs. A processor that has it too has the defects as far
+/// as anybody works around them.
+const BOCHS: u32 = 0x2B;
+
+impl Defects {
+    /// Those of the processor with these capabilities; of a processor that is none of an emulator's none
+    /// are known.
+    pub const fn of(caps: &VmxCaps) -> Self {
+        match caps.basic.revision() {
+            // Seen in version 2.7.
+            BOCHS => Self::HOLDS_INTERRUPTS_BACK,
+            _ => Self::empty(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::caps::{Basic, fixtures};
+
+    #[test]
+    fn defects_go_by_the_revision() {
+        let mut caps = fixtures::skylake_sp();
+        assert!(Defects::of(&caps).is_empty());
+        caps.basic = Basic(u64::from(BOCHS) | 4096 << 32);
+        assert_eq!(Defects::of(&caps), Defects::HOLDS_INTERRUPTS_BACK);
+    }
+}
