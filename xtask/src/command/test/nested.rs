@@ -12,7 +12,10 @@ pub(super) fn run(tally: &mut Tally, full: bool) -> Result<()> {
     run::progress("hypervisors in guests");
     tally.check("nested::tiny_vmx_runs_its_guest", tiny_vmx);
     tally.check("nested::vmx_instructions_fail_as_the_processors", || {
-        in_guest("selftest", "vmx::").map(drop)
+        in_guest("selftest", "vmx::", &[]).map(drop)
+    });
+    tally.check("nested::vmx_instructions_on_shadow_paging", || {
+        in_guest("selftest", "vmx::", &["--paging", "shadow"]).map(drop)
     });
     tally.check("nested::kvm_runs_linux", || status_of("kvm", &[]));
     tally.check("nested::state_is_saved_and_restored", || {
@@ -57,7 +60,7 @@ pub(super) fn run(tally: &mut Tally, full: bool) -> Result<()> {
         });
         // Its end needs a guest of the guest's to leave that has its interrupts off for good.
         tally.check("nested::kvm_with_two_processors_runs_linux_on_vtx", || {
-            status_by(&on_vtx, "kvm", "3600", &["--vcpus", "2"])
+            status_by(&on_vtx, "kvm", "3600", &["--vcpus", "2"]).map(drop)
         });
     }
     Ok(())
@@ -65,18 +68,20 @@ pub(super) fn run(tally: &mut Tally, full: bool) -> Result<()> {
 
 /// The smallest hypervisor of VT-x sees the exits of its guest that it sees on the bare machine.
 fn tiny_vmx() -> Result<()> {
-    let text = in_guest("tiny-vmx", "")?;
+    let text = in_guest("tiny-vmx", "", &[])?;
     let exits = ["0x0006: CPUID", "0x0008: HLT", "0x0009: EPT violation"];
     let seen = exits.iter().all(|exit| text.contains(exit));
     ensure!(seen, "exits are missing; the output was:\n{text}");
     Ok(())
 }
 
-/// Runs a bare-metal program that uses VT-x as the guest; it ends well. Its output.
-fn in_guest(program: &str, command_line: &str) -> Result<String> {
+/// Runs a bare-metal program that uses VT-x as the guest, with these arguments to `boot`; it ends well.
+/// Its output.
+fn in_guest(program: &str, command_line: &str, arguments: &[&str]) -> Result<String> {
     let kernel = bare::build(program)?;
     let output = Command::new(std::env::current_exe()?)
         .args(["boot", "--backend", "vmx", "--nested", "--memory", "128"])
+        .args(arguments)
         .args(["--timeout", "120", "--cmdline", command_line, "--kernel"])
         .arg(kernel)
         .stdin(Stdio::null())
