@@ -55,6 +55,9 @@ pub(super) fn run(tally: &mut Tally, full: bool) -> Result<()> {
         tally.check("nested::kvm_with_shadow_paging_runs_linux_on_vtx", || {
             status_by(&on_vtx, "kvm", "1800", &["--shadow"]).map(drop)
         });
+        tally.check("nested::kvm_on_shadow_paging_runs_linux_on_vtx", || {
+            status_by(&on_vtx, "kvm", "1800", &["--paging", "shadow"]).map(drop)
+        });
         tally.check("nested::state_is_saved_and_restored_on_vtx", || {
             renewed(&on_vtx, "1800")
         });

@@ -3,6 +3,7 @@
 
 use testudo_arch::{Gpr, Msr};
 use testudo_nested::vmx::{EptFault, EptHandled, Offer, REVISION, enlightened_vmcs, offer};
+use testudo_vmx::caps::Basic;
 use testudo_vmx::controls::{ExitControls, PinControls};
 
 use super::*;
@@ -70,7 +71,17 @@ pub(super) fn prepared_memory() -> &'static GuestRam {
 
 /// As [`hypervisor_with`], in this memory, and with enlightened VMCSs or without.
 fn hypervisor_in(memory: &'static GuestRam, shadow: bool, enlightened: bool) -> Hypervisor {
-    let caps: &'static VmxCaps = Box::leak(Box::new(fixtures::skylake_sp()));
+    hypervisor_on(fixtures::skylake_sp(), memory, shadow, enlightened)
+}
+
+/// As [`hypervisor_in`], on a processor with these capabilities.
+fn hypervisor_on(
+    caps: VmxCaps,
+    memory: &'static GuestRam,
+    shadow: bool,
+    enlightened: bool,
+) -> Hypervisor {
+    let caps: &'static VmxCaps = Box::leak(Box::new(caps));
     let controls: &Controls =
         Box::leak(Box::new(Controls::choose(caps).unwrap().for_hypervisors()));
     let tables: &VmxTables = Box::leak(Box::new(VmxTables {
@@ -292,6 +303,29 @@ fn interrupts_end_the_turn_of_a_guest_whose_hypervisor_wants_them() {
     assert!(!vcpu.can_take_nmi(), "L1 handles one");
     vcpu.assert_exited(BasicReason::ExceptionOrNmi);
     assert_eq!(vcpu.vmread(information), 0x8000_0202);
+}
+
+/// Bochs masks them by the RFLAGS.IF of an entry: a guest of L1's that waited with interrupts off kept its
+/// processor for ever, and L1 waited for its answer to an IPI.
+#[test]
+fn where_interrupts_do_not_end_l2s_turn_the_timer_does() {
+    let mut caps = fixtures::skylake_sp();
+    caps.basic = Basic((caps.basic.0 & !0x7FFF_FFFF) | 0x2B);
+    let vcpu = hypervisor_on(caps, prepared_memory(), false, false);
+    let mut vcpu = vcpu.with_vmcs(NO_PIN, NO_EXIT);
+    vcpu.launch();
+    for _ in 0..2 {
+        let pin = PinControls::from_bits_retain(vcpu.hardware(fields::PIN_CONTROLS));
+        assert!(pin.contains(PinControls::ACTIVATE_PREEMPTION_TIMER));
+        assert_ne!(vcpu.hardware(fields::PREEMPTION_TIMER_VALUE), 0);
+        vcpu.will_exit(BasicReason::PreemptionTimer, 0);
+        assert_eq!(vcpu.enter_once(), VmExit::Interrupted);
+        assert_eq!(vcpu.level, Level::L2);
+    }
+    // Other processors do without.
+    let vcpu = Hypervisor::running(NO_PIN, NO_EXIT);
+    let pin = PinControls::from_bits_retain(vcpu.hardware(fields::PIN_CONTROLS));
+    assert!(!pin.contains(PinControls::ACTIVATE_PREEMPTION_TIMER));
 }
 
 #[test]
