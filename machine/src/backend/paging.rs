@@ -7,6 +7,7 @@ use testudo_ept::walk::{Access, AccessKind, PageFaultCode, PagingState, Privileg
 
 use super::mode::{CD, LMA, LME, Mode, NW, NXE, PAE, PG, pdptes_are_valid, read_pdptes};
 use crate::paging::{Gate, ShadowTables, Walker};
+use crate::vcpu::{MemoryAccess, VmExit};
 
 const WP: u64 = Cr0Flags::WRITE_PROTECT.bits();
 /// These act on user pages only where there is paging.
@@ -273,6 +274,34 @@ impl<'a> GuestPaging<'a> {
                 None
             }
         }
+    }
+
+    /// What the machine must do about a fault that is not the guest's; `delivering` if an event's delivery met it.
+    pub(crate) fn machine_access(
+        &self,
+        outcome: Outcome,
+        address: Gva,
+        code: u32,
+        delivering: bool,
+    ) -> Option<VmExit> {
+        const WRITE: u32 = 1 << 1;
+        const FETCH: u32 = 1 << 4;
+        let gpa = match outcome {
+            // The instruction at RIP has nothing to do with it: the processor itself must write.
+            Outcome::TableWrite(gpa) if delivering => {
+                self.release(gpa);
+                return None;
+            }
+            Outcome::TableWrite(gpa) | Outcome::NotMemory(gpa) | Outcome::ReadOnly(gpa) => gpa,
+            _ => return None,
+        };
+        Some(VmExit::Memory(MemoryAccess {
+            gpa,
+            gva: Some(address),
+            write: code & WRITE != 0,
+            fetch: code & FETCH != 0,
+            table: false,
+        }))
     }
 
     /// INVLPG; the caller drops the processor's translations of the page.

@@ -23,7 +23,7 @@ use testudo_svm::{Exit, Vmcb};
 use super::{CS_LONG, GUEST_EFER, LMA, SVME, SvmVcpu};
 use crate::backend::mode::Mode;
 use crate::backend::paging::{GuestPaging, ShadowPlace};
-use crate::vcpu::{MemoryAccess, Vcpu, VcpuError, VmExit};
+use crate::vcpu::{Vcpu, VcpuError, VmExit};
 use testudo_arch::regs::{SegmentRegister, SystemRegisters};
 
 /// The paging of the guest, and of a guest of its own.
@@ -304,7 +304,8 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
                         .map_or(RawEvent::NONE, RawEvent::from);
                     self.vmcb01.set_event_inj(again);
                 }
-                return self.shadow_access(other, address, code, interrupted.is_valid());
+                let paging = &self.shadow.as_ref()?.l1;
+                return paging.machine_access(other, address, code, interrupted.is_valid());
             }
         };
         self.vmcb01
@@ -332,7 +333,8 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
             _ => PageFaultOf::L0,
         };
         if !self.settle_l2_page_fault(whose) {
-            return self.shadow_access(outcome?, address, code, delivering);
+            let paging = &self.shadow.as_ref()?.l2;
+            return paging.machine_access(outcome?, address, code, delivering);
         }
         // As the delivery of a fault that nobody intercepts would have.
         self.vmcb_mut().set_cr2(address.0);
@@ -340,34 +342,6 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
             Exit::Exception(exception) => self.reflect(exception),
             exit => self.classify(exit),
         }
-    }
-
-    /// A fault that is not the guest's; `delivering` if an event's delivery met it.
-    fn shadow_access(
-        &self,
-        outcome: Outcome,
-        address: Gva,
-        code: u32,
-        delivering: bool,
-    ) -> Option<VmExit> {
-        const WRITE: u32 = 1 << 1;
-        const FETCH: u32 = 1 << 4;
-        let gpa = match outcome {
-            // The instruction at RIP has nothing to do with it: the processor itself must write.
-            Outcome::TableWrite(gpa) if delivering => {
-                self.stop_watching_shadow(gpa);
-                return None;
-            }
-            Outcome::TableWrite(gpa) | Outcome::NotMemory(gpa) | Outcome::ReadOnly(gpa) => gpa,
-            _ => return None,
-        };
-        Some(VmExit::Memory(MemoryAccess {
-            gpa,
-            gva: Some(address),
-            write: code & WRITE != 0,
-            fetch: code & FETCH != 0,
-            table: false,
-        }))
     }
 
     /// Lets the guest write to a table itself.

@@ -176,7 +176,8 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
                     self.raise(Event::GP0, None);
                 }
                 let delivering = interrupted.is_some();
-                Ok(outcome.and_then(|other| self.shadow_access(other, address, code, delivering)))
+                let paging = self.shadow.as_ref().map(|shadow| &shadow.l2);
+                Ok(paging.and_then(|p| p.machine_access(outcome?, address, code, delivering)))
             }
         }
     }

@@ -22,7 +22,7 @@ use super::mode::{GUEST_EFER, LMA, Mode, PE};
 use super::setup::PAT_RESET;
 use super::{Level, Processor, VmxVcpu};
 use crate::backend::paging::{GuestPaging, ShadowPlace};
-use crate::vcpu::{MemoryAccess, Vcpu, VcpuError, VmExit};
+use crate::vcpu::{Vcpu, VcpuError, VmExit};
 
 /// What a vCPU has on shadow paging.
 pub(super) struct Shadow<'a> {
@@ -316,37 +316,10 @@ impl<'a, P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'a, P, M, S> {
             other => {
                 let delivering = interrupted.is_some();
                 self.take_up_interrupted_event()?;
-                return Ok(self.shadow_access(other, address, code, delivering));
+                let paging = self.shadow.as_ref().map(|shadow| &shadow.paging);
+                return Ok(paging.and_then(|p| p.machine_access(other, address, code, delivering)));
             }
         };
         self.inject_after(event, exception, interrupted)
-    }
-
-    /// A fault that is not the guest's; `delivering` if an event's delivery met it.
-    pub(super) fn shadow_access(
-        &self,
-        outcome: Outcome,
-        address: Gva,
-        code: u32,
-        delivering: bool,
-    ) -> Option<VmExit> {
-        const WRITE: u32 = 1 << 1;
-        const FETCH: u32 = 1 << 4;
-        let gpa = match outcome {
-            // The instruction at RIP has nothing to do with it: the processor itself must write.
-            Outcome::TableWrite(gpa) if delivering => {
-                self.stop_watching_shadow(gpa);
-                return None;
-            }
-            Outcome::TableWrite(gpa) | Outcome::NotMemory(gpa) | Outcome::ReadOnly(gpa) => gpa,
-            _ => return None,
-        };
-        Some(VmExit::Memory(MemoryAccess {
-            gpa,
-            gva: Some(address),
-            write: code & WRITE != 0,
-            fetch: code & FETCH != 0,
-            table: false,
-        }))
     }
 }
