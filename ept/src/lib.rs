@@ -21,6 +21,10 @@
 //!
 //! [`compose`], [`shadow`] and [`sharing`] need the feature `alloc`, which is on by default.
 //!
+//! Sections of volume 3A of Intel's Software Developer's Manual (SDM) are those of the editions in which paging is
+//! chapter 4; it became chapter 5 when linear-address pre-processing got a chapter before it. Sections of
+//! volume 3C are those of the editions since 2025, in which EPT is in chapter 31.
+//!
 //! ```
 //! use testudo_arch::{Gpa, Hpa};
 //! use testudo_ept::format::npt::{Npt, NptFlags};

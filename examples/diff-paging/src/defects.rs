@@ -1,4 +1,5 @@
-//! Where the emulators differ from the manual: each entry with the manual's sentence.
+//! Where the emulators differ from the manual: each entry with what the manual says, as far as it says it. Volume 3A
+//! of the SDM is cited by the editions in which paging is chapter 4, volume 3C by those since 2025.
 
 use testudo_diff::Emulator;
 
@@ -82,7 +83,8 @@ pub(crate) const DEFECTS: &[Defect] = &[
         emulator: Qemu,
         name: "a read-modify-write reads first, with a read's rights",
         manual: "SDM vol. 3A, 4.7: W/R: if the access causing the page-fault exception was a write, \
-                 this flag is 1; a read-modify-write needs the right to write from the start",
+                 this flag is 1. That a read-modify-write counts as a write from its start, the manual says \
+                 of EPT violations only (vol. 3C, table 30-7: it sets bit 1); Bochs has it so for all faults",
         kind: Accesses(|case, accesses| {
             let modify = [Instruction::Modify, Instruction::LockedModify];
             if modify.contains(&case.instruction)
@@ -107,7 +109,8 @@ pub(crate) const DEFECTS: &[Defect] = &[
         name: "a user's access to the supervisor's page is reported without its key",
         manual: "SDM vol. 3A, 4.7: the PK flag is 1 if the access causing the page-fault exception was a \
                  data access to a linear address with a protection key for which the protection-key \
-                 rights registers disallow access; that of a supervisor-mode address is IA32_PKRS",
+                 rights registers disallow access; 2.5, CR4.PKS: for supervisor-mode addresses that is \
+                 IA32_PKRS",
         kind: Answers(|case, words, answer| {
             let supervisor =
                 |word: &Word| matches!(word.owner, Owner::Guest(_)) && word.value & USER == 0;
@@ -155,8 +158,9 @@ pub(crate) const DEFECTS: &[Defect] = &[
     Defect {
         emulator: Bochs,
         name: "protection keys do not tell the user's pages from the supervisor's",
-        manual: "SDM vol. 3A, 4.6.2: PKRU controls accesses to user-mode addresses, whoever makes \
-                 them, and IA32_PKRS those to supervisor-mode addresses",
+        manual: "SDM vol. 3A, 2.5: with CR4.PKE, PKRU specifies for each protection key whether user-mode \
+                 linear addresses with that key can be read or written, and with CR4.PKS, IA32_PKRS \
+                 whether supervisor-mode linear addresses can",
         kind: NotCompared(|case| case.changed(Target::Cr4, 0) & (PKE | PKS) != 0),
     },
     Defect {
@@ -221,8 +225,9 @@ pub(crate) const DEFECTS: &[Defect] = &[
     Defect {
         emulator: Bochs,
         name: "a page that may not be read is eligible for sub-page write permissions",
-        manual: "SDM vol. 3C, 31.3.4.1: a write is eligible only if the guest-physical address is \
-                 readable, which it is if bit 0 is set in every EPT entry that translates it",
+        manual: "SDM vol. 3C, 31.3.4 describes pieces to which writes may be allowed although the page would \
+                 normally not be writable. That the page must be readable for that is our reading of 31.3.4.1, \
+                 not its words",
         kind: UnreadablePieces,
     },
 ];

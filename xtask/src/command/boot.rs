@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use super::devices::Devices;
 use crate::bare::{self, Payload};
 use crate::debian;
-use crate::emulator::{Cpu, Kind, Machine, Program};
+use crate::emulator::{Cpu, Kind, Machine, Program, of_model};
 use crate::initrd::Initrd;
 use crate::run;
 use crate::workplace::RunFolder;
@@ -104,6 +104,9 @@ pub(crate) struct Boot {
     /// What emulates the processor that the hypervisor runs on [default: qemu for svm, bochs for vmx]
     #[arg(long, value_enum)]
     emulator: Option<Kind>,
+    /// Another processor model of Bochs
+    #[arg(long, value_name = "MODEL")]
+    model: Option<String>,
     /// The guest's kernel: a bzImage, or an ELF file with a PVH note or a Multiboot header
     #[arg(long, value_name = "FILE")]
     kernel: Option<String>,
@@ -205,8 +208,10 @@ impl Boot {
             devices.drivers.clear();
         }
         let guest = self.guest(&devices.drivers)?;
+        let kind = self.emulator.unwrap_or(self.backend.emulator());
         let mut machine = Machine {
             cpu,
+            extra: of_model(kind, self.model.as_deref())?,
             nested_paging: !self.no_nested_paging,
             processors: self
                 .processors
@@ -215,7 +220,7 @@ impl Boot {
             exact: self.exact,
             input: self.run.is_none(),
             timeout,
-            ..Machine::new(self.emulator.unwrap_or(self.backend.emulator()))
+            ..Machine::new(kind)
         };
         if self.run.is_none() && self.kernel.is_none() && std::io::stdin().is_terminal() {
             run::progress("booting to a shell; Ctrl-A X ends the emulator");

@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use crate::bare::{self, Payload};
-use crate::emulator::{Cpu, Kind, Machine};
+use crate::emulator::{Cpu, Kind, Machine, of_model};
 use crate::{run, workplace};
 
 /// Compare what the crates decide with what a processor does
@@ -77,11 +77,7 @@ impl Comparison {
             Cpu::Svm => Kind::Qemu,
             Cpu::Vmx => Kind::Bochs,
         });
-        let extra = match (&self.model, kind) {
-            (None, _) => Vec::new(),
-            (Some(model), Kind::Bochs) => vec![format!("cpu: model={model}")],
-            (Some(_), Kind::Qemu) => bail!("only Bochs has other models"),
-        };
+        let extra = of_model(kind, self.model.as_deref())?;
         let program = bare::build(package)?;
         let mut command_line = format!("count={} seed={}", self.count, self.seed);
         if let Some(index) = self.only {

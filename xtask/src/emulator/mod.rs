@@ -83,6 +83,15 @@ pub(crate) struct Program {
     pub(crate) command_line: String,
 }
 
+/// The arguments for another processor model, if one was asked for.
+pub(crate) fn of_model(kind: Kind, model: Option<&str>) -> Result<Vec<String>> {
+    match (model, kind) {
+        (None, _) => Ok(Vec::new()),
+        (Some(model), Kind::Bochs) => Ok(vec![format!("cpu: model={model}")]),
+        (Some(_), Kind::Qemu) => bail!("only Bochs has other models"),
+    }
+}
+
 impl Machine {
     pub(crate) fn new(kind: Kind) -> Self {
         Self {
