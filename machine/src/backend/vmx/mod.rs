@@ -43,6 +43,7 @@ mod cache;
 mod exit;
 mod mode;
 mod nested;
+mod nested_events;
 mod nested_shadow;
 mod processor;
 mod refusal;

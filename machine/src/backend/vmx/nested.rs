@@ -8,18 +8,17 @@ use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::num::NonZeroU32;
 
-use testudo_arch::{Cr4Flags, Event, Gpa, GuestMemory, Hpa};
+use testudo_arch::{Cr4Flags, Gpa, GuestMemory, Hpa};
 use testudo_nested::vmx::{
-    Acceptance, Context, ControlRegisters, Handled, Instruction, NestedVmx, Outcome, PageFaultOf,
-    PhysicalEvent, PredictorBarrier, RestoreError, SavedVmx, SecondStage,
+    ControlRegisters, Handled, Instruction, NestedVmx, Outcome, PageFaultOf, PredictorBarrier,
+    RestoreError, SavedVmx, SecondStage,
 };
 use testudo_vmx::bitmap::MsrBitmap;
 use testudo_vmx::caps::Allowed;
 use testudo_vmx::clock::preemption_timer;
 use testudo_vmx::controls::{EntryControls, PinControls, PrimaryControls, SecondaryControls};
 use testudo_vmx::encoding::Area;
-use testudo_vmx::event::InterruptionInformation;
-use testudo_vmx::exit::{BasicReason, ExitReason};
+use testudo_vmx::exit::ExitReason;
 use testudo_vmx::fields::FIELDS;
 use testudo_vmx::hw::instructions::{self, ibpb};
 use testudo_vmx::hw::{HostState, Vmcs};
@@ -30,7 +29,7 @@ use super::processor::{Level, Pair};
 use super::{Controls, Processor, ThisProcessor, VmxTables, VmxVcpu, setup};
 pub use crate::backend::flusher::Flusher;
 use crate::stats::Settled;
-use crate::vcpu::{AwaitedInterrupt, InitSignal, NestedStateError, Vcpu, VcpuError, VmExit};
+use crate::vcpu::{NestedStateError, Vcpu, VcpuError, VmExit};
 
 /// What a vCPU needs to be a hypervisor's.
 pub struct NestedParts<'t, S> {
@@ -97,23 +96,23 @@ pub(super) struct Nested<S> {
     shadow: Option<Hpa>,
     shadowing: bool,
     /// L2's next entry delivers an event, and is to end right after it.
-    delivery_due: bool,
+    pub(super) delivery_due: bool,
     /// L2's turn has ended otherwise than by an exit of its own.
     pub(super) interrupted: bool,
     /// An INIT waits for the end of VMX root operation.
-    init_waits: bool,
-    counts: Counts,
+    pub(super) init_waits: bool,
+    pub(super) counts: Counts,
 }
 
 /// What happened between the levels.
 #[derive(Clone, Copy, Debug, Default)]
-struct Counts {
-    entries: u64,
-    exits: u64,
-    events: u64,
-    resumed: u64,
-    accesses: u64,
-    instructions: u64,
+pub(super) struct Counts {
+    pub(super) entries: u64,
+    pub(super) exits: u64,
+    pub(super) events: u64,
+    pub(super) resumed: u64,
+    pub(super) accesses: u64,
+    pub(super) instructions: u64,
 }
 
 /// A call of the layer with all that it works on.
@@ -121,16 +120,18 @@ macro_rules! layer {
     ($vcpu:ident, $nested:ident, $method:ident($($argument:expr),*)) => {
         $nested.state.$method(
             $($argument,)*
-            &mut Context {
+            &mut testudo_nested::vmx::Context {
                 gprs: &mut $vcpu.registers.gprs,
                 msrs: &mut $vcpu.processor.guest_msrs(),
-                vmcs: &mut Pair(&mut $vcpu.processor),
+                vmcs: &mut $crate::backend::vmx::Pair(&mut $vcpu.processor),
                 memory: &$vcpu.memory,
                 second_stage: &mut $nested.stage,
             },
         )
     };
 }
+
+pub(super) use layer;
 
 impl<'a, M: GuestMemory, S: SecondStage> VmxVcpu<'a, ThisProcessor<'a>, M, S> {
     /// Offers the guest VMX. L2 is to run with `vmcs`, and L1's VMREAD and VMWRITE are to reach
@@ -532,195 +533,6 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
             }
         }
         Ok(())
-    }
-
-    /// What L1 decides about an event while L2 runs; `None` if whoever runs takes it as its own state
-    /// lets it.
-    fn interception(&self, event: PhysicalEvent) -> Option<Acceptance> {
-        let nested = self.nested.as_ref()?;
-        self.or_zero(nested.state.interception(event))
-    }
-
-    /// Whether L2's next entry delivers an event: L1's, or one whose delivery an exit interrupted.
-    fn delivers_event(&self) -> bool {
-        let information =
-            InterruptionInformation(self.field(fields::ENTRY_INTERRUPTION_INFORMATION));
-        self.injection.is_some() || information.is_valid()
-    }
-
-    /// Whether an event ends L2's turn at once, or is L2's own to take if `otherwise`.
-    pub(super) fn l2_takes(&self, event: PhysicalEvent, otherwise: bool) -> bool {
-        match self.interception(event) {
-            Some(Acceptance::Exit { acknowledge, .. }) => {
-                let told = acknowledge || event == PhysicalEvent::Nmi;
-                told && !self.delivers_event()
-            }
-            Some(_) => false,
-            None => otherwise && !self.delivers_event(),
-        }
-    }
-
-    /// What an INIT does: in VMX root operation it waits, and in non-root operation it exits (SDM vol.
-    /// 3C, 26.8 and 28.2).
-    pub(super) fn nested_init(&mut self) -> Result<InitSignal, VcpuError> {
-        let interception = self.interception(PhysicalEvent::Init);
-        let waits = match interception {
-            Some(Acceptance::Exit { .. }) => self.delivers_event(),
-            Some(_) => true,
-            None => false,
-        };
-        if let Some(nested) = &mut self.nested {
-            nested.init_waits = waits;
-        }
-        match interception {
-            _ if waits => {
-                if self.level != Level::L1 {
-                    self.end_turn_after_delivery();
-                }
-                Ok(InitSignal::Waits)
-            }
-            Some(Acceptance::Exit { reason, .. }) => {
-                self.exit_to_l1(reason, 0)?;
-                Ok(InitSignal::Exits)
-            }
-            _ => Ok(InitSignal::Resets),
-        }
-    }
-
-    /// Ends L2's turn with an event, if L1 intercepts it.
-    pub(super) fn l2_exits_by(&mut self, event: Event) -> bool {
-        let (kind, information) = match event {
-            Event::Interrupt(vector) => (PhysicalEvent::Interrupt, 1 << 31 | u32::from(vector)),
-            Event::Nmi => (PhysicalEvent::Nmi, 1 << 31 | 2 << 8 | 2),
-            _ => return false,
-        };
-        let Some(Acceptance::Exit { reason, .. }) = self.interception(kind) else {
-            return false;
-        };
-        if let Err(error) = self.exit_to_l1(reason, information) {
-            self.remember(error);
-        }
-        true
-    }
-
-    /// An exception of an instruction that L0 executed for L2 ends its turn, if L1 intercepts it.
-    /// `address` is that of a page fault.
-    pub(super) fn l2_exits_by_exception(&mut self, event: Event, address: Option<u64>) -> bool {
-        let Event::Exception { vector, error_code } = event else {
-            return false;
-        };
-        match self.try_exit_by_exception(vector, error_code, address) {
-            Ok(exits) => exits,
-            Err(error) => {
-                self.remember(error);
-                true
-            }
-        }
-    }
-
-    fn try_exit_by_exception(
-        &mut self,
-        vector: u8,
-        error_code: Option<u32>,
-        address: Option<u64>,
-    ) -> Result<bool, VcpuError> {
-        self.prepare()?;
-        let Some(nested) = &mut self.nested else {
-            return Ok(false);
-        };
-        let handled = layer!(self, nested, exit_by_exception(vector, error_code, address))?;
-        let Some(handled) = handled else {
-            return Ok(false);
-        };
-        nested.counts.exits += 1;
-        self.has_left(handled)?;
-        Ok(true)
-    }
-
-    /// L2 met an exception that it cannot be told of: L1 sees a triple fault.
-    pub(super) fn l2_exits_by_triple_fault(&mut self) -> Result<(), VcpuError> {
-        self.exit_to_l1(BasicReason::TripleFault, 0)
-    }
-
-    fn exit_to_l1(&mut self, reason: BasicReason, information: u32) -> Result<(), VcpuError> {
-        // What is known of L2 goes to its VMCS, from which the layer takes it.
-        self.prepare()?;
-        let Some(nested) = &mut self.nested else {
-            return Ok(());
-        };
-        let handled = layer!(self, nested, exit_to_l1(reason, 0, information))?;
-        nested.interrupted = true;
-        nested.counts.events += 1;
-        self.has_left(handled)
-    }
-
-    /// L2 has left for L1 otherwise than by an exit of its own.
-    fn has_left(&mut self, handled: Handled) -> Result<(), VcpuError> {
-        self.rsp_agreed = self.registers.gprs.rsp;
-        match handled {
-            Handled::L1(barrier) => {
-                self.discharge(barrier);
-                self.return_to_l1()
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// Has L2 leave when the interrupt that waits can be taken.
-    pub(super) fn open_l2_window(&mut self) -> Result<(), VcpuError> {
-        match self.interception(PhysicalEvent::Interrupt) {
-            Some(Acceptance::Exit {
-                reason,
-                acknowledge,
-            }) => {
-                let priority = self.task_priority();
-                let due = self.window.is_some_and(|awaited| match awaited {
-                    AwaitedInterrupt::Vector(vector) => vector >> 4 > priority,
-                    AwaitedInterrupt::External => true,
-                });
-                if due && self.delivers_event() {
-                    self.end_turn_after_delivery();
-                } else if due && !acknowledge {
-                    return self.exit_to_l1(reason, 0);
-                }
-                Ok(())
-            }
-            _ => {
-                let wanted = self.window.is_some();
-                let Some(nested) = &mut self.nested else {
-                    return Ok(());
-                };
-                nested
-                    .state
-                    .set_window(wanted, &mut Pair(&mut self.processor))?;
-                Ok(())
-            }
-        }
-    }
-
-    /// As [`Self::open_l2_window`], for an NMI.
-    pub(super) fn open_l2_nmi_window(&mut self, wanted: bool) -> Result<(), VcpuError> {
-        if self.interception(PhysicalEvent::Nmi).is_some() {
-            if wanted && self.delivers_event() {
-                self.end_turn_after_delivery();
-            }
-            return Ok(());
-        }
-        if let Some(nested) = &mut self.nested {
-            nested
-                .state
-                .set_nmi_window(wanted, &mut Pair(&mut self.processor))?;
-        }
-        Ok(())
-    }
-
-    /// An entry delivers what it injects before it recognizes any interrupt (SDM vol. 3C, 29.6), and
-    /// hypervisors count on it: one that asks for an interrupt in order to come back right after the
-    /// delivery would otherwise ask for ever.
-    fn end_turn_after_delivery(&mut self) {
-        if let Some(nested) = &mut self.nested {
-            nested.delivery_due = true;
-        }
     }
 
     /// What happened between the levels, by name.
