@@ -91,9 +91,10 @@ pub trait GuestMemory {
     /// Whether all of `len` bytes at `gpa` are memory that can be read.
     fn contains(&self, gpa: Gpa, len: u64) -> bool;
 
-    /// Brings in the page at `gpa`, where the guest has memory that is away at the moment.
-    fn bring_in(&self, gpa: Gpa) -> BroughtIn {
-        let _ = gpa;
+    /// Brings in the page at `gpa`, where the guest has memory that is away at the moment; to be written
+    /// if it is shared with others until then.
+    fn bring_in(&self, gpa: Gpa, write: bool) -> BroughtIn {
+        let _ = (gpa, write);
         BroughtIn::NothingAway
     }
 
@@ -196,17 +197,17 @@ pub enum BroughtIn {
 /// # Safety
 ///
 /// What [`Self::page`] returns is the first of [`PAGE_SIZE`] bytes, aligned to as many, which can be read
-/// and written until the processor that asked next says that it has no such address any more (a
-/// vCPU's loop says so between two exits, see the machine's `Shootdown`). No reference into the
-/// page exists.
+/// (and written, if it was asked for that) until the processor that asked next says that it has no such
+/// address any more (a vCPU's loop says so between two exits, see the machine's `Shootdown`). No
+/// reference into the page exists.
 #[allow(
     unsafe_code,
     reason = "memory is dereferenced on an implementation's word"
 )]
 pub unsafe trait Pager: Send + Sync {
-    /// Where the page at `gpa` is, which is brought in if it is away. `None` if the guest has no
-    /// memory there, or the host has none left.
-    fn page(&self, gpa: Gpa) -> Option<NonNull<u8>>;
+    /// Where the page at `gpa` is, which is brought in if it is away, and shared with nobody if it is
+    /// to be written. `None` if the guest has no memory there, or the host has none left.
+    fn page(&self, gpa: Gpa, write: bool) -> Option<NonNull<u8>>;
 
     /// Whether the guest has memory at `gpa`, here or away.
     fn is_memory(&self, gpa: Gpa) -> bool;
@@ -214,8 +215,8 @@ pub unsafe trait Pager: Send + Sync {
 
 impl<M: GuestMemory + ?Sized> GuestMemory for &M {
     #[inline]
-    fn bring_in(&self, gpa: Gpa) -> BroughtIn {
-        (**self).bring_in(gpa)
+    fn bring_in(&self, gpa: Gpa, write: bool) -> BroughtIn {
+        (**self).bring_in(gpa, write)
     }
     #[inline]
     fn read(&self, gpa: Gpa, buf: &mut [u8]) -> Result<(), MemoryFault> {
@@ -596,10 +597,16 @@ mod ram {
             self.regions.iter().map(|r| (Gpa(r.gpa), r.len, r.writable))
         }
 
+        /// How many bytes the guest has, or can have, in all ranges.
+        pub fn size(&self) -> u64 {
+            let fixed = self.regions.iter().map(|range| range.len);
+            fixed.chain(self.paged.iter().map(|range| range.len)).sum()
+        }
+
         /// Where this program has mapped `len` bytes at `gpa`, for handing to hardware (page
-        /// tables, DMA). `None` unless all of it is one range.
+        /// tables, DMA). `None` unless all of it is one range, whose pages do not come and go.
         pub fn host_pointer(&self, gpa: Gpa, len: u64) -> Option<*mut u8> {
-            self.locate(gpa, len, false).ok()
+            self.search_fixed(gpa, len, false).ok()
         }
 
         #[inline]
@@ -696,7 +703,7 @@ mod ram {
             }
             let offset = gpa.0 & (PAGE_SIZE - 1);
             let page = self.paged_at(gpa).map(|range| range.pager);
-            if let Some(page) = page.and_then(|pager| pager.page(Gpa(gpa.0 - offset))) {
+            if let Some(page) = page.and_then(|pager| pager.page(Gpa(gpa.0 - offset), write)) {
                 let part = len.min(PAGE_SIZE - offset);
                 return Ok((page.as_ptr().wrapping_add(offset as usize), part));
             }
@@ -880,10 +887,10 @@ mod ram {
             Some(unsafe { core::slice::from_raw_parts(place.cast(), count) })
         }
 
-        fn bring_in(&self, gpa: Gpa) -> BroughtIn {
+        fn bring_in(&self, gpa: Gpa, write: bool) -> BroughtIn {
             let page = Gpa(gpa.0 & !(PAGE_SIZE - 1));
             match self.paged_at(page) {
-                Some(range) if range.pager.page(page).is_some() => BroughtIn::Present,
+                Some(range) if range.pager.page(page, write).is_some() => BroughtIn::Present,
                 Some(range) if range.pager.is_memory(page) => BroughtIn::NoneLeft,
                 _ => BroughtIn::NothingAway,
             }

@@ -208,6 +208,12 @@ impl<'t, M: FrameAlloc + FrameMem, T> Flush<'t, M, T> {
         self.scope = Some(self.scope.map_or(more, |scope| scope.hull(more)));
     }
 
+    /// Whether it is an obligation of the table with this root.
+    #[inline]
+    pub(crate) fn is_of(&self, root: Hpa) -> bool {
+        self.root == root
+    }
+
     /// Takes a table whose range is no longer mapped.
     #[inline]
     pub(crate) fn retire(&mut self, table: Hpa) {

@@ -9,8 +9,10 @@ use std::sync::atomic::AtomicU64;
 use proptest::prelude::*;
 use testudo_arch::{FrameAlloc, Gpa, Hpa, PageSize};
 use testudo_ept::format::npt::{Npt, NptFlags};
-use testudo_ept::sharing::{NoFrame, Pace, PageMemory, Sharing, hash, is_equal, is_zero};
-use testudo_ept::{FramePool, Invalidate, Invalidation, PageBitmap, PageTable, Rights};
+use testudo_ept::sharing::{
+    Group, Pace, PageMemory, Scanner, SharedFrames, ZERO, digest, hash, is_equal, is_zero,
+};
+use testudo_ept::{FramePool, Invalidate, Invalidation, Leaf, PageBitmap, PageTable, Rights};
 
 const PAGE: u64 = 4096;
 const FIRST: u64 = 1 << 30;
@@ -90,10 +92,19 @@ const FLAGS: NptFlags = NptFlags::WRITABLE
     .union(NptFlags::ACCESSED)
     .union(NptFlags::DIRTY);
 
+/// There is no frame for the writer's copy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct NoFrame;
+
+/// A guest whose pages are shared in the order that [`SharedFrames`] gives, with a flush that waits.
 struct Guest<'a> {
     data: &'a Data,
     table: PageTable<Npt, &'a FramePool>,
-    sharing: Sharing<&'a Data>,
+    frames: SharedFrames,
+    scanner: Scanner,
+    zero: Hpa,
+    last: Vec<u64>,
+    groups: Vec<Option<Group>>,
     pages: u64,
 }
 
@@ -107,44 +118,113 @@ impl<'a> Guest<'a> {
                 .map_page(Gpa(page * PAGE), PageSize::Size4K, frame, FLAGS)
                 .unwrap();
         }
-        let pages = contents.len() as u64;
-        let sharing = Sharing::new(data);
+        let zero = data.alloc().unwrap();
+        let mut frames = SharedFrames::new(zero, 64, [7, 11]);
         Self {
             data,
             table,
-            sharing,
-            pages,
+            scanner: frames.add_scanner(),
+            frames,
+            zero,
+            last: vec![ZERO; contents.len()],
+            groups: vec![None; contents.len()],
+            pages: contents.len() as u64,
         }
     }
 
-    fn round(&mut self, pages: usize) {
-        let range = (Gpa(0), self.pages * PAGE);
-        let memory = self.data;
-        while !self
-            .sharing
-            .scan(&self.table, range, pages, &memory, &mut NoHardware(0))
-            .unwrap()
-        {}
+    fn leaf(&self, page: u64) -> Leaf<NptFlags> {
+        self.table.translate(Gpa(page * PAGE)).unwrap().leaf
+    }
+
+    /// Looks at `count` pages from `first` on, all of which lose the write right at once if they are
+    /// promising.
+    fn scan(&mut self, first: u64, count: u64) {
+        let memory = &self.data;
+        let mut flush = self.table.no_edit();
+        let mut frozen = vec![];
+        for page in first..(first + count).min(self.pages) {
+            let (at, frame) = (Gpa(page * PAGE), self.leaf(page).frame);
+            if let Some(group) = self.groups[page as usize] {
+                if self.frames.is_lonely(group) {
+                    assert_eq!(self.frames.take_over(group), Some(frame));
+                    assert!(self.table.thaw_page(at, frame));
+                    self.groups[page as usize] = None;
+                }
+                continue;
+            }
+            let seen = digest(memory, frame, None);
+            let before = std::mem::replace(&mut self.last[page as usize], seen);
+            if seen != ZERO && before != seen {
+                self.frames.note_volatile();
+            } else if self.frames.look(seen, self.scanner, page)
+                && self.table.freeze_page(&mut flush, at, frame)
+            {
+                frozen.push((page, frame, seen));
+            }
+        }
+        flush.discharge(&mut NoHardware(0));
+        let (mut flush, mut superfluous) = (self.table.no_edit(), vec![]);
+        for (page, frame, seen) in frozen {
+            let at = Gpa(page * PAGE);
+            let Some(group) = self.frames.group(seen) else {
+                self.groups[page as usize] = self.frames.found(seen, frame);
+                continue;
+            };
+            let target = self.frames.join(group).unwrap();
+            if is_equal(memory, target, frame)
+                && self.table.redirect_page(&mut flush, at, frame, target)
+            {
+                self.groups[page as usize] = Some(group);
+                superfluous.push(frame);
+            } else {
+                assert_eq!(self.frames.leave(group), None);
+                assert!(self.table.thaw_page(at, frame));
+            }
+        }
+        flush.discharge(&mut NoHardware(0));
+        for frame in superfluous {
+            self.data.free(frame);
+        }
+    }
+
+    fn round(&mut self) {
+        self.scan(0, self.pages);
+        self.frames.finish_round(self.scanner);
+    }
+
+    /// The page's own frame, which it gets now if it shares one. `false` if the fault is not sharing's.
+    fn unshare(&mut self, page: u64) -> Result<bool, NoFrame> {
+        let (at, old) = (Gpa(page * PAGE), self.leaf(page).frame);
+        let Some(group) = self.groups[page as usize] else {
+            return Ok(false);
+        };
+        if self.frames.take_over(group).is_none() {
+            let own = self.data.alloc().ok_or(NoFrame)?;
+            (&self.data).copy(old, own);
+            let mut flush = self.table.no_edit();
+            if !self.table.redirect_page(&mut flush, at, old, own) {
+                self.data.free(own);
+                return Ok(false);
+            }
+            flush.discharge(&mut NoHardware(0));
+            assert!(self.table.thaw_page(at, own));
+            assert_eq!(self.frames.leave(group), None);
+        } else if !self.table.thaw_page(at, old) {
+            // It is its own again, and not to be written.
+            self.groups[page as usize] = None;
+            return Ok(false);
+        }
+        self.groups[page as usize] = None;
+        Ok(true)
     }
 
     fn write(&mut self, page: u64, content: u64) -> Result<(), NoFrame> {
-        let writable = |guest: &Self| {
-            let leaf = guest.table.translate(Gpa(page * PAGE)).unwrap().leaf;
-            leaf.flags
-                .contains(NptFlags::WRITABLE)
-                .then_some(leaf.frame)
-        };
-        if writable(self).is_none() {
-            let memory = self.data;
-            let flush = self
-                .sharing
-                .unshare(&self.table, Gpa(page * PAGE + 9), &memory)?;
-            assert!(flush.discharge(&mut NoHardware(0)));
+        let writable = |guest: &Self| guest.leaf(page).flags.contains(NptFlags::WRITABLE);
+        if !writable(self) {
+            assert!(self.unshare(page)?);
         }
-        self.data.fill(
-            writable(self).expect("the page is the writer's own"),
-            content,
-        );
+        assert!(writable(self), "the page is the writer's own");
+        self.data.fill(self.leaf(page).frame, content);
         Ok(())
     }
 
@@ -166,19 +246,12 @@ impl<'a> Guest<'a> {
                 "{frame}"
             );
         }
-        let stats = self.sharing.stats();
-        // The page of zeros may be without users for the moment.
-        let idle = u64::from(stats.shared > 0 && stats.zero == 0 && self.has_idle_zero(&users));
-        let total = self.data.frames.borrow().len() as u64;
-        let free = self.data.free.borrow().len() as u64;
-        assert_eq!(total - free, users.len() as u64 + idle);
-    }
-
-    fn has_idle_zero(&self, users: &BTreeMap<Hpa, Vec<bool>>) -> bool {
-        let shared = users
-            .values()
-            .filter(|users| users.iter().all(|writable| !writable));
-        self.sharing.stats().shared > shared.count() as u64
+        let total = self.data.frames.borrow().len();
+        let free = self.data.free.borrow().len();
+        let idle = usize::from(!users.contains_key(&self.zero));
+        assert_eq!(total - free, users.len() + idle);
+        let sharing = self.groups.iter().flatten().count() as u64;
+        assert_eq!(self.frames.stats().sharing, sharing);
     }
 }
 
@@ -186,24 +259,22 @@ impl<'a> Guest<'a> {
 fn equal_pages_share_and_writers_get_their_own() {
     let (data, pool) = (Data::new(32), FramePool::new(16));
     let mut guest = Guest::new(&data, &pool, &[7, 0, 7, 8, 0, 7, 0, 9]);
-    guest.round(3);
-    // Zeros at once; others when they have stayed the same for a round.
-    assert_eq!(
-        (guest.sharing.stats().zero, guest.sharing.stats().volatile),
-        (3, 5)
-    );
-    guest.round(3);
-    let stats = guest.sharing.stats();
+    guest.scan(0, 8);
+    // Zeros at once; others when they have stayed the same for a round, and there is a frame.
+    let stats = guest.frames.stats();
+    assert_eq!((stats.zero, stats.volatile, stats.sharing), (3, 5, 3));
+    guest.round();
+    guest.round();
+    let stats = guest.frames.stats();
     assert_eq!((stats.sharing, stats.shared, stats.saved()), (6, 2, 4));
     guest.check();
     guest.write(2, 70).unwrap();
     guest.write(4, 40).unwrap();
     let contents: Vec<u64> = (0..8).map(|page| guest.read(page)).collect();
     assert_eq!(contents, [7, 0, 70, 8, 40, 7, 0, 9]);
-    assert_eq!(guest.sharing.stats().unshared, 2);
     guest.write(0, 71).unwrap();
     guest.write(5, 72).unwrap();
-    assert_eq!(guest.sharing.stats().shared, 1);
+    assert_eq!(guest.frames.stats().shared, 1);
     guest.check();
 }
 
@@ -211,8 +282,9 @@ fn equal_pages_share_and_writers_get_their_own() {
 fn no_edit_gives_a_shared_page_the_write_right() {
     let (data, pool) = (Data::new(32), FramePool::new(16));
     let mut guest = Guest::new(&data, &pool, &[7, 7]);
-    guest.round(8);
-    guest.round(8);
+    for _ in 0..3 {
+        guest.round();
+    }
     let mut hardware = NoHardware(0);
     let range = (Gpa(0), 2 * PAGE);
     let write = Rights::READ | Rights::WRITE;
@@ -255,24 +327,16 @@ fn no_edit_gives_a_shared_page_the_write_right() {
 fn a_shared_page_that_was_protected_stays_so_when_it_is_shared_no_more() {
     let (data, pool) = (Data::new(32), FramePool::new(16));
     let mut guest = Guest::new(&data, &pool, &[7, 7]);
-    guest.round(8);
-    guest.round(8);
-    let mut hardware = NoHardware(0);
+    for _ in 0..3 {
+        guest.round();
+    }
     let protect = |guest: &Guest<'_>, rights| {
         let flush = guest.table.protect(Gpa(0), PAGE, rights).unwrap();
         flush.discharge(&mut NoHardware(0));
     };
     protect(&guest, Rights::READ);
-    let memory = &data;
-    let flush = guest
-        .sharing
-        .unshare(&guest.table, Gpa(0), &memory)
-        .unwrap();
-    assert!(
-        !flush.discharge(&mut hardware),
-        "the fault is not sharing's"
-    );
-    assert_eq!(guest.sharing.stats().sharing, 2);
+    assert_eq!(guest.unshare(0), Ok(false), "the fault is not sharing's");
+    assert_eq!(guest.frames.stats().sharing, 2);
     protect(&guest, Rights::READ | Rights::WRITE);
     guest.write(0, 8).unwrap();
     assert_eq!((guest.read(0), guest.read(1)), (8, 7));
@@ -298,18 +362,14 @@ fn a_log_by_write_protection_misses_no_page_that_is_shared() {
     for page in 0..2 {
         assert!(guest.table.allow_tracked_write(Gpa(page * PAGE)));
     }
-    guest.round(8);
-    guest.round(8);
-    assert_eq!(guest.sharing.stats().sharing, 2);
+    for _ in 0..3 {
+        guest.round();
+    }
+    assert_eq!(guest.frames.stats().sharing, 2);
     assert_eq!(harvest(&guest), [0, PAGE]);
     assert_eq!(harvest(&guest), []);
     // The first fault is the log's, the second one sharing's.
-    let memory = &data;
-    let flush = guest
-        .sharing
-        .unshare(&guest.table, Gpa(PAGE), &memory)
-        .unwrap();
-    assert!(!flush.discharge(&mut NoHardware(0)));
+    assert_eq!(guest.unshare(1), Ok(false));
     assert!(guest.table.allow_tracked_write(Gpa(PAGE)));
     assert!(!guest.table.allow_tracked_write(Gpa(PAGE)));
     guest.write(1, 8).unwrap();
@@ -322,65 +382,53 @@ fn a_log_by_write_protection_misses_no_page_that_is_shared() {
     guest.check();
 }
 
-/// A frame that is mapped twice was never promised; but it must not be freed.
-#[test]
-fn a_frame_mapped_twice_is_not_shared_with_itself() {
-    let (data, pool) = (Data::new(8), FramePool::new(16));
-    let mut guest = Guest::new(&data, &pool, &[7]);
-    let frame = guest.table.translate(Gpa(0)).unwrap().address;
-    let mapped = guest
-        .table
-        .map_page(Gpa(PAGE), PageSize::Size4K, frame, FLAGS);
-    mapped.unwrap();
-    guest.pages = 2;
-    for _ in 0..3 {
-        guest.round(8);
-    }
-    assert_eq!(data.free.borrow().len(), 7);
-    assert_eq!(guest.sharing.stats().sharing, 0);
-}
-
 #[test]
 fn without_a_frame_the_page_stays_shared() {
     let (data, pool) = (Data::new(3), FramePool::new(16));
-    let mut guest = Guest::new(&data, &pool, &[7, 7, 7]);
-    guest.round(8);
-    guest.round(8);
-    guest.write(0, 1).unwrap();
-    guest.write(1, 2).unwrap();
-    // The last user needs no frame.
-    guest.write(2, 3).unwrap();
-    guest.check();
-    let (data, pool) = (Data::new(2), FramePool::new(16));
     let mut guest = Guest::new(&data, &pool, &[7, 7]);
-    guest.round(8);
-    guest.round(8);
+    for _ in 0..3 {
+        guest.round();
+    }
     let taken = (&data).alloc().unwrap();
     assert_eq!(guest.write(0, 1), Err(NoFrame));
     assert_eq!((guest.read(0), guest.read(1)), (7, 7));
     (&data).free(taken);
     guest.write(0, 1).unwrap();
+    // The last user needs none.
+    guest.write(1, 3).unwrap();
+    guest.check();
 }
 
 #[test]
-fn an_unmapped_page_leaves_its_group() {
+fn only_a_page_that_may_be_written_is_frozen_and_only_a_frozen_one_led_elsewhere() {
     let (data, pool) = (Data::new(8), FramePool::new(16));
-    let mut guest = Guest::new(&data, &pool, &[7, 7]);
-    guest.round(8);
-    guest.round(8);
-    for (page, last) in [(0, false), (1, true)] {
-        let leaf = guest
-            .table
-            .unmap_page(Gpa(page * PAGE))
-            .discharge(&mut NoHardware(0))
-            .unwrap();
-        assert_eq!(guest.sharing.unmapped(leaf.frame), last);
-        if last {
-            (&data).free(leaf.frame);
-        }
+    let guest = Guest::new(&data, &pool, &[7, 8]);
+    let (table, frame) = (&guest.table, guest.leaf(0).frame);
+    let mut flush = table.no_edit();
+    let at = Gpa(0);
+    let other = Hpa(frame.0 + PAGE);
+    assert!(
+        !table.redirect_page(&mut flush, at, frame, other),
+        "it can be written"
+    );
+    assert!(!table.freeze_page(&mut flush, at, other), "another frame");
+    assert!(table.freeze_page(&mut flush, at, frame));
+    assert!(!table.freeze_page(&mut flush, at, frame), "twice");
+    assert!(!table.redirect_page(&mut flush, at, other, frame));
+    for bad in [1 << 52, 8] {
+        assert!(!table.redirect_page(&mut flush, at, frame, Hpa(bad)));
     }
-    assert_eq!(data.free.borrow().len(), 8);
-    assert_eq!(guest.sharing.stats().shared, 0);
+    assert!(!table.thaw_page(at, other));
+    assert!(table.thaw_page(at, frame) && !table.thaw_page(at, frame));
+    // The token of another table would flush that one.
+    let second = Guest::new(&data, &pool, &[1]);
+    let mut foreign = second.table.no_edit();
+    assert!(!table.freeze_page(&mut foreign, at, frame));
+    foreign.discharge(&mut NoHardware(0));
+    // Nothing there, and no such address.
+    assert!(!table.freeze_page(&mut flush, Gpa(5 * PAGE), frame));
+    assert!(!table.freeze_page(&mut flush, Gpa(1 << 60), frame));
+    flush.discharge(&mut NoHardware(0));
 }
 
 #[test]
@@ -420,14 +468,14 @@ proptest! {
     #[test]
     fn contents_are_what_was_written(
         start in prop::collection::vec(0..4u64, 1..24),
-        ops in prop::collection::vec((0..24u64, 0..5u64, 1..9usize), 1..60),
+        ops in prop::collection::vec((0..24u64, 0..5u64, 1..9u64), 1..60),
     ) {
         let (data, pool) = (Data::new(40), FramePool::new(16));
         let mut guest = Guest::new(&data, &pool, &start);
         let mut model = start.clone();
         for (page, content, pages) in ops {
             if content == 4 {
-                guest.round(pages);
+                guest.scan(page % guest.pages, pages * 3);
             } else {
                 let page = page % guest.pages;
                 guest.write(page, content).unwrap();

@@ -18,7 +18,7 @@ use crate::emulate;
 use crate::host::Host;
 use crate::irq::{Irqchip, Lapic, LapicFeatures, request};
 use crate::layout::{Layout, LayoutError};
-use crate::paged::{FORGET, Shootdown};
+use crate::paged::{FORGET, Managed, ScanClock, Shootdown};
 use crate::policy::cpuid::{CpuidConfig, CpuidTable, for_guest};
 use crate::policy::hyperv::HyperV;
 use crate::stop::Stop;
@@ -216,6 +216,20 @@ impl<M: GuestMemory> Machine<M> {
         shootdown.connect(&self.irqchip);
         self.shootdown = Some(shootdown);
         Ok(self)
+    }
+
+    /// Looks for pages of these memories that hold the same as others, so many a second at most, and
+    /// has them shared ([`PagedMemory::with_sharing`](crate::paged::PagedMemory::with_sharing)). The work is
+    /// done by vCPU 0, between exits, a little at a time.
+    #[must_use]
+    pub fn with_page_scanner(
+        mut self,
+        memories: Vec<&'static dyn Managed>,
+        per_second: u64,
+    ) -> Self {
+        let clock = ScanClock::new(&self.irqchip, self.host.now(), memories, per_second);
+        self.timers.add(Arc::new(spin::Mutex::new(clock)));
+        self
     }
 
     /// Places a kernel in memory; vCPU 0 then begins in the state that this gives.

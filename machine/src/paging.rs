@@ -160,6 +160,31 @@ impl Gate {
     }
 }
 
+/// Has all vCPUs but `own`, which is outside, leave the guest; each drops its translations before it
+/// enters again.
+///
+/// Nobody who is waited for can be waiting: a vCPU takes no lock between its gate and the guest.
+pub(crate) fn expel(gates: &[Gate], host: &dyn Host, own: Option<usize>) {
+    for gate in gates {
+        gate.drop_translations();
+    }
+    for (vcpu, gate) in gates.iter().enumerate() {
+        if Some(vcpu) == own {
+            continue;
+        }
+        let pass = gate.passes.load(Ordering::SeqCst);
+        if pass & 1 == 0 {
+            continue;
+        }
+        // It is in the guest or about to be, with interrupts held back: the kick's makes it leave at
+        // once.
+        host.kick(vcpu);
+        while gate.passes.load(Ordering::Acquire) == pass {
+            core::hint::spin_loop();
+        }
+    }
+}
+
 /// The shadow tables of one machine.
 pub struct ShadowPaging<F: FrameAlloc + FrameMem, M, B> {
     shared: spin::Mutex<Shared<F>>,
@@ -352,24 +377,7 @@ unsafe impl Invalidate for Gates<'_> {
 
     fn invalidate(&mut self, _: &Invalidation) -> Result<(), Infallible> {
         count(&self.counters.flushes);
-        for gate in self.gates {
-            gate.drop_translations();
-        }
-        for (vcpu, gate) in self.gates.iter().enumerate() {
-            if vcpu == self.own {
-                continue;
-            }
-            let pass = gate.passes.load(Ordering::SeqCst);
-            if pass & 1 == 0 {
-                continue;
-            }
-            // It is in the guest or about to be, with interrupts held back: the kick's makes it
-            // leave at once, and it takes no lock before it has passed its gate.
-            self.host.kick(vcpu);
-            while gate.passes.load(Ordering::Acquire) == pass {
-                core::hint::spin_loop();
-            }
-        }
+        expel(self.gates, self.host, Some(self.own));
         Ok(())
     }
 }

@@ -275,6 +275,9 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
         let Some(shootdown) = &self.machine.shootdown else {
             return;
         };
+        if let Some(page) = shootdown.exhausted() {
+            return self.fail(StopReason::OutOfMemory(page));
+        }
         // What is forgotten is everything from before this number.
         let last = shootdown.last();
         match self.vcpu.forget_memory() {
@@ -479,7 +482,7 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
 
     fn memory(&mut self, access: MemoryAccess) {
         let away = self.vcpu.translate(access.gpa);
-        match away.map(|gpa| (gpa, self.machine.memory.bring_in(gpa))) {
+        match away.map(|gpa| (gpa, self.machine.memory.bring_in(gpa, access.write))) {
             None | Some((_, BroughtIn::NothingAway)) => {}
             Some((_, BroughtIn::Present)) => return,
             Some((gpa, BroughtIn::NoneLeft)) => return self.fail(StopReason::OutOfMemory(gpa)),

@@ -19,8 +19,6 @@ use crate::{Flush, Invalidation};
 
 pub use iter::Leaves;
 pub use map::MapError;
-#[cfg(feature = "alloc")]
-pub(crate) use share::SmallPage;
 
 /// A page table: a root frame, and the tables and pages below it.
 ///

@@ -1,8 +1,9 @@
 //! Pages that several addresses share: read-only for all of them, whatever else is edited.
 
-use testudo_arch::{FrameAlloc, FrameMem};
+use testudo_arch::{FrameAlloc, FrameMem, Hpa};
 
 use super::PageTable;
+use crate::Flush;
 use crate::format::Format;
 
 impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
@@ -53,78 +54,104 @@ impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
     }
 }
 
-#[cfg(feature = "alloc")]
-mod edits {
-    use testudo_arch::Hpa;
+/// A small page, as sharing sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct SmallPage {
+    frame: Hpa,
+    shared: bool,
+    /// Whether it may be written; if it is shared, once it is not.
+    writable: bool,
+}
 
-    use super::*;
-    use crate::Flush;
-
-    /// A small page, as sharing sees it.
-    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-    pub(crate) struct SmallPage {
-        pub(crate) frame: Hpa,
-        pub(crate) shared: bool,
-        /// Whether it may be written; if it is shared, once it is not.
-        pub(crate) writable: bool,
+impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
+    /// A token of no edit yet, for those that add to one.
+    pub fn no_edit(&self) -> Flush<'_, M> {
+        self.token(())
     }
 
-    impl SmallPage {
-        /// Whether the page is one that sharing may be worth for.
-        pub(crate) fn is_candidate(&self) -> bool {
-            self.writable && !self.shared
+    /// Takes the write right from the 4 KiB page at `address`, which leads to `frame` and may be
+    /// written: for good, whatever other edits say, until it is [thawed](Self::thaw_page). `false` if
+    /// the page is not like that, or frozen already, or the token is another table's.
+    pub fn freeze_page(&self, flush: &mut Flush<'_, M>, address: F::Input, frame: Hpa) -> bool {
+        let old = SmallPage {
+            frame,
+            shared: false,
+            writable: true,
+        };
+        self.replace_small(Some(flush), address, old, frame, true)
+    }
+
+    /// Leads a frozen page to another frame. It stays frozen. `false` if it is not frozen, or led
+    /// elsewhere than to `old`, or was not to be written before it was frozen; or if `new` is no frame.
+    pub fn redirect_page(
+        &self,
+        flush: &mut Flush<'_, M>,
+        address: F::Input,
+        old: Hpa,
+        new: Hpa,
+    ) -> bool {
+        self.replace_small(Some(flush), address, Self::frozen(old), new, true)
+    }
+
+    /// Gives a frozen page its write right back; nothing is to be flushed for that. `false` as for
+    /// [`Self::redirect_page`].
+    pub fn thaw_page(&self, address: F::Input, frame: Hpa) -> bool {
+        self.replace_small(None, address, Self::frozen(frame), frame, false)
+    }
+
+    fn frozen(frame: Hpa) -> SmallPage {
+        SmallPage {
+            frame,
+            shared: true,
+            writable: true,
         }
     }
 
-    impl<F: Format, M: FrameAlloc + FrameMem> PageTable<F, M> {
-        /// The 4 KiB page at `offset`, if there is one.
-        pub(crate) fn small_page(&self, address: F::Input) -> Option<SmallPage> {
-            let found = self.find(self.format.offset(address)?);
-            self.describe(&found)
-        }
+    fn describe(&self, found: &crate::table::Found) -> Option<SmallPage> {
+        let small = found.level == 1 && self.format.is_present(found.entry);
+        (small && !self.is_sized(found)).then(|| SmallPage {
+            frame: self.format.leaf(found.entry, 1).frame,
+            shared: found.entry & Self::SHARED != 0,
+            writable: self.alone(found.entry) & self.format.write_bit() != 0,
+        })
+    }
 
-        fn describe(&self, found: &crate::table::Found) -> Option<SmallPage> {
-            let small = found.level == 1 && self.format.is_present(found.entry);
-            (small && !self.is_sized(found)).then(|| SmallPage {
-                frame: self.format.leaf(found.entry, 1).frame,
-                shared: found.entry & Self::SHARED != 0,
-                writable: self.alone(found.entry) & self.format.write_bit() != 0,
-            })
+    /// Replaces a small page that still is as `old` says by one at `frame`: shared, so without the
+    /// write right, or the writer's own. `false` if it was not as expected.
+    fn replace_small(
+        &self,
+        flush: Option<&mut Flush<'_, M>>,
+        address: F::Input,
+        old: SmallPage,
+        frame: Hpa,
+        shared: bool,
+    ) -> bool {
+        // Another table's token would have the wrong translations dropped.
+        let foreign = flush.as_ref().is_some_and(|flush| !flush.is_of(self.root));
+        if foreign || frame.0 & !self.format.address_mask() != 0 {
+            return false;
         }
-
-        /// Replaces a small page that still is as `old` says, and writable, by one at `frame`: shared, so
-        /// without the write right, or the writer's own. `false` if it was not as expected.
-        pub(crate) fn replace_small(
-            &self,
-            flush: &mut Flush<'_, M, ()>,
-            address: F::Input,
-            old: SmallPage,
-            frame: Hpa,
-            shared: bool,
-        ) -> bool {
-            let Some(offset) = self.format.offset(address) else {
+        let Some(offset) = self.format.offset(address) else {
+            return false;
+        };
+        let _editor = self.lock.shared();
+        loop {
+            let found = self.find(offset);
+            if self.describe(&found) != Some(old) {
                 return false;
-            };
-            let _editor = self.lock.shared();
-            loop {
-                let found = self.find(offset);
-                if self.describe(&found) != Some(old) {
-                    return false;
-                }
-                let alone = self.alone(found.entry) & !self.format.address_mask();
-                let mut entry = alone | frame.0;
-                if shared {
-                    entry = self.shared(entry);
-                }
-                let swapped = self.frames.compare_exchange(found.at, found.entry, entry);
-                if swapped.is_ok() {
+            }
+            let alone = self.alone(found.entry) & !self.format.address_mask();
+            let mut entry = alone | frame.0;
+            if shared {
+                entry = self.shared(entry);
+            }
+            let swapped = self.frames.compare_exchange(found.at, found.entry, entry);
+            if swapped.is_ok() {
+                if let Some(flush) = flush {
                     flush.cover(offset & !0xFFF, offset | 0xFFF, true);
-                    return true;
                 }
+                return true;
             }
         }
     }
 }
-
-#[cfg(feature = "alloc")]
-pub(crate) use edits::SmallPage;

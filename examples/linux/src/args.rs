@@ -1,4 +1,4 @@
-//! The program's own command line: `memory=MIB vcpus=N guests=N nested enlightened renew=TURNS paging=nested|shadow,... timeout=SECONDS stats verbose -- guest command line`.
+//! The program's own command line: `memory=MIB vcpus=N guests=N nested enlightened renew=TURNS paging=nested|shadow,... share-pages=PAGES timeout=SECONDS stats verbose -- guest command line`.
 
 use core::fmt;
 use core::num::NonZeroU32;
@@ -25,6 +25,9 @@ pub(crate) struct Args<'a> {
     /// How the memory of each guest is put behind its paging, the last word being for all further
     /// ones too; nothing takes what the processor has.
     paging: &'a str,
+    /// How many pages of each guest are looked at in a second, to be shared with equal ones of any guest;
+    /// nothing shares none.
+    pub(crate) share_pages: Option<u64>,
     /// How many seconds the guest may run.
     pub(crate) timeout_s: Option<u64>,
     /// Whether to print what the exits cost.
@@ -45,7 +48,7 @@ impl fmt::Display for BadWord<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "`{}` is not understood; write `memory=MIB vcpus=N guests=N nested enlightened renew=TURNS paging=nested|shadow,... timeout=SECONDS stats verbose DEVICES -- GUEST COMMAND LINE`, \
+            "`{}` is not understood; write `memory=MIB vcpus=N guests=N nested enlightened renew=TURNS paging=nested|shadow,... share-pages=PAGES timeout=SECONDS stats verbose DEVICES -- GUEST COMMAND LINE`, \
              DEVICES being of `{}`",
             self.0,
             DeviceArgs::USAGE
@@ -64,6 +67,7 @@ impl<'a> Args<'a> {
             enlightened: false,
             renew: None,
             paging: "",
+            share_pages: None,
             timeout_s: None,
             stats: false,
             verbose: false,
@@ -93,6 +97,10 @@ impl<'a> Args<'a> {
                 },
                 Some(("memory", mib)) => match mib.parse() {
                     Ok(mib) if mib > 0 && mib <= 1 << 24 => args.memory_mib = mib,
+                    _ => return bad,
+                },
+                Some(("share-pages", pages)) => match pages.parse() {
+                    Ok(pages) if pages > 0 => args.share_pages = Some(pages),
                     _ => return bad,
                 },
                 Some(("timeout", seconds)) => match seconds.parse() {

@@ -9,7 +9,7 @@ use testudo_arch::apic::ApicPage;
 use testudo_arch::cpuid::Cpuid;
 use testudo_arch::memory::GuestRam;
 use testudo_arch::{Gpa, Hpa};
-use testudo_machine::paged::{Managed, PagedError, Shootdown};
+use testudo_machine::paged::{Managed, PagedError, SharedPool, Shootdown};
 use testudo_machine::paging::Paging;
 use testudo_machine::{Host, Stop, Vcpu};
 use testudo_svm::caps::SvmUnavailable;
@@ -33,6 +33,8 @@ pub(crate) enum BackendError {
     Memory(#[from] PagedError),
     #[error("memory that comes and goes needs nested paging")]
     NoManagedMemory,
+    #[error("pages can be shared on nested paging only")]
+    NoSharedMemory,
 }
 
 /// What the processor has.
@@ -111,20 +113,24 @@ impl Backend {
         }
     }
 
-    /// Guest memory that comes and goes: all there, in frames from `first` on, or none yet.
+    /// Guest memory that comes and goes: all there, in frames from `first` on, or none yet; shared if
+    /// there is a pool.
     pub(crate) fn manage(
         &mut self,
-        start: Gpa,
-        len: u64,
+        range: (Gpa, u64),
         first: Option<Hpa>,
         shootdown: Arc<Shootdown>,
+        shared: Option<SharedPool>,
     ) -> Result<&'static dyn Managed, BackendError> {
         if self.paging() == Paging::Shadow {
-            return Err(BackendError::NoManagedMemory);
+            return Err(match shared {
+                Some(_) => BackendError::NoSharedMemory,
+                None => BackendError::NoManagedMemory,
+            });
         }
         Ok(match self {
-            Self::Svm(svm) => svm.manage(start, len, first, shootdown)?,
-            Self::Vmx(vmx) => vmx.manage(start, len, first, shootdown)?,
+            Self::Svm(svm) => svm.manage(range, first, shootdown, shared)?,
+            Self::Vmx(vmx) => vmx.manage(range, first, shootdown, shared)?,
         })
     }
 

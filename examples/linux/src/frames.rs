@@ -65,7 +65,7 @@ fn cleared(piece: u64, bytes: u64) -> Hpa {
 }
 
 // SAFETY: the runtime hands out each frame once, zeroed and mapped; one that was given back goes out
-// again once, zeroed anew.
+// again once, zeroed anew if that is asked for.
 unsafe impl FrameAlloc for Frames {
     fn alloc(&self) -> Option<Hpa> {
         let single = RETURNED.lock().frames.pop();
@@ -82,6 +82,11 @@ unsafe impl FrameAlloc for Frames {
         }
         drop(returned);
         Some(cleared(block, PAGE_SIZE))
+    }
+
+    fn alloc_any(&self) -> Option<Hpa> {
+        let single = RETURNED.lock().frames.pop();
+        single.map(Hpa).or_else(|| self.alloc())
     }
 
     fn free(&self, frame: Hpa) {

@@ -18,6 +18,7 @@ mod host;
 mod memory;
 mod output;
 mod shadow;
+mod sharing;
 mod svm;
 mod vmx;
 mod wall_clock;
@@ -48,6 +49,7 @@ use crate::devices::{Backends, Ethernet, Outside};
 use crate::host::BareMetal;
 use crate::memory::Memory;
 use crate::output::Output;
+use crate::sharing::Sharing;
 
 rt::entry!(main);
 
@@ -83,11 +85,24 @@ fn main(boot: &'static Boot) -> u8 {
         }
     };
     let ethernet = Ethernet::new(args.guests);
+    let sharing = match Sharing::new(&args) {
+        Ok(sharing) => sharing,
+        Err(error) => {
+            println!("testudo: {error}");
+            return 1;
+        }
+    };
     match (0..args.guests)
-        .map(|guest| prepare(boot, &args, guest, &ethernet))
+        .map(|guest| prepare(boot, &args, guest, &ethernet, sharing.as_ref()))
         .collect()
     {
-        Ok(guests) => run(GUESTS.call_once(|| guests), &args),
+        Ok(guests) => {
+            let status = run(GUESTS.call_once(|| guests), &args);
+            if let (Some(sharing), true) = (sharing, args.stats) {
+                println!("{sharing}");
+            }
+            status
+        }
         Err(error) => {
             println!("testudo: {error}");
             1
@@ -101,6 +116,7 @@ fn prepare(
     args: &Args<'_>,
     guest: usize,
     ethernet: &Ethernet,
+    sharing: Option<&Sharing>,
 ) -> Result<Shared, String> {
     let kernel = boot
         .module("kernel")
@@ -121,7 +137,8 @@ fn prepare(
     let mut backend =
         Backend::new(&cpuid, &memory.ram, args.paging(guest)).map_err(|e| e.to_string())?;
     let shootdown = Shootdown::new(args.vcpus);
-    let managed = memory.manage(&mut backend, args, &shootdown)?;
+    let managed = memory.manage(&mut backend, args, &shootdown, sharing)?;
+    let scanned = managed.ranges().map(|range| range.pages).collect();
     let ram = memory.ram;
     let mut processor = cpuid.clone();
     let shadow = backend.paging() == Paging::Shadow;
@@ -170,6 +187,10 @@ fn prepare(
     let machine = machine
         .with_shootdown(shootdown)
         .map_err(|e| e.to_string())?;
+    let machine = match sharing {
+        Some(sharing) => machine.with_page_scanner(scanned, sharing.per_second),
+        None => machine,
+    };
     if shadow {
         backend.enable_shadow(host, machine.cpuid(), &ram, args.vcpus);
     }

@@ -16,6 +16,7 @@ use crate::args::Args;
 use crate::backend::Backend;
 use crate::devices::Persistent;
 use crate::frames;
+use crate::sharing::Sharing;
 
 /// What a memory device's blocks and place are multiples of: what Linux makes a memory block.
 const PLUG_ALIGN: u64 = 128 << 20;
@@ -86,7 +87,7 @@ impl Memory {
                     rt::memory::largest(1 << 21) >> 20
                 )
             })?;
-            if args.devices.balloon_mib.is_some() {
+            if args.devices.balloon_mib.is_some() || args.share_pages.is_some() {
                 memory.pieces.push(Piece { gpa, len, place });
                 continue;
             }
@@ -121,10 +122,12 @@ impl Memory {
         backend: &mut Backend,
         args: &Args<'_>,
         shootdown: &Arc<Shootdown>,
+        sharing: Option<&Sharing>,
     ) -> Result<ManagedMemory, String> {
         let mut add = |ram: &mut GuestRam, gpa, len, first| {
+            let shared = sharing.map(|sharing| sharing.pool.clone());
             let pages = backend
-                .manage(gpa, len, first, shootdown.clone())
+                .manage((gpa, len), first, shootdown.clone(), shared)
                 .map_err(|e| e.to_string())?;
             ram.add_paged(gpa, len, pages).map_err(|e| e.to_string())?;
             Ok::<_, String>(ManagedRange { gpa, len, pages })
@@ -150,11 +153,15 @@ impl Memory {
 }
 
 impl ManagedMemory {
+    /// All that comes and goes.
+    pub(crate) fn ranges(&self) -> impl Iterator<Item = &ManagedRange> {
+        self.main.iter().chain(&self.pluggable)
+    }
+
     /// Says how many frames the guest and the host have.
     pub(crate) fn report(&self) -> String {
-        let ranges = || self.main.iter().chain(&self.pluggable);
-        let resident: u64 = ranges().map(|range| range.pages.resident()).sum();
-        let waiting: u64 = ranges().map(|range| range.pages.in_limbo()).sum();
+        let resident: u64 = self.ranges().map(|range| range.pages.resident()).sum();
+        let waiting: u64 = self.ranges().map(|range| range.pages.in_limbo()).sum();
         format!(
             "memory: the guest has {} frames, {} are on their way back; the host has {} free of {}, and had {} when the guest started",
             resident / PAGE_SIZE,

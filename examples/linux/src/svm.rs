@@ -14,7 +14,7 @@ use testudo_machine::Host;
 use testudo_machine::backend::svm::{
     Flusher, NestedParts, SvmPlace, SvmTables, SvmVcpu, open_direct_msrs,
 };
-use testudo_machine::paged::{Managed, PagedError, PagedMemory, Shootdown};
+use testudo_machine::paged::{Managed, PagedError, PagedMemory, SharedPool, Shootdown};
 use testudo_machine::paging::Paging;
 use testudo_machine::policy::cpuid::XCR0_ALLOWED;
 use testudo_nested::svm::{
@@ -60,6 +60,8 @@ pub(crate) struct SvmBackend {
     /// Whether shadow paging was taken for want of nested paging.
     substituted: bool,
     shadow: Option<Shadow<Npt>>,
+    /// What has the vCPUs out of the guest, if its pages are shared.
+    gates: Option<Arc<Shootdown>>,
     msr_permissions: Box<MsrPermissionMap>,
     io_permissions: Box<IoPermissionMap>,
     tables: SvmTables,
@@ -103,6 +105,7 @@ impl SvmBackend {
             paging,
             substituted,
             shadow: None,
+            gates: None,
             msr_permissions,
             io_permissions,
             tables,
@@ -137,21 +140,29 @@ impl SvmBackend {
         self.shadow.as_ref().map(|shadow| &shadow.tables as _)
     }
 
-    /// Guest memory that comes and goes: all there, in frames from `first` on, or none yet.
+    /// Guest memory that comes and goes: all there, in frames from `first` on, or none yet; shared if
+    /// there is a pool.
     pub(crate) fn manage(
-        &self,
-        start: Gpa,
-        len: u64,
+        &mut self,
+        (start, len): (Gpa, u64),
         first: Option<Hpa>,
         shootdown: Arc<Shootdown>,
+        shared: Option<SharedPool>,
     ) -> Result<&'static dyn Managed, PagedError> {
         let (table, flags) = (self.table, self.flags);
+        if shared.is_some() {
+            self.gates = Some(shootdown.clone());
+        }
         // SAFETY: the table is one guest's, whose machine has the shootdown, and the layout gives
-        // each range once; the frames are the guest's, and `Frames` takes any.
+        // each range once; the frames are the guest's, and `Frames` takes any. Each vCPU gets its gate.
         let pages = unsafe {
-            match first {
+            let pages = match first {
                 Some(first) => PagedMemory::resident_at(table, flags, start, len, first, shootdown),
                 None => PagedMemory::unplugged(table, flags, start, len, shootdown),
+            };
+            match shared {
+                Some(pool) => pages?.with_sharing(pool),
+                None => pages,
             }
         };
         Ok(pages?.leak())
@@ -189,14 +200,13 @@ impl SvmBackend {
         let at = address(&*pages);
         let state = NestedSvm::new(&host, pages, at).ok_or(SvmError::NoMemory)?;
         let flusher = Flusher::default();
-        let bytes: u64 = ram.ranges().map(|(_, len, _)| len).sum();
         let parts = ComposedParts {
             memory: ram,
             inner: self.table,
             frames: Frames,
             format: Npt::new(self.caps.physical_address_bits),
             l1_format: Npt::new(l1_caps.physical_address_bits),
-            page_limit: (bytes / testudo_arch::PAGE_SIZE) as usize,
+            page_limit: (ram.size() / testudo_arch::PAGE_SIZE) as usize,
         };
         let stage = ComposedStage::new(parts, flusher.clone());
         Ok(NestedParts {
@@ -244,6 +254,9 @@ impl SvmBackend {
         // SAFETY: `new` made the tables, which reach `ram` only, and this value keeps them; each
         // vCPU has its processor to itself.
         let mut vcpu = unsafe { SvmVcpu::new(place, ram) };
+        if let Some(gate) = self.gates.as_ref().and_then(|gates| gates.gate(number)) {
+            vcpu = vcpu.with_gate(gate);
+        }
         if let Some(shadow) = &self.shadow {
             vcpu = vcpu.with_shadow_paging(shadow.place(number));
         }

@@ -16,7 +16,7 @@ use testudo_machine::backend::vmx::{
     APIC_PAGE, ApicTables, Controls, Flusher, NestedParts, ShadowBitmaps, ThisProcessor,
     Unsuitable, VmxPlace, VmxTables, VmxVcpu, offers_shadowing, open_direct_msrs, open_x2apic_msrs,
 };
-use testudo_machine::paged::{Managed, PagedError, PagedMemory, Shootdown};
+use testudo_machine::paged::{Managed, PagedError, PagedMemory, SharedPool, Shootdown};
 use testudo_machine::paging::Paging;
 use testudo_machine::policy::cpuid::XCR0_ALLOWED;
 use testudo_machine::{Host, VcpuError};
@@ -78,6 +78,8 @@ pub(crate) struct VmxBackend {
     /// Why shadow paging was taken, though nobody asked for it.
     lack: Option<Unsuitable>,
     shadow: Option<Shadow<Ept>>,
+    /// What has the vCPUs out of the guest, if its pages are shared.
+    gates: Option<Arc<Shootdown>>,
     msr_bitmap: Box<MsrBitmap>,
     _apic: Option<Apic>,
 }
@@ -169,6 +171,7 @@ impl VmxBackend {
             flags,
             lack,
             shadow: None,
+            gates: None,
             msr_bitmap,
             _apic: apic,
         })
@@ -197,14 +200,13 @@ impl VmxBackend {
         cpuid: &Cpuid,
     ) -> NestedParts<'static, Stage> {
         let flusher = Flusher::default();
-        let bytes: u64 = ram.ranges().map(|(_, len, _)| len).sum();
         let parts = ComposedParts {
             memory: ram,
             inner: self.table,
             frames: Frames,
             format: format(&self.caps),
             l1_format: format(caps),
-            page_limit: (bytes / testudo_arch::PAGE_SIZE) as usize,
+            page_limit: (ram.size() / testudo_arch::PAGE_SIZE) as usize,
         };
         let bitmap = Box::new(MsrBitmap::all_exit());
         let at = address(&*bitmap);
@@ -260,23 +262,31 @@ impl VmxBackend {
         self.shadow.as_ref().map(|shadow| &shadow.tables as _)
     }
 
-    /// Guest memory that comes and goes: all there, in frames from `first` on, or none yet.
+    /// Guest memory that comes and goes: all there, in frames from `first` on, or none yet; shared if
+    /// there is a pool.
     pub(crate) fn manage(
         &mut self,
-        start: Gpa,
-        len: u64,
+        (start, len): (Gpa, u64),
         first: Option<Hpa>,
         shootdown: Arc<Shootdown>,
+        shared: Option<SharedPool>,
     ) -> Result<&'static dyn Managed, PagedError> {
         // The tables for a guest whose local APIC the processor virtualizes do not follow.
         self.controls.virtual_apic = false;
         let (table, flags) = (self.table, self.flags);
+        if shared.is_some() {
+            self.gates = Some(shootdown.clone());
+        }
         // SAFETY: the table is one guest's, whose machine has the shootdown, and the layout gives
-        // each range once; the frames are the guest's, and `Frames` takes any.
+        // each range once; the frames are the guest's, and `Frames` takes any. Each vCPU gets its gate.
         let pages = unsafe {
-            match first {
+            let pages = match first {
                 Some(first) => PagedMemory::resident_at(table, flags, start, len, first, shootdown),
                 None => PagedMemory::unplugged(table, flags, start, len, shootdown),
+            };
+            match shared {
+                Some(pool) => pages?.with_sharing(pool),
+                None => pages,
             }
         };
         Ok(pages?.leak())
@@ -331,6 +341,7 @@ impl VmxBackend {
             vpid: VPID,
             xcr0_valid: (u64::from(high) << 32 | u64::from(low)) & XCR0_ALLOWED,
             shadow: self.shadow.as_ref().map(|shadow| shadow.place(number)),
+            gate: self.gates.as_ref().and_then(|gates| gates.gate(number)),
         };
         // SAFETY: `new` made the tables, which reach `ram` only, and this value keeps them; without
         // EPT in the controls, `enable_shadow` was called; the

@@ -23,9 +23,11 @@ const CR0_DEFINED: u64 = PE
 
 pub(super) const PAE: u64 = Cr4Flags::PHYSICAL_ADDRESS_EXTENSION.bits();
 const LA57: u64 = Cr4Flags::L5_PAGING.bits();
+#[cfg(feature = "vmx")]
 pub(super) const MCE: u64 = Cr4Flags::MACHINE_CHECK_EXCEPTION.bits();
 /// The bits that a guest may set, where the processor has them: those whose feature the guest's
 /// CPUID can show.
+#[cfg(feature = "vmx")]
 pub(super) const GUEST_CR4: u64 = Cr4Flags::VIRTUAL_8086_MODE_EXTENSIONS.bits()
     | Cr4Flags::PROTECTED_MODE_VIRTUAL_INTERRUPTS.bits()
     | Cr4Flags::TIMESTAMP_DISABLE.bits()

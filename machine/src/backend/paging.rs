@@ -29,11 +29,17 @@ pub struct ShadowPlace<'a> {
     pub physical_bits: u8,
 }
 
+impl<'a> ShadowPlace<'a> {
+    /// The gate that the vCPU goes through.
+    pub(crate) fn gate(&self) -> &'a Gate {
+        self.tables.gate(self.vcpu)
+    }
+}
+
 /// The paging registers of a vCPU on shadow paging, or those of a guest of its guest's.
 pub(crate) struct GuestPaging<'a> {
     place: ShadowPlace<'a>,
     walker: Walker,
-    gate: &'a Gate,
     mode: Mode,
     cr3: u64,
     pdptes: [u64; 4],
@@ -60,7 +66,6 @@ impl<'a> GuestPaging<'a> {
         Self {
             place,
             walker,
-            gate: place.tables.gate(place.vcpu),
             mode: Mode::default(),
             cr3: 0,
             pdptes: [0; 4],
@@ -107,11 +112,6 @@ impl<'a> GuestPaging<'a> {
     #[inline]
     pub(crate) fn cr3(&self) -> u64 {
         self.cr3
-    }
-
-    #[inline]
-    pub(crate) fn gate(&self) -> &'a Gate {
-        self.gate
     }
 
     /// Why the vCPU cannot go on, once.

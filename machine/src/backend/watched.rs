@@ -112,8 +112,8 @@ impl<M: GuestMemory> GuestMemory for Watched<'_, M> {
     }
 
     #[inline]
-    fn bring_in(&self, gpa: Gpa) -> BroughtIn {
-        self.memory.bring_in(gpa)
+    fn bring_in(&self, gpa: Gpa, write: bool) -> BroughtIn {
+        self.memory.bring_in(gpa, write)
     }
 
     #[inline]

@@ -5,8 +5,16 @@
 //! ([`Shootdown`]). Until then it waits in limbo; if the guest touches the page meanwhile it gets the
 //! very same frame again, so that a processor that still has the old translation sees what
 //! all others see. A page that the guest touches later is a fresh one, zeroed.
+//!
+//! With [`PagedMemory::with_sharing`], pages that hold the same are backed by one frame until they are
+//! written: by the guest, or by whoever asks [`Pager::page`] for a page to write to.
 
+mod scanner;
+mod sharing;
 mod shootdown;
+
+pub(crate) use scanner::ScanClock;
+pub use sharing::SharedPool;
 
 pub(crate) use shootdown::FORGET;
 pub use shootdown::Shootdown;
@@ -19,6 +27,7 @@ use core::ops::Range;
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU64, Ordering};
 
+use sharing::{Shares, Sharing};
 use testudo_arch::memory::Pager;
 use testudo_arch::{FrameAlloc, FrameMem, Gpa, Hpa, PAGE_SIZE, PageSize};
 use testudo_ept::format::{Format, Leaf};
@@ -28,6 +37,12 @@ use testudo_ept::{Flush, PageTable};
 const AWAY: u64 = 0;
 /// No frame, and the guest is not to touch the page.
 const REFUSED: u64 = 1;
+/// In a bit that no frame's address has: nobody may write to the page as it is.
+const PROTECTED: u64 = 1 << 1;
+/// In another: the frame is one that pages share.
+const COMMON: u64 = 1 << 2;
+/// All such bits.
+const STATE: u64 = PAGE_SIZE - 1;
 /// What frames of large pages are aligned to.
 const BLOCK: u64 = PageSize::Size2M.bytes();
 
@@ -77,6 +92,10 @@ pub trait Managed: Pager {
 
     /// The bytes that were taken away and are not free yet.
     fn in_limbo(&self) -> u64;
+
+    /// Goes on looking for pages that hold what others hold, of which so many are read at most, and
+    /// shares them. Called again and again by one of the guest's vCPUs, between two exits.
+    fn share(&self, pages: usize);
 }
 
 /// The most pages of edits that share an obligation: a guest can make many edits before its vCPUs
@@ -98,9 +117,11 @@ struct Pending<F: Format<Input = Gpa>, A: FrameAlloc + FrameMem + 'static> {
 struct Limbo<F: Format<Input = Gpa>, A: FrameAlloc + FrameMem + 'static> {
     /// In the order of their numbers.
     pending: VecDeque<Pending<F, A>>,
-    /// The frames of pages that left, with the edits' identification.
+    /// The frames of pages that left, with the edits' identification; [`COMMON`] is among a frame's bits.
     frames: BTreeMap<u64, (Hpa, u64)>,
     next_id: u64,
+    /// Who shares what, if anything is shared.
+    shares: Option<Shares<A>>,
 }
 
 impl<F: Format<Input = Gpa>, A: FrameAlloc + FrameMem + 'static> Limbo<F, A> {
@@ -158,12 +179,13 @@ pub struct PagedMemory<F: Format<Input = Gpa> + 'static, A: GuestFrames + 'stati
     table: &'static PageTable<F, A>,
     flags: F::Flags,
     start: Gpa,
-    /// For each page its frame, or [`AWAY`], or [`REFUSED`].
+    /// For each page its frame with [`PROTECTED`] and [`COMMON`], or [`AWAY`], or [`REFUSED`].
     pages: Box<[AtomicU64]>,
     resident: AtomicU64,
     shootdown: Arc<Shootdown>,
-    /// Held for every change, and never while waiting for anybody.
+    /// Held for every change, and never while waiting for anybody but vCPUs to leave the guest.
     limbo: spin::Mutex<Limbo<F, A>>,
+    sharing: Option<Sharing<A>>,
 }
 
 /// Memory that cannot be managed like this.
@@ -181,6 +203,9 @@ pub enum PagedError {
     /// The table does not take it.
     #[error("the memory at {0} cannot be mapped")]
     Map(Gpa),
+    /// More pages than sharing can number.
+    #[error("{0:#x} bytes are too many to be shared")]
+    TooLarge(u64),
 }
 
 impl<F: Format<Input = Gpa> + 'static, A: GuestFrames + 'static> PagedMemory<F, A> {
@@ -221,7 +246,9 @@ impl<F: Format<Input = Gpa> + 'static, A: GuestFrames + 'static> PagedMemory<F, 
                 pending: VecDeque::new(),
                 frames: BTreeMap::new(),
                 next_id: 0,
+                shares: None,
             }),
+            sharing: None,
         })
     }
 
@@ -293,9 +320,16 @@ impl<F: Format<Input = Gpa> + 'static, A: GuestFrames + 'static> PagedMemory<F, 
         match self.slot(number).load(Ordering::Acquire) {
             AWAY => {}
             REFUSED => return None,
+            slot if slot & PROTECTED != 0 => {
+                drop(limbo);
+                return self.own(number);
+            }
             frame => return Some(Hpa(frame)),
         }
         let waiting = limbo.frames.get(&number).map(|(frame, _)| *frame);
+        if let Some(frame) = waiting.filter(|frame| frame.0 & COMMON != 0) {
+            return self.fetch_shared(&mut limbo, number, Hpa(frame.0 & !STATE));
+        }
         let frame = match waiting {
             Some(frame) => frame,
             None => match self.fetch_block(number, &limbo.frames) {
@@ -350,7 +384,7 @@ impl<F: Format<Input = Gpa> + 'static, A: GuestFrames + 'static> PagedMemory<F, 
         // No frame is left to split a large page: everything stays.
         let token = self.table.unmap_into(gpa, len, Vec::new()).ok()?;
         let id = limbo.id();
-        let mut taken = 0;
+        let (mut taken, mut own) = (0, 0);
         for page in numbers {
             let slot = self.slot(page);
             match slot.load(Ordering::Relaxed) {
@@ -358,14 +392,16 @@ impl<F: Format<Input = Gpa> + 'static, A: GuestFrames + 'static> PagedMemory<F, 
                 REFUSED => continue,
                 AWAY => {}
                 frame => {
-                    limbo.frames.insert(page, (Hpa(frame), id));
+                    let common = frame & COMMON;
+                    let frame = Hpa(frame & !STATE | common);
+                    limbo.frames.insert(page, (frame, id));
                     taken += 1;
+                    own += u64::from(common == 0);
                 }
             }
             slot.store(state, Ordering::Release);
         }
-        self.resident
-            .fetch_sub(taken * PAGE_SIZE, Ordering::Relaxed);
+        self.resident.fetch_sub(own * PAGE_SIZE, Ordering::Relaxed);
         if taken > 0 {
             limbo.add(self.shootdown.begin(), taken, token);
         }
@@ -389,7 +425,7 @@ impl<F: Format<Input = Gpa> + 'static, A: GuestFrames + 'static> PagedMemory<F, 
                 let end = first + leaf.bytes() / PAGE_SIZE;
                 let mut page = first;
                 while page < end {
-                    page = self.release(&mut limbo.frames, page..end, id);
+                    page = self.release(&mut limbo, page..end, id);
                 }
             }
         }
@@ -397,23 +433,31 @@ impl<F: Format<Input = Gpa> + 'static, A: GuestFrames + 'static> PagedMemory<F, 
 
     /// Frees the frames of pages that left by one edit, a large page's worth if there is, else one;
     /// gives the page behind them.
-    fn release(&self, limbo: &mut BTreeMap<u64, (Hpa, u64)>, pages: Range<u64>, id: u64) -> u64 {
+    fn release(&self, limbo: &mut Limbo<F, A>, pages: Range<u64>, id: u64) -> u64 {
         const PAGES: u64 = BLOCK / PAGE_SIZE;
+        let Limbo { frames, shares, .. } = limbo;
         let page = pages.start;
         // One that the guest has again, perhaps gone once more since, is not free.
-        let Some(&(first, edit)) = limbo.get(&page).filter(|(_, edit)| *edit == id) else {
+        let Some(&(first, edit)) = frames.get(&page).filter(|(_, edit)| *edit == id) else {
             return page + 1;
         };
+        if first.0 & COMMON != 0 {
+            frames.remove(&page);
+            if let (Some(sharing), Some(shares)) = (&self.sharing, shares) {
+                self.leave(sharing, shares.group(page));
+            }
+            return page + 1;
+        }
         let side_by_side = |offset: u64| {
             let frame = Hpa(first.0 + offset * PAGE_SIZE);
-            limbo.get(&(page + offset)) == Some(&(frame, edit))
+            frames.get(&(page + offset)) == Some(&(frame, edit))
         };
         let whole = first.0.is_multiple_of(BLOCK)
             && pages.end - page >= PAGES
             && (0..PAGES).all(side_by_side);
         let count = if whole { PAGES } else { 1 };
         for page in page..page + count {
-            limbo.remove(&page);
+            frames.remove(&page);
         }
         if whole {
             self.table.frames().free_block(first);
@@ -459,7 +503,8 @@ impl<F: Format<Input = Gpa> + 'static, A: GuestFrames + 'static> PagedMemory<F, 
 
 #[allow(unsafe_code, reason = "pages are handed out by their address")]
 // SAFETY: a page's frame was handed out by the allocator, which says where it is mapped; it goes back
-// only when all vCPUs have said, after it left, that they have no address from before.
+// only when all vCPUs have said, after it left, that they have no address from before. Frames that are
+// shared are given for reading only.
 unsafe impl<F, A> Pager for PagedMemory<F, A>
 where
     F: Format<Input = Gpa> + Send + Sync + 'static,
@@ -467,14 +512,18 @@ where
     A: GuestFrames + Send + 'static,
 {
     #[inline]
-    fn page(&self, gpa: Gpa) -> Option<NonNull<u8>> {
+    fn page(&self, gpa: Gpa, write: bool) -> Option<NonNull<u8>> {
         let number = self.numbers(gpa, PAGE_SIZE)?.start;
         let frame = match self.slot(number).load(Ordering::Acquire) {
-            AWAY => self.fetch(number)?,
+            AWAY => self.fetch(number),
             REFUSED => return None,
-            frame => Hpa(frame),
+            slot if write && slot & PROTECTED != 0 => self.own(number),
+            slot => Some(Hpa(slot & !STATE)),
         };
-        Some(self.table.frames().pointer(frame))
+        if frame.is_none() && self.is_memory(gpa) {
+            self.shootdown.exhaust(gpa);
+        }
+        Some(self.table.frames().pointer(frame?))
     }
 
     fn is_memory(&self, gpa: Gpa) -> bool {
@@ -527,6 +576,12 @@ where
 
     fn in_limbo(&self) -> u64 {
         self.limbo.lock().frames.len() as u64 * PAGE_SIZE
+    }
+
+    fn share(&self, pages: usize) {
+        if let Some(sharing) = &self.sharing {
+            self.scan(sharing, pages);
+        }
     }
 }
 

@@ -4,15 +4,21 @@
 //! may be spinning: nobody can wait for anybody here. So a change is given a number, all vCPUs are
 //! asked to look up, and each says between two exits up to which number it has forgotten. A page is
 //! free for others once all vCPUs have passed its number.
+//!
+//! A page that is shared no more must not be written as long as a vCPU runs the guest on the old translation:
+//! it would see the past. For that the vCPUs are expelled from the guest, each by its [`Gate`], which
+//! can be waited for whatever locks anybody holds.
 
 use alloc::boxed::Box;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU64, Ordering};
 
+use testudo_arch::Gpa;
 use testudo_ept::{Invalidate, Invalidation};
 
 use crate::irq::{Irqchip, request};
+use crate::paging::{Gate, expel};
 
 /// The request by which a vCPU is told to forget.
 pub(crate) const FORGET: u32 = 1 << 30;
@@ -25,6 +31,9 @@ type Waiter = Box<dyn Fn() + Send + Sync>;
 pub struct Shootdown {
     last: AtomicU64,
     forgotten: Box<[AtomicU64]>,
+    gates: Box<[Gate]>,
+    /// The page that there was no memory for, and one bit more.
+    exhausted: AtomicU64,
     chip: spin::Once<Arc<Irqchip>>,
     waiters: spin::RwLock<Vec<Waiter>>,
 }
@@ -35,6 +44,8 @@ impl Shootdown {
         Arc::new(Self {
             last: AtomicU64::new(0),
             forgotten: (0..vcpus).map(|_| AtomicU64::new(0)).collect(),
+            gates: (0..vcpus).map(|_| Gate::default()).collect(),
+            exhausted: AtomicU64::new(0),
             chip: spin::Once::new(),
             waiters: spin::RwLock::new(Vec::new()),
         })
@@ -59,12 +70,43 @@ impl Shootdown {
     /// Gives a change that has been made its number, and asks all vCPUs to forget what was before.
     pub fn begin(&self) -> u64 {
         let number = self.last.fetch_add(1, Ordering::SeqCst) + 1;
+        self.request_all();
+        number
+    }
+
+    fn request_all(&self) {
         if let Some(chip) = self.chip.get() {
             for vcpu in 0..self.forgotten.len() {
                 chip.request(vcpu, FORGET);
             }
         }
-        number
+    }
+
+    /// The gate that a vCPU goes through into the guest and back, if memory of the machine is shared.
+    pub fn gate(&self, vcpu: usize) -> Option<&Gate> {
+        self.gates.get(vcpu)
+    }
+
+    /// Has all vCPUs out of the guest, none of which enters again before it has dropped its translations.
+    /// They must go through their gates.
+    pub(crate) fn expel(&self) {
+        // Before the machine is built nobody runs.
+        if let Some(chip) = self.chip.get() {
+            expel(&self.gates, &**chip.host(), None);
+        }
+    }
+
+    /// There is no memory for a page that is the guest's and that a device or an emulated instruction
+    /// accesses: the machine stops.
+    pub(crate) fn exhaust(&self, page: Gpa) {
+        self.exhausted.store(page.0 | 1, Ordering::SeqCst);
+        self.request_all();
+    }
+
+    /// The page that there was no memory for.
+    pub(crate) fn exhausted(&self) -> Option<Gpa> {
+        let page = self.exhausted.load(Ordering::SeqCst);
+        (page != 0).then_some(Gpa(page & !1))
     }
 
     /// The last number given. A vCPU that forgets everything after this was read has forgotten

@@ -8,9 +8,11 @@ use std::vec;
 use testudo_arch::memory::{BroughtIn, GuestRam};
 use testudo_arch::{FrameAlloc, FrameMem, GuestMemory};
 use testudo_ept::Rights;
-use testudo_ept::format::npt::Npt;
+use testudo_ept::format::npt::{Npt, NptFlags};
 
 use super::*;
+
+mod sharing;
 
 const START: Gpa = Gpa(0x4000_0000);
 const LEN: u64 = 4 * BLOCK;
@@ -105,12 +107,15 @@ struct Bench {
 
 impl Bench {
     fn new(blocks: usize, resident: bool) -> Self {
-        let frames = Frames::new(blocks);
+        Self::on(Frames::new(blocks), LEN, resident, None)
+    }
+
+    fn on(frames: &'static Frames, len: u64, resident: bool, shared: Option<SharedPool>) -> Self {
         let format = Npt::new(48);
         let flags = format.flags(Rights::all()).unwrap();
         let first = resident.then(|| {
             let first = frames.alloc_block().unwrap();
-            for number in 1..LEN / BLOCK {
+            for number in 1..len / BLOCK {
                 let next = frames.alloc_block().unwrap();
                 assert_eq!(next.0, first.0 + number * BLOCK, "in one piece");
             }
@@ -122,14 +127,18 @@ impl Bench {
         let told = shootdown.clone();
         // SAFETY: no processor uses the table, and the frames are this range's.
         let memory = unsafe {
-            match first {
-                Some(first) => PagedMemory::resident_at(table, flags, START, LEN, first, told),
-                None => PagedMemory::unplugged(table, flags, START, LEN, told),
+            let memory = match first {
+                Some(first) => PagedMemory::resident_at(table, flags, START, len, first, told),
+                None => PagedMemory::unplugged(table, flags, START, len, told),
+            };
+            match shared {
+                Some(pool) => memory.unwrap().with_sharing(pool),
+                None => memory,
             }
         };
         let memory = memory.unwrap().leak();
         let mut ram = GuestRam::new();
-        ram.add_paged(START, LEN, memory).unwrap();
+        ram.add_paged(START, len, memory).unwrap();
         Self {
             frames,
             table,
@@ -169,7 +178,7 @@ fn a_reclaimed_page_leaves_the_table_at_once_and_is_free_when_all_have_forgotten
     assert_eq!(bench.frames.count(), before);
     // What comes back is zeroed, in the table, and counted.
     assert!(bench.ram.contains(page, PAGE_SIZE) && !bench.is_mapped(page));
-    assert_eq!(bench.ram.bring_in(page), BroughtIn::Present);
+    assert_eq!(bench.ram.bring_in(page, false), BroughtIn::Present);
     assert!(bench.is_mapped(page));
     assert_eq!(bench.ram.load_u64(page), Ok(0));
     assert_eq!(bench.memory.resident(), LEN);
@@ -215,7 +224,7 @@ fn many_edits_before_anybody_looks_share_their_obligation() {
 fn memory_is_plugged_in_large_pages_and_refused_when_it_is_not() {
     let bench = Bench::new(4, false);
     let free = bench.frames.count();
-    assert_eq!(bench.ram.bring_in(START), BroughtIn::NothingAway);
+    assert_eq!(bench.ram.bring_in(START, false), BroughtIn::NothingAway);
     assert!(!bench.ram.contains(START, 1) && bench.ram.load_u64(START).is_err());
     assert!(bench.memory.plug(START, BLOCK));
     assert_eq!(bench.table.translate(START).unwrap().leaf.shift, 21);
@@ -249,7 +258,7 @@ fn what_left_as_a_whole_comes_back_in_a_large_page() {
     bench.forget();
     assert_eq!(bench.memory.resident(), LEN - BLOCK);
     let page = block.wrapping_add(5 * PAGE_SIZE);
-    assert_eq!(bench.ram.bring_in(page), BroughtIn::Present);
+    assert_eq!(bench.ram.bring_in(page, false), BroughtIn::Present);
     assert_eq!(bench.table.translate(page).unwrap().leaf.shift, 21);
     assert_eq!(bench.memory.resident(), LEN);
     // With one page of it in limbo, the others come alone.
@@ -258,7 +267,7 @@ fn what_left_as_a_whole_comes_back_in_a_large_page() {
     bench
         .memory
         .reclaim(block.wrapping_add(BLOCK - PAGE_SIZE), PAGE_SIZE);
-    assert_eq!(bench.ram.bring_in(page), BroughtIn::Present);
+    assert_eq!(bench.ram.bring_in(page, false), BroughtIn::Present);
     assert_eq!(bench.memory.resident(), LEN - BLOCK + PAGE_SIZE);
 }
 
@@ -266,7 +275,7 @@ fn what_left_as_a_whole_comes_back_in_a_large_page() {
 fn memory_that_is_not_plugged_is_not_the_guests_to_give() {
     let bench = Bench::new(4, false);
     assert_eq!(bench.memory.reclaim(START, BLOCK), 0);
-    assert_eq!(bench.ram.bring_in(START), BroughtIn::NothingAway);
+    assert_eq!(bench.ram.bring_in(START, false), BroughtIn::NothingAway);
     assert!(bench.memory.plug(START, BLOCK));
     assert_eq!(bench.memory.reclaim(START, PAGE_SIZE), 1);
     assert!(bench.memory.unplug(START, BLOCK));
@@ -293,12 +302,12 @@ fn an_empty_host_is_told_from_what_is_no_memory() {
     while let Some(frame) = bench.frames.alloc() {
         held.push(frame);
     }
-    assert_eq!(bench.ram.bring_in(START), BroughtIn::NoneLeft);
+    assert_eq!(bench.ram.bring_in(START, false), BroughtIn::NoneLeft);
     assert!(bench.ram.load_u64(START).is_err());
     for frame in held {
         bench.frames.free(frame);
     }
-    assert_eq!(bench.ram.bring_in(START), BroughtIn::Present);
+    assert_eq!(bench.ram.bring_in(START, false), BroughtIn::Present);
 }
 
 #[test]

@@ -278,7 +278,9 @@ impl CpuidTable {
         let mut constant = [None; SLOTS];
         let mut component_end = [0; 64];
         for (at, entry) in entries.iter().enumerate() {
-            let slot = slot(entry.leaf).unwrap_or(0);
+            let Some(slot) = slot(entry.leaf) else {
+                continue;
+            };
             let place = &mut index[slot];
             if place.1 == 0 {
                 place.0 = at as u8;

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::IsTerminal;
+use std::num::NonZeroU64;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -92,6 +93,11 @@ impl Paging {
     }
 }
 
+/// The hypervisor's argument for sharing pages, of which so many are looked at in a second.
+pub(super) fn share_words(pages: NonZeroU64) -> String {
+    format!(" share-pages={pages}")
+}
+
 /// Boot a guest kernel on a bare-metal hypervisor made of the project's crates.
 ///
 /// Without --kernel, Debian's own kernel for virtual machines is fetched, checked and booted. The exit
@@ -143,6 +149,11 @@ pub(crate) struct Boot {
     /// How the memory of each guest is put behind its paging [default: nested where the processor can]
     #[arg(long, value_enum, value_name = "PAGING", value_delimiter = ',')]
     paging: Vec<Paging>,
+    /// Back pages that hold the same by one frame until one is written, among all guests, looking at so many
+    /// pages of each guest in a second. Not for guests that distrust one another: by the time that a
+    /// write takes, one finds out what the other has in memory
+    #[arg(long, value_name = "PAGES", num_args = 0..=1, default_missing_value = "10000")]
+    share_pages: Option<NonZeroU64>,
     /// Have the emulated processor lack nested paging
     #[arg(long)]
     no_nested_paging: bool,
@@ -239,6 +250,9 @@ impl Boot {
             command_line.push_str(" enlightened");
         }
         command_line.push_str(&Paging::words(&self.paging));
+        if let Some(pages) = self.share_pages {
+            command_line.push_str(&share_words(pages));
+        }
         command_line.push_str(&limit(&mut machine));
         if self.stats {
             command_line.push_str(" stats");

@@ -1,12 +1,13 @@
 //! `cargo xtask nested`: hypervisors inside hypervisors, each unmodified, on ours.
 
 use std::fs;
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use super::boot::{Backend, HYPERVISOR, Paging, limit, machine_memory};
+use super::boot::{Backend, HYPERVISOR, Paging, limit, machine_memory, share_words};
 use super::xen::Xen;
 use crate::bare::{self, Payload};
 use crate::debian::{self, Kernel, Tool};
@@ -66,6 +67,9 @@ pub(crate) struct Nested {
     /// it is not offered nested paging either, and shadow tables are made from its shadow tables
     #[arg(long, value_enum, value_name = "PAGING", value_delimiter = ',')]
     paging: Vec<Paging>,
+    /// Back pages that hold the same by one frame, as `cargo xtask boot --share-pages` does
+    #[arg(long, value_name = "PAGES", num_args = 0..=1, default_missing_value = "10000")]
+    share_pages: Option<NonZeroU64>,
     /// Have the guest hypervisors shadow their guests' page tables although nested paging is offered
     #[arg(long)]
     shadow: bool,
@@ -148,6 +152,7 @@ impl Nested {
             enlightened: false,
             renew: None,
             paging: Vec::new(),
+            share_pages: None,
             shadow: false,
             run: None,
             stats: false,
@@ -196,7 +201,10 @@ impl Nested {
         let renew = self.renew.map(|turns| format!(" renew={turns}"));
         let renew = renew.unwrap_or_default();
         let enlightened = if self.enlightened { " enlightened" } else { "" };
-        let paging = Paging::words(&self.paging);
+        let mut paging = Paging::words(&self.paging);
+        if let Some(pages) = self.share_pages {
+            paging.push_str(&share_words(pages));
+        }
         let limit = limit(&mut machine);
         let payload = Payload {
             command_line: format!(

@@ -131,8 +131,7 @@ impl Operator {
         add: impl FnOnce(Box<dyn Device<GuestRam>>) -> DeviceHandle,
     ) {
         // A guest inflates with plugged memory as well.
-        let main = self.memory.main.iter();
-        let ranges: Vec<_> = main.chain(&self.memory.pluggable).copied().collect();
+        let ranges: Vec<_> = self.memory.ranges().copied().collect();
         let account = Account::new(ranges);
         let held = account.held.clone();
         let (balloon, control) = Balloon::new(account);
@@ -194,7 +193,7 @@ impl Operator {
                 mem.size >> 20
             ));
         }
-        if self.balloon.is_some() || self.mem.is_some() {
+        if self.memory.ranges().next().is_some() {
             lines.push(self.memory.report());
         }
         lines

@@ -29,6 +29,7 @@ use testudo_virtio::transport::Options;
 use self::args::DeviceArgs;
 use self::console::Keyboard;
 use self::disk::Disk;
+pub(crate) use self::entropy::Source as RandomSource;
 pub(crate) use self::ethernet::Ethernet;
 use self::memory::{Operator, Services};
 pub(crate) use self::pmem::Persistent;

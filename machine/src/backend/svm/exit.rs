@@ -88,7 +88,7 @@ impl<M: GuestMemory, S: SecondStage> SvmVcpu<'_, M, S> {
     fn becomes_quiet(&self) -> bool {
         let paging = self.vmcb01.cr0() & Cr0Flags::PAGING.bits() != 0;
         self.nested.is_none()
-            && self.shadow.is_none()
+            && self.gate.is_none()
             && self.unmasking_iret.is_none()
             && (paging || !self.hides_lme)
             && !self.vmcb01.event_inj().is_valid()
@@ -115,9 +115,7 @@ impl<M: GuestMemory, S: SecondStage> SvmVcpu<'_, M, S> {
     /// Runs the guest once.
     #[inline]
     fn enter_l1(&mut self) {
-        if self.shadow.is_some() {
-            self.enter_gate();
-        }
+        self.enter_gate();
         if self.nested.is_some() {
             self.prepare_l1();
         } else {

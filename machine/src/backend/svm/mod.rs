@@ -37,6 +37,7 @@ use testudo_svm::vmcb::{InterruptState, NestedControl, VintrFlags, VirtualInterr
 use super::mode::Mode;
 use super::{is_valid_pat, is_valid_xcr0};
 use crate::code_cache::CodeCache;
+use crate::paging::Gate;
 use crate::stats::Settled;
 use crate::vcpu::{AwaitedInterrupt, NestedStateError, Vcpu, VcpuError, VmExit};
 
@@ -105,6 +106,8 @@ pub struct SvmVcpu<'a, M, S = NoSecondStage> {
     vmcb01: VmcbFrame<'a>,
     nested: Option<Nested<S>>,
     shadow: Option<Shadow<'a>>,
+    /// What it goes through into the guest and back, if others wait for it to be out.
+    gate: Option<&'a Gate>,
     asids: AsidPool,
     l1_asid: AsidSlot,
     registers: GuestRegisters,
@@ -201,6 +204,7 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
             vmcb01,
             nested: None,
             shadow: None,
+            gate: None,
             asids,
             l1_asid,
             registers: GuestRegisters::default(),
@@ -228,6 +232,15 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
         vcpu
     }
 
+    /// Has the vCPU go through its [gate](crate::paged::Shootdown::gate), as sharing of the guest's
+    /// pages wants it.
+    #[must_use]
+    pub fn with_gate(mut self, gate: &'a Gate) -> Self {
+        self.gate = Some(gate);
+        self.is_quiet = false;
+        self
+    }
+
     /// The VMCB that the processor runs: the guest's, or that of a guest of its own.
     #[inline]
     fn vmcb(&self) -> &Vmcb {
@@ -243,6 +256,16 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
         match &mut self.nested {
             Some(nested) if nested.state.is_guest() => nested.state.vmcb02_mut(),
             _ => &mut self.vmcb01,
+        }
+    }
+
+    /// Nothing that was derived from tables is used for the guest, or a guest of its own, any more.
+    fn drop_translations(&mut self) {
+        self.is_quiet = false;
+        self.l1_asid.flush();
+        if let Some(nested) = &mut self.nested {
+            nested.stage.flush(None);
+            nested.state.flush_translations();
         }
     }
 
@@ -525,12 +548,7 @@ impl<M: GuestMemory, S: SecondStage> Vcpu for SvmVcpu<'_, M, S> {
     }
 
     fn forget_memory(&mut self) -> Result<(), VcpuError> {
-        self.is_quiet = false;
-        self.l1_asid.flush();
-        if let Some(nested) = &mut self.nested {
-            nested.stage.flush(None);
-            nested.state.flush_translations();
-        }
+        self.drop_translations();
         Ok(())
     }
 

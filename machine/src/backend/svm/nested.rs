@@ -125,12 +125,10 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
     /// Runs L2 once; gives what the machine must decide.
     #[inline(never)]
     pub(super) fn run_l2(&mut self) -> Option<VmExit> {
-        if self.shadow.is_some() {
-            if !self.put_on_l2_shadow() {
-                return None;
-            }
-            self.enter_gate();
+        if self.shadow.is_some() && !self.put_on_l2_shadow() {
+            return None;
         }
+        self.enter_gate();
         let nested = self.nested.as_mut()?;
         if nested.flusher.take() {
             nested.state.flush_translations();
@@ -159,8 +157,8 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
         } else {
             0
         };
+        self.leave_gate();
         if self.shadow.is_some() {
-            self.leave_gate();
             self.take_off_l2_shadow();
             if self.vmcb().exit_code() == PAGE_FAULT {
                 return self.l2_shadow_fault();

@@ -23,6 +23,7 @@ use testudo_svm::{Exit, Vmcb};
 use super::{CS_LONG, GUEST_EFER, LMA, SVME, SvmVcpu};
 use crate::backend::mode::Mode;
 use crate::backend::paging::{GuestPaging, ShadowPlace};
+use crate::paging::Gate;
 use crate::vcpu::{Vcpu, VcpuError, VmExit};
 use testudo_arch::regs::{SegmentRegister, SystemRegisters};
 
@@ -68,6 +69,7 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
         let misc3 = vmcb.intercept_misc3() | Misc3::INVPCID;
         vmcb.set_intercept_misc3(misc3);
         let l1 = GuestPaging::new(place);
+        self.gate = Some(place.gate());
         self.shadow = Some(Shadow {
             l2: l1.of_nested(),
             l1,
@@ -102,22 +104,25 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
     /// are no longer true. The ASID is to be assigned after it.
     #[inline]
     pub(super) fn enter_gate(&mut self) {
-        if let Some(shadow) = &self.shadow
-            && shadow.l1.gate().enter()
-        {
-            // Both run on the same tables.
-            self.l1_asid.flush();
-            if let Some(nested) = &mut self.nested {
-                nested.state.flush_translations();
-            }
+        if let Some(gate) = self.gate {
+            self.pass(gate);
+        }
+    }
+
+    #[inline(never)]
+    fn pass(&mut self, gate: &Gate) {
+        while gate.enter() {
+            // What is made of them goes as well, outside, where nobody waits for this vCPU.
+            gate.leave();
+            self.drop_translations();
         }
     }
 
     /// After it ran.
     #[inline]
     pub(super) fn leave_gate(&self) {
-        if let Some(shadow) = &self.shadow {
-            shadow.l1.gate().leave();
+        if let Some(gate) = self.gate {
+            gate.leave();
         }
     }
 

@@ -72,6 +72,7 @@ use testudo_vmx::{AccessError, Encoding, Field, VmFail, VmxCaps, encoding, field
 
 use super::paging::ShadowPlace;
 use super::watched::Watched;
+use crate::paging::Gate;
 use crate::vcpu::{AwaitedInterrupt, Vcpu, VcpuError};
 use apic::VirtualApic;
 pub use apic::{APIC_PAGE, ApicTables, open_x2apic_msrs};
@@ -114,6 +115,8 @@ pub struct VmxVcpu<'a, P, M, S = NoSecondStage> {
     /// How many entries there are until the timer is set anew.
     until_timer: u32,
     shadow: Option<Shadow<'a>>,
+    /// What it goes through into the guest and back, if others wait for it to be out.
+    gate: Option<&'a Gate>,
     imposed: Imposed,
     xcr0_valid: u64,
     /// Why the guest came out last.
@@ -159,6 +162,8 @@ pub struct VmxPlace<'a> {
     pub xcr0_valid: u64,
     /// Shadow paging, if the controls are for that.
     pub shadow: Option<ShadowPlace<'a>>,
+    /// The vCPU's [gate](crate::paged::Shootdown::gate), if pages of its guest are shared.
+    pub gate: Option<&'a Gate>,
 }
 
 impl<'a, M: GuestMemory, S: SecondStage> VmxVcpu<'a, ThisProcessor<'a>, M, S> {
@@ -206,6 +211,7 @@ impl<'a, M: GuestMemory, S: SecondStage> VmxVcpu<'a, ThisProcessor<'a>, M, S> {
             vpid: place.vpid,
             xcr0_valid: place.xcr0_valid,
             shadow: place.shadow,
+            gate: place.gate,
         };
         Self::on(processor, &parts, memory)
     }
@@ -220,6 +226,7 @@ struct Parts<'a> {
     vpid: u16,
     xcr0_valid: u64,
     shadow: Option<ShadowPlace<'a>>,
+    gate: Option<&'a Gate>,
 }
 
 impl<'a, P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'a, P, M, S> {
@@ -262,6 +269,7 @@ impl<'a, P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'a, P, M, S> {
             apic,
             timer,
             until_timer: 1,
+            gate: parts.gate.or(parts.shadow.map(|place| place.gate())),
             shadow: parts.shadow.map(Shadow::new),
             imposed,
             xcr0_valid: parts.xcr0_valid,
@@ -359,7 +367,7 @@ impl<'a, P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'a, P, M, S> {
         Ok(())
     }
 
-    /// The entry on shadow paging.
+    /// The entry through the gate.
     #[inline(never)]
     fn enter_by_gate(&mut self) -> Result<Result<(), VmFail>, VcpuError> {
         self.enter_gate()?;
@@ -417,7 +425,7 @@ impl<'a, P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'a, P, M, S> {
     #[inline(always)]
     fn enter(&mut self) -> Result<ExitReason, VcpuError> {
         self.prepare()?;
-        let entered = if self.shadow.is_none() {
+        let entered = if self.gate.is_none() {
             // SAFETY: the controls that `new` wrote confine the guest, and nothing removes one but
             // the windows; the rest is what the caller of `new` promised.
             #[allow(unsafe_code, reason = "the entry; see `new`")]

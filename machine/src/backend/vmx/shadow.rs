@@ -66,19 +66,22 @@ impl<'a, P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'a, P, M, S> {
     /// true.
     #[inline]
     pub(super) fn enter_gate(&mut self) -> Result<(), VcpuError> {
-        let Some(shadow) = &mut self.shadow else {
-            return Ok(());
-        };
-        let failure = shadow.paging.failure().or_else(|| shadow.l2.failure());
+        let failure = self.shadow.as_mut();
+        let failure = failure.and_then(|s| s.paging.failure().or_else(|| s.l2.failure()));
         if let Some(error) = failure {
             return Err(error.into());
         }
-        if shadow.paging.gate().enter()
-            && let Err(error) = self.forget_both()
-        {
-            // Whoever waits for this vCPU to leave must not wait for ever.
-            self.leave_gate();
-            return Err(error);
+        let Some(gate) = self.gate else {
+            return Ok(());
+        };
+        while gate.enter() {
+            // Whoever waits for this vCPU to leave must not wait for it to forget.
+            gate.leave();
+            if self.shadow.is_some() {
+                self.forget_both()?;
+            } else {
+                self.forget_memory()?;
+            }
         }
         Ok(())
     }
@@ -131,8 +134,8 @@ impl<'a, P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'a, P, M, S> {
     /// After it ran.
     #[inline]
     pub(super) fn leave_gate(&self) {
-        if let Some(shadow) = &self.shadow {
-            shadow.paging.gate().leave();
+        if let Some(gate) = self.gate {
+            gate.leave();
         }
     }
 

@@ -6,6 +6,7 @@ mod costs;
 mod nested;
 mod new_device;
 mod selftests;
+mod sharing;
 mod virtio;
 
 use std::io::{BufRead, BufReader};
@@ -102,6 +103,7 @@ impl Test {
             costs::run(&mut tally);
             boots::run(&mut tally, self.full)?;
             virtio::run(&mut tally, self.full)?;
+            sharing::run(&mut tally);
             nested::run(&mut tally, self.full)?;
             bluepill::run(&mut tally, self.full)?;
         }

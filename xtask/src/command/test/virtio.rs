@@ -366,7 +366,7 @@ fn broken_disk() -> Result<()> {
 
 /// Boots and runs a script; gives the output of a run that ended well. Instructions count as time, so
 /// that a busy machine does not look like a slow processor to the guest.
-fn boot(arguments: &[&str], script: &str) -> Result<String> {
+pub(super) fn boot(arguments: &[&str], script: &str) -> Result<String> {
     let timeout = if arguments.contains(&"vmx") {
         TIMEOUT_OF_BOCHS
     } else {

@@ -38,6 +38,7 @@ fn vcpu_with(lapic: &Lapic) -> Fake {
         vpid: 1,
         xcr0_valid: 7,
         shadow: None,
+        gate: None,
     };
     let memory = Box::leak(Box::new(ram(0x2000)));
     VmxVcpu::on(FakeProcessor::new(caps), &parts, memory).unwrap()

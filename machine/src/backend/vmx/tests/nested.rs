@@ -97,6 +97,7 @@ fn hypervisor_on(
         vpid: 1,
         xcr0_valid: 7,
         shadow: None,
+        gate: None,
     };
     let mut vcpu: Hypervisor = VmxVcpu::on(FakeProcessor::new(caps), &parts, memory).unwrap();
     vcpu.processor.has_shadow = shadow;

@@ -53,6 +53,7 @@ fn hypervisor() -> (Hypervisor, &'static FramePool) {
             cr4: allowed_cr4(&Cpuid::default()),
             physical_bits: 40,
         }),
+        gate: None,
     };
     let mut vcpu: Hypervisor = VmxVcpu::on(FakeProcessor::new(caps), &parts, memory).unwrap();
     let wanted = Offer {
@@ -260,8 +261,7 @@ fn a_change_of_the_tables_drops_the_translations_of_both() {
     let flushes = vcpu.processor.flushes;
     vcpu.run_out();
     assert_eq!(vcpu.processor.flushes, flushes);
-    let gate = vcpu.shadow.as_ref().unwrap().paging.gate();
-    gate.drop_translations();
+    vcpu.gate.unwrap().drop_translations();
     vcpu.run_out();
     assert_eq!(vcpu.processor.flushes, flushes + 2);
 }

@@ -51,6 +51,7 @@ fn shadowed() -> (Fake, GuestRam, &'static FramePool) {
             cr4: allowed_cr4(&Cpuid::default()),
             physical_bits: 40,
         }),
+        gate: None,
     };
     let vcpu = VmxVcpu::on(FakeProcessor::new(caps), &parts, memory).unwrap();
     (vcpu, memory.clone(), pool)

@@ -1,0 +1,86 @@
+//! When guest memory is scanned for pages that hold the same.
+
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+
+use testudo_ept::sharing::Pace;
+
+use super::Managed;
+use crate::device::{Clocked, Deadline};
+use crate::irq::Irqchip;
+
+/// How many pages are read in one turn, and how many if they are to be very many a second.
+const TURN: u64 = 64;
+const LONGEST: u64 = 256;
+/// The least time between two turns, in nanoseconds.
+const PAUSE: u64 = 1_000_000;
+
+/// The turns of a machine's scanner, among the deadlines of its devices.
+pub(crate) struct ScanClock {
+    deadline: Arc<Deadline>,
+    pace: Pace,
+    pause: u64,
+    memories: Vec<&'static dyn Managed>,
+    /// Whose turn it is.
+    next: usize,
+}
+
+impl ScanClock {
+    /// So many pages a second, from `now` on.
+    pub(crate) fn new(
+        chip: &Arc<Irqchip>,
+        now: u64,
+        memories: Vec<&'static dyn Managed>,
+        per_second: u64,
+    ) -> Self {
+        let deadline = Deadline::new(chip);
+        let (turn, pause) = turns(per_second);
+        deadline.set(Some(now.saturating_add(pause)));
+        Self {
+            deadline,
+            pace: Pace::new(per_second, turn),
+            pause,
+            memories,
+            next: 0,
+        }
+    }
+}
+
+/// How many pages one turn has at most, and how long it is from one to the next.
+fn turns(per_second: u64) -> (u64, u64) {
+    let per_second = per_second.max(1);
+    let turn = (per_second / (1_000_000_000 / PAUSE)).clamp(TURN, LONGEST);
+    let pause = (turn.saturating_mul(1_000_000_000) / per_second).max(PAUSE);
+    (turn, pause)
+}
+
+impl Clocked for ScanClock {
+    fn deadline(&self) -> &Arc<Deadline> {
+        &self.deadline
+    }
+
+    fn poll(&mut self, now: u64) {
+        let pages = self.pace.grant(now);
+        if let Some(memory) = self.memories.get(self.next) {
+            memory.share(pages);
+        }
+        self.next += 1;
+        if self.next >= self.memories.len() {
+            self.next = 0;
+        }
+        self.deadline.set(Some(now.saturating_add(self.pause)));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn turns_are_short_and_not_too_many() {
+        assert_eq!(turns(10_000), (64, 6_400_000));
+        assert_eq!(turns(100_000), (100, 1_000_000));
+        assert_eq!(turns(10_000_000), (256, 1_000_000));
+        assert_eq!(turns(0), (64, 64_000_000_000));
+    }
+}
