@@ -159,8 +159,8 @@ pub(crate) fn run(
         guest.nest(caps, vmcs02, shadow.as_mut())?;
     }
     // The guest goes on with the processor's page attributes.
-    let pat = rt::msr::try_read(Msr::PAT.0);
-    guest.processor.set(fields::GUEST_PAT, pat.unwrap_or(0))?;
+    let pat = rt::msr::try_read(Msr::PAT.0).ok_or(VmxError::PageAttributes)?;
+    guest.processor.set(fields::GUEST_PAT, pat)?;
     match start {
         Some(start) => {
             guest.registers.gprs = start.gprs;

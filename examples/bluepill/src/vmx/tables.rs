@@ -67,6 +67,8 @@ pub(crate) enum VmxError {
     Resident(#[from] ResidentUnsupported),
     #[error("the local APIC is not at {:#x}", apic::BASE)]
     Apic,
+    #[error("the processor has no page-attribute table")]
+    PageAttributes,
     #[error("no memory is left for the tables")]
     NoMemory,
 }
