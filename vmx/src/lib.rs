@@ -29,6 +29,7 @@ pub mod event;
 pub mod exit;
 pub mod fake;
 pub mod fields;
+mod group;
 #[cfg(feature = "hw")]
 pub mod hw;
 pub mod image;
@@ -40,4 +41,5 @@ pub use caps::VmxCaps;
 pub use defects::Defects;
 pub use encoding::{Encoding, Field};
 pub use error::{AccessError, InstructionError, RegionError, VmFail};
+pub use group::FieldGroup;
 pub use vmcs::{VmcsRead, VmcsWrite};

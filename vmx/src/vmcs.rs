@@ -2,6 +2,7 @@
 
 use crate::encoding::{Access, Encoding, Field, ReadWrite, Width};
 use crate::error::{AccessError, VmFail};
+use crate::group::FieldGroup;
 
 /// A VMCS that can be read: the processor's current one, an image in memory, or a fake.
 ///
@@ -35,6 +36,26 @@ pub trait VmcsRead {
             Err(fail) => Err(read_failed(field.encoding(), fail)),
         }
     }
+
+    /// Reads a group of fields.
+    ///
+    /// # Errors
+    ///
+    /// What VMREAD of one of them reports.
+    #[inline(always)]
+    fn get_group<const N: usize>(&self, group: &FieldGroup<N>) -> Result<[u64; N], AccessError>
+    where
+        Self: Sized,
+    {
+        let mut values = [0; N];
+        for (value, &field) in values.iter_mut().zip(group.encodings()) {
+            match self.read_raw(field) {
+                Ok(read) => *value = read,
+                Err(fail) => return Err(read_failed(field, fail)),
+            }
+        }
+        Ok(values)
+    }
 }
 
 /// A VMCS that can also be written.
@@ -62,6 +83,28 @@ pub trait VmcsWrite: VmcsRead {
             Err(fail) => Err(write_failed(field.encoding(), value, fail)),
         }
     }
+
+    /// Writes a group of fields.
+    ///
+    /// # Errors
+    ///
+    /// What VMWRITE of one of them reports. Those before it may have been written.
+    #[inline(always)]
+    fn set_group<const N: usize>(
+        &mut self,
+        group: &FieldGroup<N>,
+        values: &[u64; N],
+    ) -> Result<(), AccessError>
+    where
+        Self: Sized,
+    {
+        for (&value, &field) in values.iter().zip(group.encodings()) {
+            if let Err(fail) = self.write_raw(field, value) {
+                return Err(write_failed(field, value, fail));
+            }
+        }
+        Ok(())
+    }
 }
 
 #[cold]
@@ -74,23 +117,42 @@ fn write_failed(field: Encoding, value: u64, fail: VmFail) -> AccessError {
     AccessError::Write { field, value, fail }
 }
 
-impl<V: VmcsRead + ?Sized> VmcsRead for &V {
+impl<V: VmcsRead> VmcsRead for &V {
     #[inline]
     fn read_raw(&self, field: Encoding) -> Result<u64, VmFail> {
         (**self).read_raw(field)
     }
+
+    #[inline(always)]
+    fn get_group<const N: usize>(&self, group: &FieldGroup<N>) -> Result<[u64; N], AccessError> {
+        (**self).get_group(group)
+    }
 }
 
-impl<V: VmcsRead + ?Sized> VmcsRead for &mut V {
+impl<V: VmcsRead> VmcsRead for &mut V {
     #[inline]
     fn read_raw(&self, field: Encoding) -> Result<u64, VmFail> {
         (**self).read_raw(field)
     }
+
+    #[inline(always)]
+    fn get_group<const N: usize>(&self, group: &FieldGroup<N>) -> Result<[u64; N], AccessError> {
+        (**self).get_group(group)
+    }
 }
 
-impl<V: VmcsWrite + ?Sized> VmcsWrite for &mut V {
+impl<V: VmcsWrite> VmcsWrite for &mut V {
     #[inline]
     fn write_raw(&mut self, field: Encoding, value: u64) -> Result<(), VmFail> {
         (**self).write_raw(field, value)
+    }
+
+    #[inline(always)]
+    fn set_group<const N: usize>(
+        &mut self,
+        group: &FieldGroup<N>,
+        values: &[u64; N],
+    ) -> Result<(), AccessError> {
+        (**self).set_group(group, values)
     }
 }

@@ -62,6 +62,13 @@ impl NestedVmx {
         Ok(ControlRegisters { cr0, cr4, efer })
     }
 
+    /// What L1 has in its control registers right after an exit or a failed entry, as it sees them itself: what
+    /// the backend knew of them before is over.
+    #[inline]
+    pub fn l1_control_registers(&self) -> &ControlRegisters {
+        &self.l1_sees
+    }
+
     /// What becomes of CR0 when L2 moves `value` to it and L1 did not want to see that: the bits that
     /// L1 owns stay (SDM vol. 3C, 28.3).
     ///
@@ -142,6 +149,10 @@ impl NestedVmx {
         vmcs02.set(fields::ENTRY_CONTROLS, joined.entry.bits())?;
         if joined.entry.contains(EntryControls::LOAD_EFER) {
             vmcs02.set(fields::GUEST_EFER, efer)?;
+        }
+        // L1's VMCS gets them at the next exit.
+        if let Some(settled) = &mut self.settled {
+            settled.last_exit.mode = None;
         }
         // Which changes drop translations (SDM vol. 3A, 4.10.4.1) is not worth a distinction here.
         self.flush.vpid = true;

@@ -34,6 +34,14 @@ pub(super) struct Enlightened {
     page: Page,
 }
 
+impl Enlightened {
+    /// Whether L1 has a VP assist page, which says whether entries are enlightened.
+    #[inline]
+    pub(super) fn has_assist_page(&self) -> bool {
+        self.assist & ENABLE != 0
+    }
+}
+
 impl NestedVmx {
     /// Offers L1 enlightened VMCSs. Its capabilities are to be those of
     /// [`Offer::enlightened`](super::Offer::enlightened).

@@ -181,7 +181,7 @@ impl NestedVmx {
         };
         let image = &*self.vmcs12.image;
         let joined = Joined::new(&l0, image, l1, &fixed)?;
-        self.settled = Settled::of(image, l1, &l0, composed)?;
+        self.settled = Settled::of(image, l1, &l0, &joined, composed)?;
 
         let mut vmcs02 = cx.vmcs.l2();
         joined.write(self.joined.as_ref(), &mut vmcs02)?;
@@ -292,7 +292,7 @@ impl NestedVmx {
         // What `vmcs02` holds by now is nobody's state.
         self.in_vmcs02 = None;
         self.is_guest = false;
-        let indicator = if !self.load_host(false, cx)? {
+        let indicator = if !self.load_host(Interruptibility::empty(), cx)? {
             ABORT_HOST_PDPTES
         } else {
             self.give_to_l1(cx)?;

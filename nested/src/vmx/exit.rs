@@ -5,13 +5,16 @@ use testudo_vmx::controls::{
     ActivityState, EntryControls, ExitControls, Interruptibility, PinControls, PrimaryControls,
     SecondaryControls,
 };
-use testudo_vmx::event::{Injection, InterruptionInformation, interrupted_delivery};
+use testudo_vmx::event::{EventType, Injection, InterruptionInformation, interrupted_delivery};
 use testudo_vmx::exit::{BasicReason, ExitReason};
-use testudo_vmx::{AccessError, VmcsRead, VmcsWrite, fields};
+use testudo_vmx::image::VmcsImage;
+use testudo_vmx::{AccessError, FieldGroup, VmcsRead, VmcsWrite, fields};
 
+use super::host::HostLoad;
 use super::join::L1Controls;
 use super::route::{ExitDetails, L0Windows, Route, is_exception_wanted, route};
-use super::shadow::{ALL_SHADOWED, follow, shadowed};
+use super::shadow::{EXIT_INFORMATION, ShadowedFields, follow, note, shadowed};
+use super::timer::L2Timer;
 use super::{
     Context, ControlRegisters, EptFault, EptHandled, Msrs, NestedVmx, SecondStage, VmcsPair,
     guest_fields, vmcs12,
@@ -48,6 +51,44 @@ const ABORT_SAVING_MSRS: u32 = 1;
 pub(super) const ABORT_HOST_PDPTES: u32 = 2;
 pub(super) const ABORT_LOADING_MSRS: u32 = 4;
 
+/// What the processor reported of an exit, as far as its route depends on it, with L2's stack pointer.
+struct Reported {
+    rsp: u64,
+    reason: ExitReason,
+    qualification: u64,
+    interruption: InterruptionInformation,
+    error_code: u32,
+}
+
+impl Reported {
+    #[inline(always)]
+    fn read(vmcs02: &impl VmcsRead) -> Result<Self, AccessError> {
+        const GROUP: FieldGroup<4> = FieldGroup::new([
+            fields::GUEST_RSP.encoding(),
+            fields::EXIT_REASON.encoding(),
+            fields::EXIT_QUALIFICATION.encoding(),
+            fields::EXIT_INTERRUPTION_INFORMATION.encoding(),
+        ]);
+        let [rsp, reason, qualification, interruption] = vmcs02.get_group(&GROUP)?;
+        let mut seen = Self {
+            rsp,
+            reason: ExitReason(reason as u32),
+            qualification,
+            interruption: InterruptionInformation(interruption as u32),
+            error_code: 0,
+        };
+        if seen.is_exception() && seen.interruption.has_error_code() {
+            seen.error_code = vmcs02.get(fields::EXIT_INTERRUPTION_ERROR_CODE)?;
+        }
+        Ok(seen)
+    }
+
+    #[inline]
+    fn is_exception(&self) -> bool {
+        self.reason.0 as u16 == BasicReason::ExceptionOrNmi.number()
+    }
+}
+
 impl NestedVmx {
     /// Decides an exit of L2, just after the processor left it.
     ///
@@ -66,32 +107,13 @@ impl NestedVmx {
     {
         // It has run.
         self.is_halted = false;
-        let (reason, qualification, interruption, error_code) = {
-            let vmcs02 = cx.vmcs.l2();
-            cx.gprs.rsp = vmcs02.get(fields::GUEST_RSP)?;
-            let reason = ExitReason::read(&vmcs02)?;
-            let interruption = match reason.basic() {
-                BasicReason::ExceptionOrNmi => vmcs02.get(fields::EXIT_INTERRUPTION_INFORMATION)?,
-                _ => 0,
-            };
-            let interruption = InterruptionInformation(interruption);
-            let code = if interruption.has_error_code() {
-                vmcs02.get(fields::EXIT_INTERRUPTION_ERROR_CODE)?
-            } else {
-                0
-            };
-            (
-                reason,
-                vmcs02.get(fields::EXIT_QUALIFICATION)?,
-                interruption,
-                code,
-            )
-        };
+        let seen = Reported::read(&cx.vmcs.l2())?;
+        cx.gprs.rsp = seen.rsp;
         let details = ExitDetails {
-            reason: reason.basic(),
-            qualification,
-            interruption,
-            error_code,
+            reason: seen.reason.basic(),
+            qualification: seen.qualification,
+            interruption: seen.interruption,
+            error_code: seen.error_code,
             gprs: cx.gprs,
         };
         let windows = L0Windows {
@@ -100,15 +122,23 @@ impl NestedVmx {
             timer: self.timer.rest != 0,
         };
         match route(&details, &self.vmcs12.image, windows, cx.memory)? {
-            Route::L1 => self.reflect(cx),
-            Route::SecondStage => self.ept_fault(reason.basic(), qualification, cx),
+            Route::L1 => {
+                self.take_exit_information(&seen, cx)?;
+                let blocking = if seen.is_exception() {
+                    blocking_after(seen.interruption)
+                } else {
+                    Interruptibility::empty()
+                };
+                self.leave(blocking, cx)
+            }
+            Route::SecondStage => self.ept_fault(&seen, cx),
             Route::L0 => {
-                if reason.basic() == BasicReason::PreemptionTimer
+                if seen.reason.basic() == BasicReason::PreemptionTimer
                     && let Some(value) = self.timer.go_on()
                 {
                     cx.vmcs.l2().set(fields::PREEMPTION_TIMER_VALUE, value)?;
                 }
-                redeliver(reason.basic(), &mut cx.vmcs.l2())?;
+                redeliver(seen.reason.basic(), &mut cx.vmcs.l2())?;
                 Ok(Handled::L0)
             }
         }
@@ -133,7 +163,8 @@ impl NestedVmx {
         R: Msrs,
     {
         self.is_halted = false;
-        cx.gprs.rsp = cx.vmcs.l2().get(fields::GUEST_RSP)?;
+        let seen = Reported::read(&cx.vmcs.l2())?;
+        cx.gprs.rsp = seen.rsp;
         let reason = BasicReason::ExceptionOrNmi;
         let PageFaultOf::L2 { address, code } = whose else {
             redeliver(reason, &mut cx.vmcs.l2())?;
@@ -143,17 +174,18 @@ impl NestedVmx {
         if !is_exception_wanted(&self.vmcs12.image, vector, code)? {
             return Ok(Handled::L0);
         }
-        self.take_exit_information(cx)?;
-        self.set_exit(reason, address)?;
-        let field = fields::EXIT_INTERRUPTION_ERROR_CODE.encoding();
-        guest_fields::set(&mut self.vmcs12.image, field, code.into())?;
-        self.leave(cx)
+        let told = Reported {
+            qualification: address,
+            error_code: code,
+            ..seen
+        };
+        self.take_exit_information(&told, cx)?;
+        self.leave(Interruptibility::empty(), cx)
     }
 
     fn ept_fault<P, M, S, R>(
         &mut self,
-        reason: BasicReason,
-        qualification: u64,
+        seen: &Reported,
         cx: &mut Context<'_, P, M, S, R>,
     ) -> Result<Handled, AccessError>
     where
@@ -163,49 +195,47 @@ impl NestedVmx {
         R: Msrs,
     {
         let gpa = Gpa(cx.vmcs.l2().get(fields::GUEST_PHYSICAL_ADDRESS)?);
+        let qualification = seen.qualification;
         let fault = EptFault { gpa, qualification };
         let handled = match cx.second_stage.fault(fault) {
             EptHandled::Resolved => Handled::Resume,
             EptHandled::Host(gpa) => Handled::Memory(gpa),
             EptHandled::Violation(qualification) => {
-                return self.reflect_as(BasicReason::EptViolation, qualification, cx);
+                return self.reflect_as(BasicReason::EptViolation, qualification, seen, cx);
             }
             EptHandled::Misconfiguration => {
-                return self.reflect_as(BasicReason::EptMisconfiguration, 0, cx);
+                return self.reflect_as(BasicReason::EptMisconfiguration, 0, seen, cx);
             }
         };
-        redeliver(reason, &mut cx.vmcs.l2())?;
+        redeliver(seen.reason.basic(), &mut cx.vmcs.l2())?;
         Ok(handled)
-    }
-
-    /// Gives L1 the exit that the processor reported.
-    fn reflect<P, M, S, R>(
-        &mut self,
-        cx: &mut Context<'_, P, M, S, R>,
-    ) -> Result<Handled, AccessError>
-    where
-        P: VmcsPair,
-        M: GuestMemory,
-        R: Msrs,
-    {
-        self.take_exit_information(cx)?;
-        self.leave(cx)
     }
 
     /// All exit information that an exit to L1 copies. (A call of its own is 20 instructions of each exit.)
     #[inline(always)]
     fn take_exit_information<P: VmcsPair, M, S, R>(
         &mut self,
+        seen: &Reported,
         cx: &mut Context<'_, P, M, S, R>,
     ) -> Result<(), AccessError> {
         let vmcs02 = cx.vmcs.l2();
         let image = &mut *self.vmcs12.image;
+        let misses = &mut self.shadow_misses;
+        note!(image, *misses; EXIT_REASON = seen.reason.0.into());
+        note!(image, *misses; EXIT_QUALIFICATION = seen.qualification);
+        note!(image, *misses; EXIT_INTERRUPTION_INFORMATION = seen.interruption.0.into());
         follow!(
-            &vmcs02, image, self.shadow_misses;
-            EXIT_REASON EXIT_QUALIFICATION EXIT_INTERRUPTION_INFORMATION EXIT_INTERRUPTION_ERROR_CODE
-            IDT_VECTORING_INFORMATION IDT_VECTORING_ERROR_CODE EXIT_INSTRUCTION_LENGTH
-            EXIT_INSTRUCTION_INFORMATION GUEST_LINEAR_ADDRESS
+            &vmcs02, image, *misses;
+            IDT_VECTORING_INFORMATION EXIT_INSTRUCTION_LENGTH EXIT_INSTRUCTION_INFORMATION
+            GUEST_LINEAR_ADDRESS
         );
+        // Without an event and its error code, "the value of this field is undefined" (27.9.2 and 27.9.3).
+        if seen.is_exception() {
+            note!(image, *misses; EXIT_INTERRUPTION_ERROR_CODE = seen.error_code.into());
+        }
+        if InterruptionInformation(image.get(fields::IDT_VECTORING_INFORMATION)?).is_valid() {
+            follow!(&vmcs02, image, *misses; IDT_VECTORING_ERROR_CODE);
+        }
         Ok(())
     }
 
@@ -213,6 +243,7 @@ impl NestedVmx {
         &mut self,
         reason: BasicReason,
         qualification: u64,
+        seen: &Reported,
         cx: &mut Context<'_, P, M, S, R>,
     ) -> Result<Handled, AccessError>
     where
@@ -220,17 +251,17 @@ impl NestedVmx {
         M: GuestMemory,
         R: Msrs,
     {
-        self.take_exit_information(cx)?;
+        self.take_exit_information(seen, cx)?;
         let gpa = cx.vmcs.l2().get(fields::GUEST_PHYSICAL_ADDRESS)?;
         self.set_exit(reason, qualification)?;
         let field = fields::GUEST_PHYSICAL_ADDRESS.encoding();
         guest_fields::set(&mut self.vmcs12.image, field, gpa)?;
-        self.leave(cx)
+        self.leave(Interruptibility::empty(), cx)
     }
 
     /// Gives L1's VMCS exit information that the processor did not report.
     fn set_exit(&mut self, reason: BasicReason, qualification: u64) -> Result<(), AccessError> {
-        self.shadow_misses = ALL_SHADOWED;
+        self.shadow_misses |= EXIT_INFORMATION;
         let image = &mut self.vmcs12.image;
         let number = u64::from(reason.number());
         guest_fields::set(image, fields::EXIT_REASON.encoding(), number)?;
@@ -332,12 +363,35 @@ impl NestedVmx {
         for (field, value) in information {
             guest_fields::set(&mut self.vmcs12.image, field, value.into())?;
         }
-        self.leave(cx)
+        let blocking = match reason {
+            BasicReason::ExceptionOrNmi => blocking_after(InterruptionInformation(interruption)),
+            _ => Interruptibility::empty(),
+        };
+        self.leave(blocking, cx)
     }
 
-    /// Everything of an exit but the reason.
+    /// Everything of an exit but its information, with events blocked in L1 by it.
+    #[inline(always)]
     fn leave<P, M, S, R>(
         &mut self,
+        blocking: Interruptibility,
+        cx: &mut Context<'_, P, M, S, R>,
+    ) -> Result<Handled, AccessError>
+    where
+        P: VmcsPair,
+        M: GuestMemory,
+        R: Msrs,
+    {
+        if !self.repeat_exit(blocking, cx)? {
+            return self.leave_completely(blocking, cx);
+        }
+        Ok(Handled::L1(PredictorBarrier::new()))
+    }
+
+    #[inline(never)]
+    fn leave_completely<P, M, S, R>(
+        &mut self,
+        blocking: Interruptibility,
         cx: &mut Context<'_, P, M, S, R>,
     ) -> Result<Handled, AccessError>
     where
@@ -351,21 +405,11 @@ impl NestedVmx {
             // Not for VMREAD to ask for.
             self.fetch_rare(cx)?;
         }
-        self.is_guest = false;
-        self.window = false;
-        self.nmi_window = false;
-        // Without VPID, an exit too leaves no linear translation behind.
-        self.flush.l1 |= self.vpid12 == 0;
+        self.end_turn();
         if !self.store_exit_msrs(cx)? {
             return self.abort(ABORT_SAVING_MSRS, cx.memory);
         }
-        let information = self
-            .vmcs12
-            .image
-            .get(fields::EXIT_INTERRUPTION_INFORMATION)?;
-        let reason = ExitReason::read(&*self.vmcs12.image)?;
-        let nmi = reason.basic() == BasicReason::ExceptionOrNmi && information & 0x700 == 0x200;
-        if !self.load_host(nmi, cx)? {
+        if !self.load_host(blocking, cx)? {
             return self.abort(ABORT_HOST_PDPTES, cx.memory);
         }
         self.give_to_l1(cx)?;
@@ -373,6 +417,31 @@ impl NestedVmx {
             return self.abort(ABORT_LOADING_MSRS, cx.memory);
         }
         Ok(Handled::L1(PredictorBarrier::new()))
+    }
+
+    /// L2 does not run any more.
+    #[inline(always)]
+    pub(super) fn end_turn(&mut self) {
+        self.is_guest = false;
+        self.host_loaded = false;
+        self.window = false;
+        self.nmi_window = false;
+        // Without VPID, an exit too leaves no linear translation behind.
+        self.flush.l1 |= self.vpid12 == 0;
+    }
+
+    /// Keeps what an exit loads for the next one, if that can be expected to load the same.
+    pub(super) fn note_host_load(&mut self, load: HostLoad) -> Result<(), AccessError> {
+        let image = &*self.vmcs12.image;
+        let has_areas =
+            image.get(fields::EXIT_MSR_STORE_COUNT)? | image.get(fields::EXIT_MSR_LOAD_COUNT)? != 0;
+        if let Some(settled) = &mut self.settled
+            && load.repeats()
+            && !has_areas
+        {
+            settled.last_exit.load = Some(load);
+        }
+        Ok(())
     }
 
     /// The copy to where L1 reads it without an exit, before L1 runs.
@@ -462,27 +531,18 @@ impl NestedVmx {
         if l1.exit.contains(ExitControls::SAVE_EFER) {
             image.set(fields::GUEST_EFER, efer)?;
         }
-        if l1.exit.contains(ExitControls::SAVE_PAT) {
-            image.set(fields::GUEST_PAT, vmcs02.get(fields::GUEST_PAT)?)?;
-        }
-        if l1.exit.contains(ExitControls::SAVE_DEBUG_CONTROLS) {
-            image.set(fields::GUEST_DR7, vmcs02.get(fields::GUEST_DR7)?)?;
-            image.set(fields::GUEST_DEBUGCTL, vmcs02.get(fields::GUEST_DEBUGCTL)?)?;
-        }
+        save_governed(image, &mut self.shadow_misses, &self.timer, &vmcs02)?;
         let pae = cr0 & PG != 0 && cr4 & PAE != 0 && efer & LMA == 0;
         if pae && l1.secondary.contains(SecondaryControls::ENABLE_EPT) {
             guest_fields::pull(&vmcs02, image, &guest_fields::PDPTES)?;
         }
-        if l1.pin.contains(PinControls::ACTIVATE_PREEMPTION_TIMER)
-            && l1.exit.contains(ExitControls::SAVE_PREEMPTION_TIMER)
-        {
-            follow!(&vmcs02, image, self.shadow_misses; PREEMPTION_TIMER_VALUE);
-            if self.timer.rest != 0 {
-                let counted = image.get(fields::PREEMPTION_TIMER_VALUE)?;
-                let value = counted.saturating_add(self.timer.rest);
-                image.set(fields::PREEMPTION_TIMER_VALUE, value)?;
-                self.shadow_misses |= const { shadowed(fields::PREEMPTION_TIMER_VALUE.encoding()) };
-            }
+        if let Some(settled) = &mut self.settled {
+            let raw = [
+                vmcs02.get(fields::GUEST_CR0)?,
+                vmcs02.get(fields::GUEST_CR4)?,
+                efer,
+            ];
+            settled.last_exit.mode = (loads_efer && !pae).then_some(raw);
         }
         // "bit 31 … is cleared" (30.2).
         let injected = image.get(fields::ENTRY_INTERRUPTION_INFORMATION)?;
@@ -508,6 +568,45 @@ impl NestedVmx {
             guest_fields::pull(&cx.vmcs.l2(), image, &guest_fields::RARE)?;
         }
         Ok(())
+    }
+}
+
+/// L2's registers that L1 has saved by exit controls, but for EFER.
+#[inline]
+pub(super) fn save_governed(
+    image: &mut VmcsImage,
+    misses: &mut ShadowedFields,
+    timer: &L2Timer,
+    vmcs02: &impl VmcsRead,
+) -> Result<(), AccessError> {
+    let exit = ExitControls::from_bits_retain(image.get(fields::EXIT_CONTROLS)?);
+    if exit.contains(ExitControls::SAVE_PAT) {
+        image.set(fields::GUEST_PAT, vmcs02.get(fields::GUEST_PAT)?)?;
+    }
+    if exit.contains(ExitControls::SAVE_DEBUG_CONTROLS) {
+        image.set(fields::GUEST_DR7, vmcs02.get(fields::GUEST_DR7)?)?;
+        image.set(fields::GUEST_DEBUGCTL, vmcs02.get(fields::GUEST_DEBUGCTL)?)?;
+    }
+    let pin = PinControls::from_bits_retain(image.get(fields::PIN_CONTROLS)?);
+    if pin.contains(PinControls::ACTIVATE_PREEMPTION_TIMER)
+        && exit.contains(ExitControls::SAVE_PREEMPTION_TIMER)
+    {
+        let counted = vmcs02.get(fields::PREEMPTION_TIMER_VALUE)?;
+        let left = counted.saturating_add(timer.rest);
+        note!(image, *misses; PREEMPTION_TIMER_VALUE = left.into());
+    }
+    Ok(())
+}
+
+/// How an exit with this interruption information, by an exception or an NMI, leaves events blocked in L1: an
+/// NMI blocks others (30.5.5).
+#[cold]
+#[inline(never)]
+fn blocking_after(interruption: InterruptionInformation) -> Interruptibility {
+    if interruption.event_type() == EventType::Nmi {
+        Interruptibility::BLOCKING_BY_NMI
+    } else {
+        Interruptibility::empty()
     }
 }
 

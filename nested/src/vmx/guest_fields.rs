@@ -48,6 +48,21 @@ impl Slot {
         u64::from_le_bytes(value)
     }
 
+    /// Stores a value; whether it differs from the one that was there.
+    #[inline(always)]
+    pub(super) fn update(&self, image: &mut VmcsImage, value: u64) -> bool {
+        let (old, value) = (self.load(image), value & self.width.mask());
+        let differs = match self.width {
+            FieldWidth::Bits16 => old as u16 != value as u16,
+            FieldWidth::Bits32 => old as u32 != value as u32,
+            FieldWidth::Bits64 | FieldWidth::Natural => old != value,
+        };
+        if differs {
+            self.store(image, value);
+        }
+        differs
+    }
+
     #[inline(always)]
     pub(super) fn store(&self, image: &mut VmcsImage, value: u64) {
         let (at, value) = (

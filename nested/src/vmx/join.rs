@@ -422,7 +422,7 @@ fn join_exceptions(l0: &L0Controls, vmcs12: &VmcsImage) -> Result<(u32, u32, u32
 
 /// Without "load IA32_EFER", an entry changes LMA and LME of the EFER that is there
 /// (SDM vol. 3C, 29.3.2.1).
-fn inherited_efer(efer: u64, entry: EntryControls, cr0: u64) -> u64 {
+pub(super) fn inherited_efer(efer: u64, entry: EntryControls, cr0: u64) -> u64 {
     let long = entry.contains(EntryControls::IA32E_MODE_GUEST);
     let with_lma = if long { efer | LMA } else { efer & !LMA };
     match (cr0 & PG != 0, long) {

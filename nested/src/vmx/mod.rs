@@ -20,7 +20,9 @@
 //! enlightened VMCS, L1 needs few of them or none. Guest fields that seldom change are written
 //! to `vmcs02` only if L1 wrote one since the last exit from it, and read from it only when L1 asks for one;
 //! controls are written only if they differ from those of the last entry. A VMRESUME of an L2 whose VMCS is
-//! as the last exit left it, but for what a hypervisor changes at each exit, does nothing else.
+//! as the last exit left it, but for what a hypervisor changes at each exit, does nothing else. It also loads
+//! into `vmcs01` what the next exit is to load, as long as that is the same as at the exit before: so the
+//! exit has but to save what L2 has changed.
 
 mod caps;
 mod composed;
@@ -39,6 +41,7 @@ mod kvm_layout;
 mod msr_areas;
 mod operand;
 mod pdptes;
+mod repeat;
 mod resume;
 mod route;
 mod saved;
@@ -204,8 +207,14 @@ pub struct NestedVmx {
     rare_missing: bool,
     /// Where the shadow differs from the copy, but for what L1 has written since.
     shadow_misses: shadow::ShadowedFields,
+    /// What L1 had written into the shadow when it was last taken from there.
+    shadow_written: shadow::ShadowedFields,
     /// What the last complete entry found, as long as L1's VMCS is as it was then but for L2's own state.
     settled: Option<resume::Settled>,
+    /// `vmcs01` holds what the next exit loads, but for how it blocks NMIs.
+    host_loaded: bool,
+    /// What L1 found in its control registers after the last exit to it.
+    l1_sees: ControlRegisters,
     /// The controls that `vmcs02` has.
     joined: Option<join::Joined>,
     msr_bitmap: Box<MsrBitmap>,
@@ -260,7 +269,10 @@ impl NestedVmx {
             rare_dirty: true,
             rare_missing: false,
             shadow_misses: shadow::ALL_SHADOWED,
+            shadow_written: 0,
             settled: None,
+            host_loaded: false,
+            l1_sees: ControlRegisters::default(),
             joined: None,
             msr_bitmap,
             msr_bitmap_at,
@@ -293,6 +305,7 @@ impl NestedVmx {
         self.rare_dirty = true;
         self.rare_missing = false;
         self.settled = None;
+        self.host_loaded = false;
         self.window = false;
         self.nmi_window = false;
         self.flush = Flush {

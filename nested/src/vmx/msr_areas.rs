@@ -63,6 +63,9 @@ impl NestedVmx {
                 return Ok(false);
             }
         }
+        if count != 0 {
+            self.l1_sees.efer = cx.vmcs.l1().get(fields::GUEST_EFER)?;
+        }
         Ok(true)
     }
 

@@ -6,39 +6,36 @@
 //! complete entry. In every other case there is a complete entry: nothing is refused here.
 
 use testudo_arch::segment::SegmentAttributes;
-use testudo_arch::{EferFlags, Gpa, GuestMemory, RFlags};
+use testudo_arch::{Gpa, GuestMemory, RFlags};
 use testudo_vmx::controls::{
     ActivityState, EntryControls, ExitControls, Interruptibility, PinControls, PrimaryControls,
 };
 use testudo_vmx::image::VmcsImage;
-use testudo_vmx::{AccessError, VmcsRead, VmcsWrite, fields};
+use testudo_vmx::{AccessError, FieldGroup, VmcsRead, VmcsWrite, fields};
 
-use super::guest_fields::{self, Slot, slots};
-use super::join::{L0Controls, L1Controls};
+use super::join::{Joined, L0Controls, L1Controls, inherited_efer};
+use super::repeat::LastExit;
 use super::shadow::{ShadowedFields, shadowed};
 use super::vmcs12::LaunchState;
 use super::{Context, NestedVmx, SecondStage, VmcsPair};
-
-/// The guest fields among those that may have changed.
-const OF_L2: [Slot; 4] = slots([
-    fields::GUEST_RIP.encoding(),
-    fields::GUEST_RSP.encoding(),
-    fields::GUEST_RFLAGS.encoding(),
-    fields::GUEST_INTERRUPTIBILITY.encoding(),
-]);
 
 /// What may have changed.
 const SIMPLE: ShadowedFields = shadowed(fields::GUEST_RIP.encoding())
     | shadowed(fields::GUEST_RSP.encoding())
     | shadowed(fields::GUEST_RFLAGS.encoding())
     | shadowed(fields::GUEST_INTERRUPTIBILITY.encoding())
-    // No check looks at it.
+    // No check looks at these.
     | shadowed(fields::HOST_RSP.encoding())
+    | shadowed(fields::PREEMPTION_TIMER_VALUE.encoding())
     // These count with an event only, and then the entry is a complete one.
     | shadowed(fields::ENTRY_EXCEPTION_ERROR_CODE.encoding())
     | shadowed(fields::ENTRY_INSTRUCTION_LENGTH.encoding());
 
-const LMA: u64 = EferFlags::LONG_MODE_ACTIVE.bits();
+/// Exit controls by which registers of L2's are saved, but for EFER.
+const GOVERNED: ExitControls = ExitControls::SAVE_PAT
+    .union(ExitControls::SAVE_DEBUG_CONTROLS)
+    .union(ExitControls::SAVE_PREEMPTION_TIMER);
+
 const PAE: u64 = 1 << 5;
 const PG: u64 = 1 << 31;
 
@@ -64,12 +61,12 @@ impl Origin {
 }
 
 /// What the last complete entry found that an entry needs again.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Settled {
     /// Of L0's controls in `vmcs01`, the one that changes while L1 runs.
     tsc_offset: u64,
-    /// L1 was in long mode, which decides about some checks.
-    long_mode: bool,
+    /// EFER of L1: long mode decides about some checks, and what L1's VMCS does not say of L2's is from here.
+    l1_efer: u64,
     /// L1's EPT pointer, and that of the composition.
     composed: Option<(u64, u64)>,
     /// L1's MSR bitmap, if it counts.
@@ -78,6 +75,12 @@ pub(super) struct Settled {
     pat: Origin,
     efer: Origin,
     timer: bool,
+    /// The processor waits in L2's halts.
+    pub(super) may_halt: bool,
+    /// Exits save a register of L2's that controls govern.
+    pub(super) saves_governed: bool,
+    /// What an exit since then found.
+    pub(super) last_exit: LastExit,
 }
 
 impl Settled {
@@ -86,15 +89,16 @@ impl Settled {
         vmcs12: &VmcsImage,
         l1: &L1Controls,
         l0: &L0Controls,
+        joined: &Joined,
         composed: Option<u64>,
     ) -> Result<Option<Self>, AccessError> {
         // What is checked or loaded from memory, which L1 may have changed.
         let from_memory = vmcs12.get(fields::ENTRY_MSR_LOAD_COUNT)? != 0
             || vmcs12.get(fields::VMCS_LINK_POINTER)? != u64::MAX
             || l1.primary.contains(PrimaryControls::USE_TPR_SHADOW);
-        // L2 inherits parts of it only.
-        let inherits_efer = !(l0.entry & l1.entry).contains(EntryControls::LOAD_EFER);
-        if from_memory || inherits_efer {
+        // Without it, L2 shares the register with everybody.
+        let loads_efer = l0.entry.contains(EntryControls::LOAD_EFER);
+        if from_memory || !loads_efer {
             return Ok(None);
         }
         let composed = match composed {
@@ -110,7 +114,7 @@ impl Settled {
         let origin = |load, save| Origin::of(l1.entry.contains(load), l1.exit.contains(save));
         Ok(Some(Self {
             tsc_offset: l0.tsc.offset,
-            long_mode: l1.exit.contains(ExitControls::HOST_ADDRESS_SPACE_SIZE),
+            l1_efer: l0.efer,
             composed,
             l1_bitmap,
             debug: origin(
@@ -125,6 +129,9 @@ impl Settled {
             },
             efer: origin(EntryControls::LOAD_EFER, ExitControls::SAVE_EFER),
             timer: l1.pin.contains(PinControls::ACTIVATE_PREEMPTION_TIMER),
+            may_halt: !joined.primary.contains(PrimaryControls::HLT_EXITING),
+            saves_governed: l1.exit.intersects(GOVERNED),
+            last_exit: LastExit::default(),
         }))
     }
 }
@@ -142,27 +149,34 @@ impl NestedVmx {
         M: GuestMemory,
         S: SecondStage,
     {
-        let Some(settled) = &self.settled else {
+        let Some(settled) = &mut self.settled else {
             return Ok(false);
         };
         // With entries enlightened, memory says which VMCS is meant.
-        let enlightened = self.assist_page().is_some_and(|page| page & 1 != 0);
+        let enlightened = self.enlightened.as_ref();
         if written & !SIMPLE != 0
-            || enlightened
+            || enlightened.is_some_and(|enlightened| enlightened.has_assist_page())
             || self.current.is_none()
             || self.in_vmcs02 != self.current
             || self.vmcs12.launch_state != LaunchState::Launched
-            || !self.is_simple(written, settled)?
+            || !is_simple(&self.vmcs12.image, written, settled)?
         {
             return Ok(false);
         }
         let image = &*self.vmcs12.image;
-        let own = {
+        let (own, fits) = {
             let vmcs01 = cx.vmcs.l1();
-            if !is_as_before(settled, &vmcs01)? {
+            let [state, tsc_offset, cr0, cr0_shadow] = vmcs01.get_group(&OF_L1)?;
+            let state = Interruptibility::from_bits_retain(state as u32);
+            if state.contains(Interruptibility::BLOCKING_BY_MOV_SS)
+                || tsc_offset != settled.tsc_offset
+                || vmcs01.get(fields::GUEST_EFER)? != settled.l1_efer
+            {
                 return Ok(false);
             }
-            OwnRegisters::of_l1(settled, &vmcs01)?
+            let load = settled.last_exit.load.as_ref();
+            let fits = load.is_some_and(|load| load.fits(cr0, cr0_shadow));
+            (OwnRegisters::of_l1(settled, &vmcs01)?, fits)
         };
         if let Some((eptp, composed)) = settled.composed
             && cx.second_stage.activate(eptp) != Some(composed)
@@ -175,12 +189,22 @@ impl NestedVmx {
             // The processor reads the bitmap in memory at each access: a change needs no word to it.
             let _changed = self.open_msrs.merge(map, cx.memory, bitmap);
         }
-        let mut vmcs02 = cx.vmcs.l2();
-        for slot in OF_L2 {
-            if written & shadowed(slot.field) != 0 {
-                guest_fields::push(image, &mut vmcs02, &[slot])?;
-            }
+        if let Some(load) = &mut settled.last_exit.load
+            && fits
+        {
+            // What the next exit is to load; L1's own state has served.
+            load.write(image.get(fields::HOST_RSP)?, &mut cx.vmcs.l1())?;
+            self.host_loaded = true;
         }
+        let mut vmcs02 = cx.vmcs.l2();
+        macro_rules! push_written {
+            ($($field:ident)*) => {$(
+                if written & const { shadowed(fields::$field.encoding()) } != 0 {
+                    vmcs02.set(fields::$field, image.get(fields::$field)?)?;
+                }
+            )*};
+        }
+        push_written!(GUEST_RIP GUEST_RSP GUEST_RFLAGS GUEST_INTERRUPTIBILITY);
         own.or_from(settled, image)?.write(&mut vmcs02)?;
         if settled.timer {
             let value = image.get(fields::PREEMPTION_TIMER_VALUE)?;
@@ -197,38 +221,41 @@ impl NestedVmx {
         self.is_guest = true;
         Ok(true)
     }
+}
 
-    /// Whether what L1 wrote passes the checks of its own without a look at anything else.
-    #[inline]
-    fn is_simple(&self, written: ShadowedFields, settled: &Settled) -> Result<bool, AccessError> {
-        let image = &*self.vmcs12.image;
-        if written & const { shadowed(fields::GUEST_RIP.encoding()) } != 0 {
-            let rip = image.get(fields::GUEST_RIP)?;
-            if rip >> 32 != 0 && !(is_64_bit_code(image)? && is_canonical(rip)) {
-                return Ok(false);
-            }
+/// Whether what L1 wrote passes the checks of its own without a look at anything else.
+#[inline]
+fn is_simple(
+    image: &VmcsImage,
+    written: ShadowedFields,
+    settled: &Settled,
+) -> Result<bool, AccessError> {
+    if written & const { shadowed(fields::GUEST_RIP.encoding()) } != 0 {
+        let rip = image.get(fields::GUEST_RIP)?;
+        if rip >> 32 != 0 && !(is_64_bit_code(image)? && is_canonical(rip)) {
+            return Ok(false);
         }
-        let flags_and_shadow = const {
-            shadowed(fields::GUEST_RFLAGS.encoding())
-                | shadowed(fields::GUEST_INTERRUPTIBILITY.encoding())
-        };
-        if written & flags_and_shadow != 0 {
-            // With no blocking by STI or MOV SS and no event, IF and TF may be anything
-            // (SDM vol. 3C, 29.3.1.4 and 29.3.1.5).
-            let rflags = image.get(fields::GUEST_RFLAGS)?;
-            let nmi = Interruptibility::BLOCKING_BY_NMI.bits();
-            let state = image.get(fields::GUEST_INTERRUPTIBILITY)?;
-            if rflags & FIXED_FLAGS != 2 || state & !nmi != 0 {
-                return Ok(false);
-            }
-        }
-        // Without EPT an entry in PAE paging reads the page-directory pointers from memory.
-        let controls = EntryControls::from_bits_retain(image.get(fields::ENTRY_CONTROLS)?);
-        Ok(settled.composed.is_some()
-            || controls.contains(EntryControls::IA32E_MODE_GUEST)
-            || image.get(fields::GUEST_CR0)? & PG == 0
-            || image.get(fields::GUEST_CR4)? & PAE == 0)
     }
+    let flags_and_shadow = const {
+        shadowed(fields::GUEST_RFLAGS.encoding())
+            | shadowed(fields::GUEST_INTERRUPTIBILITY.encoding())
+    };
+    if written & flags_and_shadow != 0 {
+        // With no blocking by STI or MOV SS and no event, IF and TF may be anything
+        // (SDM vol. 3C, 29.3.1.4 and 29.3.1.5).
+        let rflags = image.get(fields::GUEST_RFLAGS)?;
+        let nmi = Interruptibility::BLOCKING_BY_NMI.bits();
+        let state = image.get(fields::GUEST_INTERRUPTIBILITY)?;
+        if rflags & FIXED_FLAGS != 2 || state & !nmi != 0 {
+            return Ok(false);
+        }
+    }
+    // Without EPT an entry in PAE paging reads the page-directory pointers from memory.
+    let controls = EntryControls::from_bits_retain(image.get(fields::ENTRY_CONTROLS)?);
+    Ok(settled.composed.is_some()
+        || controls.contains(EntryControls::IA32E_MODE_GUEST)
+        || image.get(fields::GUEST_CR0)? & PG == 0
+        || image.get(fields::GUEST_CR4)? & PAE == 0)
 }
 
 /// The bits of RFLAGS that an entry wants to have one value, of which bit 1 is 1; and VM, which it lets be 1
@@ -247,15 +274,13 @@ fn is_64_bit_code(vmcs12: &VmcsImage) -> Result<bool, AccessError> {
     Ok(long && controls.contains(EntryControls::IA32E_MODE_GUEST))
 }
 
-/// Whether L1's own part of an entry is as it was at the last complete one.
-#[inline]
-fn is_as_before(settled: &Settled, vmcs01: &impl VmcsRead) -> Result<bool, AccessError> {
-    let state = Interruptibility::from_bits_retain(vmcs01.get(fields::GUEST_INTERRUPTIBILITY)?);
-    let long_mode = vmcs01.get(fields::GUEST_EFER)? & LMA != 0;
-    Ok(!state.contains(Interruptibility::BLOCKING_BY_MOV_SS)
-        && long_mode == settled.long_mode
-        && vmcs01.get(fields::TSC_OFFSET)? == settled.tsc_offset)
-}
+/// What an entry looks at of L1's own state, which must be, or be as good as, at the last complete one.
+const OF_L1: FieldGroup<4> = FieldGroup::new([
+    fields::GUEST_INTERRUPTIBILITY.encoding(),
+    fields::TSC_OFFSET.encoding(),
+    fields::GUEST_CR0.encoding(),
+    fields::CR0_READ_SHADOW.encoding(),
+]);
 
 /// Registers that an entry loads although exits do not save them to where it finds them.
 #[derive(Clone, Copy, Debug, Default)]
@@ -290,9 +315,15 @@ impl OwnRegisters {
         if settled.pat == Origin::L1Vmcs {
             self.pat = Some(vmcs12.get(fields::GUEST_PAT)?);
         }
-        if settled.efer == Origin::L1Vmcs {
-            self.efer = Some(vmcs12.get(fields::GUEST_EFER)?);
-        }
+        self.efer = match settled.efer {
+            Origin::Saved => None,
+            Origin::L1Vmcs => Some(vmcs12.get(fields::GUEST_EFER)?),
+            Origin::L1 => {
+                let entry = EntryControls::from_bits_retain(vmcs12.get(fields::ENTRY_CONTROLS)?);
+                let cr0 = vmcs12.get(fields::GUEST_CR0)?;
+                Some(inherited_efer(settled.l1_efer, entry, cr0))
+            }
+        };
         Ok(self)
     }
 

@@ -273,6 +273,8 @@ impl NestedVmx {
         &mut self,
         cx: &mut Context<'_, P, M, S, R>,
     ) -> Result<SavedVmx, AccessError> {
+        // What is in the copy from here on no exit and no entry of L1's has put there.
+        self.settled = None;
         if self.is_guest {
             let l1 = L1Controls::read(&self.vmcs12.image)?;
             self.save_guest(&l1, cx)?;
@@ -289,7 +291,6 @@ impl NestedVmx {
         } else {
             // What L1 has written is then not in the shadow alone, and no entry would notice it.
             self.take_from_shadow(cx)?;
-            self.settled = None;
         }
         self.fetch_rare(cx)?;
         let current = self.region().map(|at| SavedVmcs {
@@ -351,6 +352,7 @@ impl NestedVmx {
         self.rare_missing = false;
         self.shadow_misses = ALL_SHADOWED;
         self.settled = None;
+        self.host_loaded = false;
         self.joined = None;
         self.flush = super::Flush {
             vpid: true,

@@ -7,7 +7,7 @@
 //! that it changed.
 
 use testudo_vmx::bitmap::FieldBitmap;
-use testudo_vmx::{AccessError, Encoding, fields as f};
+use testudo_vmx::{AccessError, Encoding, VmcsRead, fields as f};
 
 use super::guest_fields::{Slot, slots};
 use super::{Context, NestedVmx, VmcsPair, guest_fields};
@@ -26,22 +26,25 @@ const READ_ONLY: [Slot; 10] = slots([
     f::GUEST_PHYSICAL_ADDRESS.encoding(),
 ]);
 
-/// The fields of [`READ_WRITE`], for a macro.
+/// The fields of [`READ_WRITE`] that every processor has, for a macro: in parts of which a processor's registers
+/// hold all values.
 macro_rules! with_read_write {
     ($callback:ident!($($arguments:tt)*)) => {
         $callback! { $($arguments)*
-            GUEST_RIP GUEST_RSP GUEST_RFLAGS GUEST_INTERRUPTIBILITY GUEST_CR0 GUEST_CR3 GUEST_CR4
-            GUEST_CS_BASE GUEST_CS_ACCESS_RIGHTS GUEST_SS_ACCESS_RIGHTS CR0_READ_SHADOW CR4_READ_SHADOW
-            PRIMARY_CONTROLS EXCEPTION_BITMAP ENTRY_INTERRUPTION_INFORMATION ENTRY_EXCEPTION_ERROR_CODE
-            ENTRY_INSTRUCTION_LENGTH CR0_GUEST_HOST_MASK PREEMPTION_TIMER_VALUE
-            // What a hypervisor that runs its guests in threads changes with the thread.
-            HOST_FS_SELECTOR HOST_GS_SELECTOR HOST_FS_BASE HOST_GS_BASE HOST_RSP
+            [GUEST_RIP GUEST_RSP GUEST_RFLAGS GUEST_INTERRUPTIBILITY GUEST_CR0 GUEST_CR3 GUEST_CR4]
+            [GUEST_CS_BASE GUEST_CS_ACCESS_RIGHTS GUEST_SS_ACCESS_RIGHTS CR0_READ_SHADOW
+                CR4_READ_SHADOW PRIMARY_CONTROLS EXCEPTION_BITMAP CR0_GUEST_HOST_MASK]
+            [ENTRY_INTERRUPTION_INFORMATION ENTRY_EXCEPTION_ERROR_CODE ENTRY_INSTRUCTION_LENGTH
+                // What a hypervisor that runs its guests in threads changes with the thread.
+                HOST_FS_SELECTOR HOST_GS_SELECTOR HOST_FS_BASE HOST_GS_BASE HOST_RSP]
         }
     };
 }
 
 macro_rules! slots_of {
-    ($($field:ident)*) => { slots([$(f::$field.encoding()),*]) };
+    ($([$($field:ident)*])*) => {
+        slots([$($(f::$field.encoding(),)*)* f::PREEMPTION_TIMER_VALUE.encoding()])
+    };
 }
 
 /// What L1 reads and writes at many exits. None of them is one of the seldom-used guest fields, whose
@@ -52,14 +55,20 @@ const READ_WRITE: [Slot; 24] = with_read_write!(slots_of!());
 /// [`READ_ONLY`].
 pub(super) type ShadowedFields = u64;
 
+/// How many there are.
+const COUNT: usize = READ_WRITE.len() + READ_ONLY.len();
+
 /// All shadowed fields.
-pub(super) const ALL_SHADOWED: ShadowedFields = (1 << (READ_WRITE.len() + READ_ONLY.len())) - 1;
+pub(super) const ALL_SHADOWED: ShadowedFields = (1 << COUNT) - 1;
+
+/// Those that tell of an exit.
+pub(super) const EXIT_INFORMATION: ShadowedFields = ALL_SHADOWED & !((1 << READ_WRITE.len()) - 1);
 
 /// The set of this field alone; none if it is not shadowed.
 pub(super) const fn shadowed(field: Encoding) -> ShadowedFields {
     let mut i = 0;
-    while i < READ_WRITE.len() + READ_ONLY.len() {
-        if shadowed_slot(i).field.0 == field.0 {
+    while i < COUNT {
+        if SHADOWED[i].field.0 == field.0 {
             return 1 << i;
         }
         i += 1;
@@ -67,27 +76,53 @@ pub(super) const fn shadowed(field: Encoding) -> ShadowedFields {
     0
 }
 
-const fn shadowed_slot(index: usize) -> Slot {
-    if index < READ_WRITE.len() {
-        READ_WRITE[index]
-    } else {
-        READ_ONLY[index - READ_WRITE.len()]
+/// All of them in that order.
+const SHADOWED: [Slot; COUNT] = {
+    let mut all = [READ_ONLY[0]; COUNT];
+    let mut i = 0;
+    while i < COUNT {
+        all[i] = if i < READ_WRITE.len() {
+            READ_WRITE[i]
+        } else {
+            READ_ONLY[i - READ_WRITE.len()]
+        };
+        i += 1;
     }
-}
+    all
+};
 
-/// Fields of a VMCS into L1's; those that have changed are added to a set.
+/// Fields of a VMCS, which every processor has, into L1's; those that have changed are added to a set.
 macro_rules! follow {
-    ($from:expr, $image:expr, $changed:expr; $($field:ident)*) => {$({
-        const SLOT: $crate::vmx::guest_fields::Slot =
-            $crate::vmx::guest_fields::slot(testudo_vmx::fields::$field.encoding());
-        let value = $crate::vmx::guest_fields::read($from, SLOT.field)?;
-        if value != SLOT.load($image) {
-            SLOT.store($image, value);
-            $changed |= const { $crate::vmx::shadow::shadowed(SLOT.field) };
-        }
-    })*};
+    ($from:expr, $image:expr, $changed:expr; $($field:ident)*) => {{
+        const ENCODINGS: &[testudo_vmx::Encoding] = &[$(testudo_vmx::fields::$field.encoding()),*];
+        const GROUP: testudo_vmx::FieldGroup<{ ENCODINGS.len() }> =
+            testudo_vmx::FieldGroup::new([$(testudo_vmx::fields::$field.encoding()),*]);
+        let mut values = testudo_vmx::VmcsRead::get_group($from, &GROUP)?.into_iter();
+        $(if let Some(value) = values.next() {
+            $crate::vmx::shadow::note!($image, $changed; $field = value);
+        })*
+    }};
 }
 pub(super) use follow;
+
+/// The same, part by part.
+macro_rules! follow_parts {
+    ($from:expr, $image:expr, $changed:expr; $([$($field:ident)*])*) => {
+        $(follow!($from, $image, $changed; $($field)*);)*
+    };
+}
+
+/// One field into L1's VMCS, likewise.
+macro_rules! note {
+    ($image:expr, $changed:expr; $field:ident = $value:expr) => {{
+        const SLOT: $crate::vmx::guest_fields::Slot =
+            $crate::vmx::guest_fields::slot(testudo_vmx::fields::$field.encoding());
+        if SLOT.update($image, $value) {
+            $changed |= const { $crate::vmx::shadow::shadowed(SLOT.field) };
+        }
+    }};
+}
+pub(super) use note;
 
 /// The bitmaps for VMREAD and VMWRITE of L1: what exits all the same.
 pub fn shadow_bitmaps() -> (FieldBitmap, FieldBitmap) {
@@ -109,14 +144,16 @@ impl NestedVmx {
         &mut self,
         cx: &mut Context<'_, P, M, S, R>,
     ) -> Result<ShadowedFields, AccessError> {
-        let mut changed = 0;
+        let written = &mut self.shadow_written;
+        *written = 0;
         if self.current.is_some()
             && let Some(shadow) = cx.vmcs.shadow()
         {
             let image = &mut *self.vmcs12.image;
-            with_read_write!(follow!(&shadow, image, changed;));
+            with_read_write!(follow_parts!(&shadow, image, *written;));
+            note!(image, *written; PREEMPTION_TIMER_VALUE = shadow.get(f::PREEMPTION_TIMER_VALUE)?.into());
         }
-        Ok(changed)
+        Ok(*written)
     }
 
     /// The copy into the shadow, as far as they differ: after the copy changed, and before L1 runs.
@@ -129,9 +166,9 @@ impl NestedVmx {
             && self.current.is_some()
             && let Some(mut shadow) = cx.vmcs.shadow()
         {
-            while self.shadow_misses != 0 {
-                let slot = shadowed_slot(self.shadow_misses.trailing_zeros() as usize);
-                guest_fields::push_slot(&self.vmcs12.image, &mut shadow, &slot)?;
+            static SLOTS: [Slot; COUNT] = SHADOWED;
+            while let Some(slot) = SLOTS.get(self.shadow_misses.trailing_zeros() as usize) {
+                guest_fields::push_slot(&self.vmcs12.image, &mut shadow, slot)?;
                 self.shadow_misses &= self.shadow_misses - 1;
             }
         }

@@ -11,6 +11,7 @@ use testudo_arch::{Gpa, Gva, Hpa, Msr};
 use crate::encoding::Encoding;
 use crate::error::{InstructionError, VmFail};
 use crate::fields;
+use crate::group::FieldGroup;
 
 /// CF and ZF as LAHF puts them into AH, seen in RAX.
 const CF: u64 = 1 << 8;
@@ -42,12 +43,27 @@ pub(super) fn failure(invalid: bool) -> VmFail {
     VmFail::Valid(InstructionError::from_number(number as u32))
 }
 
-/// The failure of a VMWRITE of which only is known that CF or ZF was set: it is "VMfailInvalid" where there
-/// is no current VMCS, and "VMfailValid" where there is one (33.2).
+/// The failure of an instruction in VMX root operation of which only is known that CF or ZF was set: it is
+/// "VMfailInvalid" where there is no current VMCS, and "VMfailValid" where there is one (33.2).
 #[cold]
 fn access_failure() -> VmFail {
     // SAFETY: a VMX instruction has just failed with a flag and no exception, so this is VMX root operation.
     failure(unsafe { vmptrst() }.is_none())
+}
+
+/// The statements for each number, a constant, up to the most fields of a group, as far as a condition holds.
+/// (A loop would have to be unrolled, which compilers do as they like.)
+macro_rules! in_turn {
+    ($i:ident if $condition:expr => $body:block) => {
+        in_turn! { $i if $condition => $body;
+            0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31
+            32 33 34 35 36 37 38 39 40 41 42 43 44 45 46 47 48 49 50 51 52 53 54 55 56 57 58 59 60 61 62 63
+        }
+    };
+    ($i:ident if $condition:expr => $body:block; $($number:literal)*) => {$({
+        const $i: usize = $number;
+        if $condition $body
+    })*};
 }
 
 macro_rules! with_pointer {
@@ -56,31 +72,39 @@ macro_rules! with_pointer {
             $(#[$doc])*
             #[inline]
             pub unsafe fn $name(region: Hpa) -> Result<(), VmFail> {
-                let flags: u64;
                 // SAFETY: the operand is a live local; the rest is the caller's promise.
                 unsafe {
-                    asm!(concat!($text, " [{}]"), "lahf", in(reg) &region.0, out("rax") flags,
+                    asm!(concat!($text, " [{}]"), "jbe {}", in(reg) &region.0,
+                        label { return Err(access_failure()); },
                         options(nostack));
                 }
-                outcome(flags)
+                Ok(())
             }
         )*
     };
 }
 
+/// VMXON: enters VMX root operation.
+///
+/// # Errors
+///
+/// The region does not suit, or the processor is in VMX operation already.
+///
+/// # Safety
+///
+/// CPL 0; CR4.VMXE is 1, CR0 and CR4 have the bits that VMX fixes, IA32_FEATURE_CONTROL is
+/// locked with VMX on; the region starts with the revision identifier and belongs to the
+/// processor until [`vmxoff`].
+pub unsafe fn vmxon(region: Hpa) -> Result<(), VmFail> {
+    let flags: u64;
+    // SAFETY: the operand is a live local; the rest is the caller's promise.
+    unsafe {
+        asm!("vmxon [{}]", "lahf", in(reg) &region.0, out("rax") flags, options(nostack));
+    }
+    outcome(flags)
+}
+
 with_pointer! {
-    /// VMXON: enters VMX root operation.
-    ///
-    /// # Errors
-    ///
-    /// The region does not suit, or the processor is in VMX operation already.
-    ///
-    /// # Safety
-    ///
-    /// CPL 0; CR4.VMXE is 1, CR0 and CR4 have the bits that VMX fixes, IA32_FEATURE_CONTROL is
-    /// locked with VMX on; the region starts with the revision identifier and belongs to the
-    /// processor until [`vmxoff`].
-    vmxon: "vmxon";
     /// VMCLEAR: writes a VMCS back to its region and makes it clear, inactive and not current.
     ///
     /// # Errors
@@ -174,6 +198,55 @@ pub unsafe fn vmwrite(field: Encoding, value: u64) -> Result<(), VmFail> {
     Ok(())
 }
 
+/// VMREADs of a group of fields, of which the last stands for all.
+///
+/// # Errors
+///
+/// There is no current VMCS.
+///
+/// # Safety
+///
+/// VMX root operation.
+#[inline(always)]
+pub unsafe fn vmread_group<const N: usize>(group: &FieldGroup<N>) -> Result<[u64; N], VmFail> {
+    let mut values = [0; N];
+    // SAFETY: VMX root operation, says the caller; VMREAD changes the destination register only. What a failed
+    // one leaves there is not used: then the last one fails too.
+    unsafe {
+        in_turn!(I if I + 1 < N => {
+            asm!("vmread {}, {}", out(reg) values[I], in(reg) u64::from(group.encodings()[I].0),
+                options(nostack, readonly));
+        });
+        values[N - 1] = vmread(group.encodings()[N - 1])?;
+    }
+    Ok(values)
+}
+
+/// VMWRITEs of a group of fields, of which the last stands for all.
+///
+/// # Errors
+///
+/// There is no current VMCS.
+///
+/// # Safety
+///
+/// VMX root operation, the current VMCS is the caller's to change, and the group
+/// [is of guest state and controls](FieldGroup::is_guest_or_control).
+#[inline(always)]
+pub unsafe fn vmwrite_group<const N: usize>(
+    group: &FieldGroup<N>,
+    values: &[u64; N],
+) -> Result<(), VmFail> {
+    // SAFETY: the caller's promise; the operands are in the array.
+    unsafe {
+        in_turn!(I if I + 1 < N => {
+            asm!("vmwrite {}, [{} + {}]", in(reg) u64::from(group.encodings()[I].0),
+                in(reg) values, const 8 * I, options(nostack));
+        });
+        vmwrite(group.encodings()[N - 1], values[N - 1])
+    }
+}
+
 /// What INVEPT invalidates (33.3).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum InveptKind {
@@ -235,6 +308,26 @@ pub enum InvvpidKind {
     },
 }
 
+/// The operands of INVVPID: its type and its descriptor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct InvvpidOperands {
+    number: u64,
+    descriptor: [u64; 2],
+}
+
+impl From<InvvpidKind> for InvvpidOperands {
+    #[inline]
+    fn from(kind: InvvpidKind) -> Self {
+        let (number, descriptor) = match kind {
+            InvvpidKind::Address { vpid, address } => (0, [u64::from(vpid), address.0]),
+            InvvpidKind::SingleContext { vpid } => (1, [u64::from(vpid), 0]),
+            InvvpidKind::AllContexts => (2, [0, 0]),
+            InvvpidKind::SingleContextRetainingGlobals { vpid } => (3, [u64::from(vpid), 0]),
+        };
+        Self { number, descriptor }
+    }
+}
+
 /// INVVPID: invalidates linear and combined translations.
 ///
 /// # Errors
@@ -246,19 +339,28 @@ pub enum InvvpidKind {
 /// VMX root operation, on a processor with INVVPID.
 #[inline]
 pub unsafe fn invvpid(kind: InvvpidKind) -> Result<(), VmFail> {
-    let (number, descriptor) = match kind {
-        InvvpidKind::Address { vpid, address } => (0u64, [u64::from(vpid), address.0]),
-        InvvpidKind::SingleContext { vpid } => (1, [u64::from(vpid), 0]),
-        InvvpidKind::AllContexts => (2, [0, 0]),
-        InvvpidKind::SingleContextRetainingGlobals { vpid } => (3, [u64::from(vpid), 0]),
-    };
-    let flags: u64;
+    // SAFETY: the caller's promise.
+    unsafe { invvpid_operands(&kind.into()) }
+}
+
+/// [`invvpid`] with operands that have been made before.
+///
+/// # Errors
+///
+/// As for [`invvpid`].
+///
+/// # Safety
+///
+/// As for [`invvpid`].
+#[inline]
+pub unsafe fn invvpid_operands(operands: &InvvpidOperands) -> Result<(), VmFail> {
     // SAFETY: as for INVEPT.
     unsafe {
-        asm!("invvpid {}, [{}]", "lahf", in(reg) number, in(reg) &descriptor,
-            out("rax") flags, options(nostack));
+        asm!("invvpid {}, [{}]", "jbe {}", in(reg) operands.number, in(reg) &operands.descriptor,
+            label { return Err(access_failure()); },
+            options(nostack));
     }
-    outcome(flags)
+    Ok(())
 }
 
 /// VMFUNC with function 0, in a guest: makes entry `index` of the EPTP list the EPT pointer. A

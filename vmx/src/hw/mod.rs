@@ -83,8 +83,9 @@ use testudo_arch::{Hpa, Msr};
 
 use crate::caps::{FEATURE_CONTROL_LOCKED, FEATURE_CONTROL_VMX, NoVmx, VmxCaps};
 use crate::encoding::Encoding;
-use crate::error::{RegionError, VmFail};
+use crate::error::{AccessError, RegionError, VmFail};
 use crate::exit::ExitReason;
+use crate::group::FieldGroup;
 use crate::vmcs::{VmcsRead, VmcsWrite};
 use instructions as raw;
 
@@ -519,19 +520,28 @@ impl<'a> CurrentVmcs<'a> {
     ///
     /// The processor does not take the other one. Then no VMCS is current, so that no access reaches
     /// the wrong one: all fail, and so do entries.
-    #[inline]
+    #[inline(always)]
     pub fn exchange(&mut self, other: &mut &'a mut Vmcs) -> Result<(), VmFail> {
         core::mem::swap(&mut self.vmcs, other);
+        let address = self.vmcs.frame.address;
         // SAFETY: VMX root operation; a `Vmcs` was cleared once, and is active here or nowhere.
-        if let Err(fail) = unsafe { raw::vmptrld(self.vmcs.frame.address) } {
-            self.vmx.current = NO_VMCS;
-            // SAFETY: as above. What was current is not current any more once it is clear.
-            unsafe { raw::vmclear(other.frame.address)? };
-            other.launched = false;
-            return Err(fail);
+        if let Err(fail) = unsafe { raw::vmptrld(address) } {
+            return self.lose_current(other, fail);
         }
-        self.vmx.current = self.vmcs.frame.address;
+        self.vmx.current = address;
         Ok(())
+    }
+
+    /// The other VMCS could not be made current.
+    #[cold]
+    #[inline(never)]
+    fn lose_current(&mut self, old: &mut Vmcs, fail: VmFail) -> Result<(), VmFail> {
+        self.vmx.current = NO_VMCS;
+        // SAFETY: VMX root operation; the VMCS is active here. What was current is not current any more once it
+        // is clear.
+        unsafe { raw::vmclear(old.frame.address)? };
+        old.launched = false;
+        Err(fail)
     }
 
     /// Has the processor write a VMCS that is not current back to its memory: due for a shadow VMCS
@@ -540,6 +550,7 @@ impl<'a> CurrentVmcs<'a> {
     /// # Errors
     ///
     /// The processor does not take the address.
+    #[inline]
     pub fn write_back(&mut self, other: &mut Vmcs) -> Result<(), VmFail> {
         other.launched = false;
         // SAFETY: VMX root operation; a `Vmcs` is active on this processor or nowhere, and this one
@@ -703,6 +714,18 @@ impl VmcsRead for CurrentVmcs<'_> {
         // SAFETY: VMX root operation, with this VMCS current.
         unsafe { raw::vmread(field) }
     }
+
+    #[inline(always)]
+    fn get_group<const N: usize>(&self, group: &FieldGroup<N>) -> Result<[u64; N], AccessError> {
+        // SAFETY: VMX root operation, with this VMCS current.
+        match unsafe { raw::vmread_group(group) } {
+            Ok(values) => Ok(values),
+            Err(fail) => {
+                let field = group.encodings()[N - 1];
+                Err(AccessError::Read { field, fail })
+            }
+        }
+    }
 }
 
 impl VmcsWrite for CurrentVmcs<'_> {
@@ -714,5 +737,27 @@ impl VmcsWrite for CurrentVmcs<'_> {
         // SAFETY: VMX root operation, with this VMCS current and borrowed exclusively. What the
         // values make the processor do at the next entry is what `enter`'s caller answers for.
         unsafe { raw::vmwrite(field, value) }
+    }
+
+    #[inline(always)]
+    fn set_group<const N: usize>(
+        &mut self,
+        group: &FieldGroup<N>,
+        values: &[u64; N],
+    ) -> Result<(), AccessError> {
+        let result = if group.is_guest_or_control() {
+            // SAFETY: as above, and of HOST_RSP there is nothing to be noted.
+            unsafe { raw::vmwrite_group(group, values) }
+        } else {
+            let mut fields = group.encodings().iter().zip(values);
+            fields.try_for_each(|(&field, &value)| self.write_raw(field, value))
+        };
+        match result {
+            Ok(()) => Ok(()),
+            Err(fail) => {
+                let (field, value) = (group.encodings()[N - 1], values[N - 1]);
+                Err(AccessError::Write { field, value, fail })
+            }
+        }
     }
 }

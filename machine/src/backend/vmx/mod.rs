@@ -424,6 +424,20 @@ impl<'a, P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'a, P, M, S> {
     /// Runs the guest once.
     #[inline(always)]
     fn enter(&mut self) -> Result<ExitReason, VcpuError> {
+        self.enter_unread()?;
+        self.read_reason()
+    }
+
+    /// Why the guest exited that ran last.
+    #[inline(always)]
+    fn read_reason(&mut self) -> Result<ExitReason, VcpuError> {
+        self.reason = ExitReason::read(&self.processor)?;
+        Ok(self.reason)
+    }
+
+    /// Runs the guest once, and leaves it to the caller to ask why it exited.
+    #[inline(always)]
+    fn enter_unread(&mut self) -> Result<(), VcpuError> {
         self.prepare()?;
         let entered = if self.gate.is_none() {
             // SAFETY: the controls that `new` wrote confine the guest, and nothing removes one but
@@ -440,8 +454,7 @@ impl<'a, P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'a, P, M, S> {
             let refusal = Refusal::of_fail(fail, &self.processor, self.caps);
             return Err(VcpuError::VmEntry(refusal));
         }
-        self.reason = ExitReason::read(&self.processor)?;
-        Ok(self.reason)
+        Ok(())
     }
 
     /// CR0, CR4 and EFER by which whoever runs does so.

@@ -7,6 +7,7 @@
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::num::NonZeroU32;
+use core::ops::ControlFlow;
 
 use testudo_arch::{Cr4Flags, Gpa, GuestMemory, Hpa};
 use testudo_nested::vmx::{
@@ -18,13 +19,12 @@ use testudo_vmx::caps::Allowed;
 use testudo_vmx::clock::preemption_timer;
 use testudo_vmx::controls::{EntryControls, PinControls, PrimaryControls, SecondaryControls};
 use testudo_vmx::encoding::Area;
-use testudo_vmx::exit::ExitReason;
 use testudo_vmx::fields::FIELDS;
 use testudo_vmx::hw::instructions::{self, ibpb};
 use testudo_vmx::hw::{HostState, Vmcs};
 use testudo_vmx::{AccessError, Defects, VmxCaps, fields};
 
-use super::mode::{MCE, Mode};
+use super::mode::{LMA, MCE, Mode};
 use super::processor::{Level, Pair};
 use super::{Controls, Processor, ThisProcessor, VmxTables, VmxVcpu, setup};
 pub use crate::backend::flusher::Flusher;
@@ -249,7 +249,12 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
 
     /// Runs L2 once; gives what the machine must decide.
     #[inline(never)]
-    pub(super) fn run_l2(&mut self) -> Result<Option<VmExit>, VcpuError> {
+    pub(super) fn run_l2(&mut self) -> Option<Result<VmExit, VcpuError>> {
+        self.turn_of_l2().transpose()
+    }
+
+    #[inline(always)]
+    fn turn_of_l2(&mut self) -> Result<Option<VmExit>, VcpuError> {
         if let Some(nested) = &mut self.nested
             && core::mem::take(&mut nested.delivery_due)
         {
@@ -257,15 +262,12 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         }
         self.flush_what_l1_flushed()?;
         if self.shadow.is_some() {
-            return self.run_l2_on_shadow();
+            if let ControlFlow::Break(settled) = self.run_l2_on_shadow()? {
+                return Ok(settled);
+            }
+        } else {
+            self.enter_unread()?;
         }
-        let reason = self.enter()?;
-        self.settle_l2(reason)
-    }
-
-    /// What becomes of an exit of L2.
-    #[inline(always)]
-    pub(super) fn settle_l2(&mut self, reason: ExitReason) -> Result<Option<VmExit>, VcpuError> {
         let Some(nested) = &mut self.nested else {
             return Ok(None);
         };
@@ -273,29 +275,35 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         // The layer has read RSP, or set it.
         self.rsp_agreed = self.registers.gprs.rsp;
         match handled {
-            Handled::Resume => {
-                nested.counts.resumed += 1;
-                Ok(None)
-            }
             Handled::L1(barrier) => {
-                nested.counts.exits += 1;
+                nested.counts.exits = nested.counts.exits.wrapping_add(1);
                 let exists = nested.has_predictor_barrier;
                 barrier.discharge(predictor_barrier(exists));
                 self.return_to_l1()?;
                 Ok(None)
             }
-            Handled::L0 => self.settle(reason),
+            Handled::Resume => {
+                nested.counts.resumed += 1;
+                Ok(None)
+            }
+            Handled::L0 => {
+                let reason = self.read_reason()?;
+                self.settle(reason)
+            }
             // An access to a device of L0's, at whatever address L2 knows it by: the instruction is
             // emulated with the translations of both stages.
-            Handled::Memory(gpa) => match self.settle(reason)? {
-                Some(VmExit::Memory(access)) => {
-                    Ok(Some(VmExit::Memory(crate::vcpu::MemoryAccess {
-                        gpa,
-                        ..access
-                    })))
+            Handled::Memory(gpa) => {
+                let reason = self.read_reason()?;
+                match self.settle(reason)? {
+                    Some(VmExit::Memory(access)) => {
+                        Ok(Some(VmExit::Memory(crate::vcpu::MemoryAccess {
+                            gpa,
+                            ..access
+                        })))
+                    }
+                    other => Ok(other),
                 }
-                other => Ok(other),
-            },
+            }
             Handled::Abort => Ok(Some(VmExit::Shutdown)),
         }
     }
@@ -489,18 +497,21 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         (nmi || init || self.window.is_some()).then_some(VmExit::InterruptWindow)
     }
 
-    /// L1 runs next: what is known of its registers is what the exit loaded.
+    /// L1 runs next: what is known of its registers is what the exit loaded. (A call of its own is 20 instructions
+    /// of each exit.)
+    #[inline(always)]
     pub(super) fn return_to_l1(&mut self) -> Result<(), VcpuError> {
         self.select(Level::L1)?;
         self.level = Level::L1;
         self.cache.forget();
         self.injection = None;
-        self.mode = Mode {
-            cr0: self.processor.get(fields::CR0_READ_SHADOW)?,
-            cr4: self.processor.get(fields::CR4_READ_SHADOW)?,
-            efer: self.processor.get(fields::GUEST_EFER)?,
-        };
-        self.entry = EntryControls::from_bits_retain(self.processor.get(fields::ENTRY_CONTROLS)?);
+        if let Some(nested) = &self.nested {
+            let &ControlRegisters { cr0, cr4, efer } = nested.state.l1_control_registers();
+            self.mode = Mode { cr0, cr4, efer };
+            // The exit has loaded it so.
+            let long = efer & LMA != 0;
+            self.entry.set(EntryControls::IA32E_MODE_GUEST, long);
+        }
         self.flush_what_l1_flushed()?;
         if self.shadow.is_some() {
             if self.mode.pae_paging() {
@@ -509,10 +520,14 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
             }
             self.put_on_l1_shadow()?;
         }
-        self.open_window();
+        let open = PrimaryControls::INTERRUPT_WINDOW_EXITING;
+        if self.window.is_some() || self.tpr_threshold != 0 || self.primary.contains(open) {
+            self.open_window();
+        }
         Ok(())
     }
 
+    #[inline(always)]
     fn flush_what_l1_flushed(&mut self) -> Result<(), VcpuError> {
         let Some(nested) = &mut self.nested else {
             return Ok(());
@@ -521,7 +536,7 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         if let Some(shadow) = &mut self.shadow {
             shadow.is_l1_stale |= flush.l1;
             shadow.is_l2_stale |= flush.vpid;
-        } else if nested.flusher.take() || flush.ept {
+        } else if nested.flusher.take() | flush.ept {
             self.processor
                 .forget_ept()
                 .map_err(VcpuError::Invalidation)?;

@@ -1,6 +1,8 @@
 //! A guest hypervisor (L1) on shadow paging, and its guest (L2): which registers the VMCSs hold, and
 //! whose a page fault of L2 is.
 
+use core::ops::ControlFlow;
+
 use testudo_arch::{Event, Exception, GuestMemory, Gva};
 use testudo_ept::shadow::Outcome;
 use testudo_nested::vmx::{Handled, PageFaultOf, SecondStage};
@@ -78,10 +80,11 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         Ok(())
     }
 
-    /// Runs L2 once; gives what the machine must decide.
+    /// Runs L2 once. A page fault is settled, and leaves what the machine must decide; any other exit is yet
+    /// to be.
     #[cold]
     #[inline(never)]
-    pub(super) fn run_l2_on_shadow(&mut self) -> Result<Option<VmExit>, VcpuError> {
+    pub(super) fn run_l2_on_shadow(&mut self) -> Result<ControlFlow<Option<VmExit>>, VcpuError> {
         self.put_on_l2_shadow()?;
         let reason = self.enter()?;
         self.take_off_l2_shadow()?;
@@ -91,10 +94,10 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
             if information.event_type() == EventType::HardwareException
                 && information.vector() == Exception::PageFault.vector()
             {
-                return self.l2_shadow_fault(information);
+                return self.l2_shadow_fault(information).map(ControlFlow::Break);
             }
         }
-        self.settle_l2(reason)
+        Ok(ControlFlow::Continue(()))
     }
 
     /// Has the processor's paging registers in L2's VMCS, for an entry.

@@ -4,9 +4,9 @@ use core::sync::atomic::AtomicU32;
 
 use testudo_arch::Msr;
 use testudo_nested::vmx::{Msrs, VmcsPair};
-use testudo_vmx::hw::instructions::{self, InveptKind, InvvpidKind};
+use testudo_vmx::hw::instructions::{self, InveptKind, InvvpidKind, InvvpidOperands};
 use testudo_vmx::hw::{CurrentVmcs, GuestMsrs, GuestRegisters, HeldInterrupts, Vmcs};
-use testudo_vmx::{Encoding, VmFail, VmcsRead, VmcsWrite};
+use testudo_vmx::{AccessError, Encoding, FieldGroup, VmFail, VmcsRead, VmcsWrite};
 
 /// Whose VMCS is meant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -110,7 +110,9 @@ pub struct ThisProcessor<'a> {
     msrs: GuestMsrs,
     /// What drops the translations of L1 and of L2; `None` without VPIDs: then each entry and exit
     /// drops them.
-    flush: Option<[InvvpidKind; 2]>,
+    flush: Option<[InvvpidOperands; 2]>,
+    /// There is a shadow VMCS, current or not.
+    has_shadow: bool,
 }
 
 #[allow(
@@ -134,7 +136,8 @@ impl<'a> ThisProcessor<'a> {
             level: Level::L1,
             others: [const { None }; 3],
             held,
-            flush: flush.map(|kind| [kind, kind]),
+            flush: flush.map(|kind| [kind.into(); 2]),
+            has_shadow: false,
         }
     }
 
@@ -150,9 +153,10 @@ impl<'a> ThisProcessor<'a> {
         shadow: Option<&'a mut Vmcs>,
     ) {
         if let (Some([_, of_l2]), Some(kind)) = (&mut self.flush, flush_l2) {
-            *of_l2 = kind;
+            *of_l2 = kind.into();
         }
         self.others[Level::L2 as usize] = Some(l2);
+        self.has_shadow = shadow.is_some();
         self.others[Level::Shadow as usize] = shadow;
     }
 
@@ -214,12 +218,26 @@ impl VmcsRead for ThisProcessor<'_> {
     fn read_raw(&self, field: Encoding) -> Result<u64, VmFail> {
         self.vmcs.read_raw(field)
     }
+
+    #[inline(always)]
+    fn get_group<const N: usize>(&self, group: &FieldGroup<N>) -> Result<[u64; N], AccessError> {
+        self.vmcs.get_group(group)
+    }
 }
 
 impl VmcsWrite for ThisProcessor<'_> {
     #[inline]
     fn write_raw(&mut self, field: Encoding, value: u64) -> Result<(), VmFail> {
         self.vmcs.write_raw(field, value)
+    }
+
+    #[inline(always)]
+    fn set_group<const N: usize>(
+        &mut self,
+        group: &FieldGroup<N>,
+        values: &[u64; N],
+    ) -> Result<(), AccessError> {
+        self.vmcs.set_group(group, values)
     }
 }
 
@@ -231,7 +249,7 @@ impl Processor for ThisProcessor<'_> {
         ResidentMsrs(self.msrs)
     }
 
-    #[inline]
+    #[inline(always)]
     fn select(&mut self, level: Level) -> Result<(), VmFail> {
         if level == self.level {
             return Ok(());
@@ -249,8 +267,9 @@ impl Processor for ThisProcessor<'_> {
         result
     }
 
+    #[inline]
     fn has_shadow(&self) -> bool {
-        self.level == Level::Shadow || self.others[Level::Shadow as usize].is_some()
+        self.has_shadow
     }
 
     #[inline]
@@ -271,14 +290,15 @@ impl Processor for ThisProcessor<'_> {
         self.held.take_machine_check();
     }
 
+    #[inline]
     fn forget_translations(&mut self, level: Level) -> Result<(), VmFail> {
-        let Some([l1, l2]) = self.flush else {
+        let Some([l1, l2]) = &self.flush else {
             return Ok(());
         };
-        let kind = if level == Level::L1 { l1 } else { l2 };
+        let operands = if level == Level::L1 { l1 } else { l2 };
         // SAFETY: a current VMCS is in VMX root operation, and the caller of `new` or `add`
         // vouched for the kind.
-        unsafe { instructions::invvpid(kind) }
+        unsafe { instructions::invvpid_operands(operands) }
     }
 
     fn forget_ept(&mut self) -> Result<(), VmFail> {

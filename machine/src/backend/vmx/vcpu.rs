@@ -31,8 +31,8 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> Vcpu for VmxVcpu<'_, P, M, S>
                 return Ok(VmExit::Interrupted);
             }
             if self.level != Level::L1 {
-                match self.run_l2()? {
-                    Some(exit) => return Ok(exit),
+                match self.run_l2() {
+                    Some(exit) => return exit,
                     None => continue,
                 }
             }
