@@ -16,7 +16,7 @@ use testudo_arch::{DescriptorTable, Segment};
 
 use crate::caps::VmxCaps;
 use crate::encoding::{Area, Field, Natural};
-use crate::error::AccessError;
+use crate::error::{AccessError, InstructionError, VmFail};
 use crate::fields;
 use crate::vmcs::{VmcsRead, VmcsWrite};
 
@@ -121,7 +121,7 @@ pub fn write_segment(
 ///
 /// # Errors
 ///
-/// A VMREAD failed; IA32_EFER must be saved on exits.
+/// A VMREAD failed. IA32_EFER must be saved on exits; where the VMCS has no field for it, it comes back as 0.
 pub fn read_system_registers(vmcs: &impl VmcsRead) -> Result<SystemRegisters, AccessError> {
     let segment = |register| read_segment(vmcs, register);
     Ok(SystemRegisters {
@@ -144,7 +144,10 @@ pub fn read_system_registers(vmcs: &impl VmcsRead) -> Result<SystemRegisters, Ac
         cr0: vmcs.get(fields::GUEST_CR0)?,
         cr3: vmcs.get(fields::GUEST_CR3)?,
         cr4: vmcs.get(fields::GUEST_CR4)?,
-        efer: vmcs.get(fields::GUEST_EFER)?,
+        efer: match vmcs.get(fields::GUEST_EFER) {
+            Err(AccessError::Read { fail, .. }) if fail == UNSUPPORTED => 0,
+            efer => efer?,
+        },
         rip: vmcs.get(fields::GUEST_RIP)?,
         rflags: vmcs.get(fields::GUEST_RFLAGS)?,
         dr7: vmcs.get(fields::GUEST_DR7)?,
@@ -160,7 +163,8 @@ pub fn read_system_registers(vmcs: &impl VmcsRead) -> Result<SystemRegisters, Ac
 ///
 /// # Errors
 ///
-/// A VMWRITE failed; IA32_EFER must be loaded on entries.
+/// A VMWRITE failed. IA32_EFER must be loaded on entries; where the VMCS has no field for it, the caller sees to
+/// it otherwise.
 pub fn write_system_registers(
     vmcs: &mut impl VmcsWrite,
     registers: &SystemRegisters,
@@ -175,10 +179,25 @@ pub fn write_system_registers(
     vmcs.set(fields::GUEST_CR0, registers.cr0)?;
     vmcs.set(fields::GUEST_CR3, registers.cr3)?;
     vmcs.set(fields::GUEST_CR4, registers.cr4)?;
-    vmcs.set(fields::GUEST_EFER, registers.efer)?;
+    set_if_there(vmcs, fields::GUEST_EFER, registers.efer)?;
     vmcs.set(fields::GUEST_RIP, registers.rip)?;
     vmcs.set(fields::GUEST_RFLAGS, registers.rflags)?;
     vmcs.set(fields::GUEST_DR7, registers.dr7)
+}
+
+/// What an access to a field fails with that the processor does not have.
+pub(crate) const UNSUPPORTED: VmFail = VmFail::Valid(InstructionError::UnsupportedComponent);
+
+/// Sets a field that only some processors have.
+pub(crate) fn set_if_there(
+    vmcs: &mut impl VmcsWrite,
+    field: Field<u64>,
+    value: u64,
+) -> Result<(), AccessError> {
+    match vmcs.set(field, value) {
+        Err(AccessError::Write { fail, .. }) if fail == UNSUPPORTED => Ok(()),
+        result => result,
+    }
 }
 
 /// Gives every field of a new VMCS a value, since VMCLEAR leaves them undefined: 0, and all ones in

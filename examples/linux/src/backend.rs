@@ -152,10 +152,7 @@ impl Backend {
         match self {
             Self::Svm(_) if enlightened => Err(BackendError::NoEnlightenedVmcb),
             Self::Svm(svm) => Ok(svm.enable_nested(guest)?),
-            Self::Vmx(vmx) => {
-                vmx.enable_nested(guest, enlightened);
-                Ok(())
-            }
+            Self::Vmx(vmx) => Ok(vmx.enable_nested(guest, enlightened)?),
         }
     }
 

@@ -13,8 +13,9 @@ use testudo_arch::{FrameAlloc, Gpa, Hpa, PAGE_SIZE, PageSize};
 use testudo_ept::format::ept::{Ept, EptFlags};
 use testudo_ept::{Format, PageTable, Rights};
 use testudo_machine::backend::vmx::{
-    APIC_PAGE, ApicTables, Controls, Flusher, NestedParts, ShadowBitmaps, ThisProcessor,
-    Unsuitable, VmxPlace, VmxTables, VmxVcpu, offers_shadowing, open_direct_msrs, open_x2apic_msrs,
+    APIC_PAGE, ApicTables, Controls, Flusher, NestedParts, ShadowBitmaps, SwitchedMsrs,
+    ThisProcessor, Unsuitable, VmxPlace, VmxTables, VmxVcpu, offers_shadowing, open_direct_msrs,
+    open_x2apic_msrs,
 };
 use testudo_machine::paged::{Managed, PagedError, PagedMemory, SharedPool, Shootdown};
 use testudo_machine::paging::Paging;
@@ -60,6 +61,10 @@ pub(crate) enum VmxError {
     Resident(#[from] ResidentUnsupported),
     #[error("no memory is left for the tables")]
     NoMemory,
+    #[error(
+        "without fields for EFER and PAT in the processor's VMCS, guests cannot be hypervisors"
+    )]
+    NoNestedLoads,
 }
 
 /// What all processors share.
@@ -179,7 +184,18 @@ impl VmxBackend {
 
     /// Offers guests VMX, on a processor such as their CPUID table says. On shadow paging they shadow
     /// their guests' tables too.
-    pub(crate) fn enable_nested(&mut self, guest: &Cpuid, enlightened: bool) {
+    ///
+    /// # Errors
+    ///
+    /// The processor has too little for it.
+    pub(crate) fn enable_nested(
+        &mut self,
+        guest: &Cpuid,
+        enlightened: bool,
+    ) -> Result<(), VmxError> {
+        if self.controls.switches_by_lists() {
+            return Err(VmxError::NoNestedLoads);
+        }
         let l1 = Processor::read_from(|leaf, sub| guest.query(leaf, sub));
         let wanted = Offer {
             ept: self.controls.has_ept(),
@@ -190,6 +206,7 @@ impl VmxBackend {
         self.controls = self.controls.for_hypervisors();
         self.nested_caps = Some(Box::new(offer(&self.caps, l1, wanted)));
         self.shadowing = offers_shadowing(&self.caps).then(|| Box::new(shadow_bitmaps()));
+        Ok(())
     }
 
     /// What one vCPU needs to be a hypervisor's.
@@ -331,6 +348,10 @@ impl VmxBackend {
         // SAFETY: the runtime uses none of these registers and has CR4.OSXSAVE and OSFXSR set.
         unsafe { resident.load() };
         let [low, _, _, high] = cpuid.query(0xD, 0);
+        let lists = match self.controls.switches_by_lists() {
+            true => Some(Box::<SwitchedMsrs>::default()),
+            false => None,
+        };
         let place = VmxPlace {
             vmcs: current,
             held,
@@ -342,6 +363,7 @@ impl VmxBackend {
             xcr0_valid: (u64::from(high) << 32 | u64::from(low)) & XCR0_ALLOWED,
             shadow: self.shadow.as_ref().map(|shadow| shadow.place(number)),
             gate: self.gates.as_ref().and_then(|gates| gates.gate(number)),
+            switched: lists.as_deref().map(|lists| (lists, address(lists))),
         };
         // SAFETY: `new` made the tables, which reach `ram` only, and this value keeps them; without
         // EPT in the controls, `enable_shadow` was called; the

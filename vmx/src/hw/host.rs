@@ -8,6 +8,7 @@ use super::instructions::{cr0, cr3, cr4, rdmsr};
 use super::switch;
 use crate::error::AccessError;
 use crate::fields;
+use crate::state::set_if_there;
 use crate::vmcs::VmcsWrite;
 
 /// The state that VM exits load, apart from RSP, which each entry takes care of.
@@ -117,6 +118,16 @@ impl HostState {
         }
     }
 
+    /// IA32_EFER.
+    pub fn efer(&self) -> u64 {
+        self.efer
+    }
+
+    /// IA32_PAT.
+    pub fn pat(&self) -> u64 {
+        self.pat
+    }
+
     /// Writes the host-state area. IA32_EFER and IA32_PAT are written where the VMCS has them, and
     /// count if the exit controls say so.
     ///
@@ -146,20 +157,11 @@ impl HostState {
         // A processor that cannot load these on exits lacks the fields, and needs neither: they
         // then keep the guest's values only if the guest can change them.
         for (field, value) in [(fields::HOST_EFER, self.efer), (fields::HOST_PAT, self.pat)] {
-            match vmcs.set(field, value) {
-                Ok(())
-                | Err(AccessError::Write {
-                    fail: UNSUPPORTED, ..
-                }) => {}
-                Err(error) => return Err(error),
-            }
+            set_if_there(vmcs, field, value)?;
         }
         vmcs.set(fields::HOST_RIP, self.rip)
     }
 }
-
-const UNSUPPORTED: crate::VmFail =
-    crate::VmFail::Valid(crate::InstructionError::UnsupportedComponent);
 
 /// GDTR or IDTR from the ten bytes that SGDT and SIDT store.
 fn descriptor_table([limit, a, b, c, d]: [u16; 5]) -> DescriptorTable {
@@ -197,7 +199,7 @@ mod tests {
             ..HostState::default()
         };
         let mut vmcs = FakeVmcs::new();
-        vmcs.fail(fields::HOST_EFER, UNSUPPORTED);
+        vmcs.fail(fields::HOST_EFER, crate::state::UNSUPPORTED);
         state.write(&mut vmcs).unwrap();
         assert_eq!(vmcs.get(fields::HOST_CR3), Ok(0x1000));
         vmcs.fail(fields::HOST_CR3, crate::VmFail::Invalid);

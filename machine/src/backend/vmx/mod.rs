@@ -49,6 +49,7 @@ mod processor;
 mod refusal;
 mod setup;
 mod shadow;
+mod switched;
 mod task;
 #[cfg(test)]
 mod tests;
@@ -87,6 +88,7 @@ pub use processor::{Level, Pair, Processor, ResidentMsrs, ThisProcessor};
 pub use refusal::{Refusal, RefusalCause};
 pub use setup::{Controls, Unsuitable, VmxTables, open_direct_msrs};
 use shadow::Shadow;
+pub use switched::SwitchedMsrs;
 pub use task::{Switched, switch_tasks};
 
 /// The flags that completing an instruction by software must look at.
@@ -117,6 +119,8 @@ pub struct VmxVcpu<'a, P, M, S = NoSecondStage> {
     shadow: Option<Shadow<'a>>,
     /// What it goes through into the guest and back, if others wait for it to be out.
     gate: Option<&'a Gate>,
+    /// What EFER is switched by, if the VMCS has no field for it.
+    switched: Option<&'a SwitchedMsrs>,
     imposed: Imposed,
     xcr0_valid: u64,
     /// Why the guest came out last.
@@ -164,6 +168,9 @@ pub struct VmxPlace<'a> {
     pub shadow: Option<ShadowPlace<'a>>,
     /// The vCPU's [gate](crate::paged::Shootdown::gate), if pages of its guest are shared.
     pub gate: Option<&'a Gate>,
+    /// The lists of MSRs and their physical address, if the controls
+    /// [switch by lists](Controls::switches_by_lists).
+    pub switched: Option<(&'a SwitchedMsrs, Hpa)>,
 }
 
 impl<'a, M: GuestMemory, S: SecondStage> VmxVcpu<'a, ThisProcessor<'a>, M, S> {
@@ -179,7 +186,8 @@ impl<'a, M: GuestMemory, S: SecondStage> VmxVcpu<'a, ThisProcessor<'a>, M, S> {
     /// value lives: the tables are in place and reach only the guest's memory, the page of the local
     /// APIC is at its address and this vCPU's alone, and no other guest uses the VPID on this
     /// processor. The guest's resident registers stay in this processor. The capabilities are this
-    /// processor's. If the controls are without EPT, there is shadow paging.
+    /// processor's. If the controls are without EPT, there is shadow paging, and if they switch by lists,
+    /// those are at their address and this vCPU's alone.
     #[allow(
         unsafe_code,
         reason = "entering a guest rests on what the caller put in memory"
@@ -189,7 +197,11 @@ impl<'a, M: GuestMemory, S: SecondStage> VmxVcpu<'a, ThisProcessor<'a>, M, S> {
         let (caps, controls) = (place.caps, place.controls);
         let flush = controls.flush(caps, place.vpid);
         // SAFETY: the caller's promise.
-        unsafe { HostState::of_this_processor() }.write(&mut vmcs)?;
+        let host = unsafe { HostState::of_this_processor() };
+        host.write(&mut vmcs)?;
+        if let Some((lists, _)) = place.switched {
+            lists.set_host(host.efer(), host.pat());
+        }
         // SAFETY: a current VMCS is in VMX root operation, and `Controls::choose` demands INVEPT of
         // all contexts with EPT and, with VPIDs, INVVPID of all.
         unsafe {
@@ -212,6 +224,7 @@ impl<'a, M: GuestMemory, S: SecondStage> VmxVcpu<'a, ThisProcessor<'a>, M, S> {
             xcr0_valid: place.xcr0_valid,
             shadow: place.shadow,
             gate: place.gate,
+            switched: place.switched,
         };
         Self::on(processor, &parts, memory)
     }
@@ -227,12 +240,16 @@ struct Parts<'a> {
     xcr0_valid: u64,
     shadow: Option<ShadowPlace<'a>>,
     gate: Option<&'a Gate>,
+    switched: Option<(&'a SwitchedMsrs, Hpa)>,
 }
 
 impl<'a, P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'a, P, M, S> {
     fn on(mut processor: P, parts: &Parts<'a>, memory: &'a M) -> Result<Self, VcpuError> {
         let (apic_page, at) = parts.apic_page;
         setup::write(&mut processor, parts.controls, parts.tables, at, parts.vpid)?;
+        if let Some((lists, at)) = parts.switched {
+            lists.write(&mut processor, at, setup::PAT_RESET)?;
+        }
         let apic_tables = parts.tables.apic.filter(|_| parts.controls.virtual_apic);
         let apic = match apic_tables {
             Some(tables) => {
@@ -271,6 +288,7 @@ impl<'a, P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'a, P, M, S> {
             until_timer: 1,
             gate: parts.gate.or(parts.shadow.map(|place| place.gate())),
             shadow: parts.shadow.map(Shadow::new),
+            switched: parts.switched.map(|(lists, _)| lists),
             imposed,
             xcr0_valid: parts.xcr0_valid,
             reason: ExitReason(0),
@@ -489,7 +507,10 @@ impl<'a, P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'a, P, M, S> {
         self.processor
             .set(fields::GUEST_CR4, self.imposed.real_cr4(real.cr4))?;
         self.processor.set(fields::CR4_READ_SHADOW, new.cr4)?;
-        self.processor.set(fields::GUEST_EFER, real.efer)?;
+        match self.switched {
+            Some(lists) => lists.set_guest_efer(real.efer),
+            None => self.processor.set(fields::GUEST_EFER, real.efer)?,
+        }
         let entry = if real.efer & LMA != 0 {
             self.entry | EntryControls::IA32E_MODE_GUEST
         } else {

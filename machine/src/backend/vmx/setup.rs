@@ -107,6 +107,10 @@ pub struct Controls {
 pub(super) const WINDOWS: PrimaryControls =
     PrimaryControls::INTERRUPT_WINDOW_EXITING.union(PrimaryControls::NMI_WINDOW_EXITING);
 
+/// What switches EFER and PAT by fields of the VMCS.
+const EXIT_LOADS: ExitControls = ExitControls::LOAD_EFER.union(ExitControls::LOAD_PAT);
+const ENTRY_LOADS: EntryControls = EntryControls::LOAD_EFER.union(EntryControls::LOAD_PAT);
+
 impl Controls {
     /// The controls on a processor with these capabilities.
     ///
@@ -159,12 +163,13 @@ impl Controls {
             | SecondaryControls::ENABLE_INVPCID
             | SecondaryControls::WBINVD_EXITING
             | SecondaryControls::ENABLE_ENCLS_EXITING;
-        let exit = ExitControls::HOST_ADDRESS_SPACE_SIZE
-            | ExitControls::SAVE_DEBUG_CONTROLS
-            | ExitControls::LOAD_EFER
-            | ExitControls::LOAD_PAT;
-        let entry =
-            EntryControls::LOAD_DEBUG_CONTROLS | EntryControls::LOAD_EFER | EntryControls::LOAD_PAT;
+        let mut exit = ExitControls::HOST_ADDRESS_SPACE_SIZE | ExitControls::SAVE_DEBUG_CONTROLS;
+        let mut entry = EntryControls::LOAD_DEBUG_CONTROLS;
+        // Processors without EPT are older than these controls.
+        if nested || caps.exit.allows(EXIT_LOADS) && caps.entry.allows(ENTRY_LOADS) {
+            exit |= EXIT_LOADS;
+            entry |= ENTRY_LOADS;
+        }
 
         let ept = EptVpidCaps::WALK_4
             | EptVpidCaps::WRITE_BACK
@@ -214,6 +219,12 @@ impl Controls {
     /// Whether guests run on EPT.
     pub fn has_ept(&self) -> bool {
         self.secondary.contains(SecondaryControls::ENABLE_EPT)
+    }
+
+    /// Whether EFER and PAT are switched by lists of MSRs ([`VmxPlace::switched`](super::VmxPlace::switched)),
+    /// since the VMCS has no fields for them. Guests of guests are not run then.
+    pub fn switches_by_lists(&self) -> bool {
+        !self.entry.contains(ENTRY_LOADS)
     }
 
     /// How the translations of a guest with this VPID are dropped; `None` without VPIDs.
@@ -287,6 +298,9 @@ pub(super) fn write(
         vmcs.set(zero, 0)?;
     }
     vmcs.set(fields::GUEST_DEBUGCTL, 0)?;
+    if controls.switches_by_lists() {
+        return Ok(());
+    }
     vmcs.set(fields::GUEST_PAT, PAT_RESET)
 }
 

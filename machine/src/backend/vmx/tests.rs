@@ -222,6 +222,7 @@ fn vcpu_on(caps: &VmxCaps) -> Fake {
         xcr0_valid: 7,
         shadow: None,
         gate: None,
+        switched: None,
     };
     let memory = Box::leak(Box::new(ram(0x2000)));
     VmxVcpu::on(FakeProcessor::new(caps), &parts, memory).unwrap()

@@ -39,6 +39,7 @@ fn vcpu_with(lapic: &Lapic) -> Fake {
         xcr0_valid: 7,
         shadow: None,
         gate: None,
+        switched: None,
     };
     let memory = Box::leak(Box::new(ram(0x2000)));
     VmxVcpu::on(FakeProcessor::new(caps), &parts, memory).unwrap()

@@ -98,6 +98,7 @@ fn hypervisor_on(
         xcr0_valid: 7,
         shadow: None,
         gate: None,
+        switched: None,
     };
     let mut vcpu: Hypervisor = VmxVcpu::on(FakeProcessor::new(caps), &parts, memory).unwrap();
     vcpu.processor.has_shadow = shadow;

@@ -54,6 +54,7 @@ fn hypervisor() -> (Hypervisor, &'static FramePool) {
             physical_bits: 40,
         }),
         gate: None,
+        switched: None,
     };
     let mut vcpu: Hypervisor = VmxVcpu::on(FakeProcessor::new(caps), &parts, memory).unwrap();
     let wanted = Offer {

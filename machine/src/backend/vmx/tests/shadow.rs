@@ -4,6 +4,9 @@ use testudo_arch::regs::SegmentRegister;
 use testudo_arch::{FrameMem, PAGE_SIZE, Segment};
 use testudo_ept::FramePool;
 use testudo_ept::shadow::{Backed, Backing};
+use testudo_vmx::caps::Allowed;
+use testudo_vmx::controls::ExitControls;
+use testudo_vmx::structures::MsrEntry;
 
 use super::*;
 use crate::paging::{ShadowPaging, allowed_cr4};
@@ -27,7 +30,17 @@ impl Backing for Contiguous {
 
 /// A vCPU in reset state, its memory, and its shadow tables.
 fn shadowed() -> (Fake, GuestRam, &'static FramePool) {
-    let caps: &'static VmxCaps = Box::leak(Box::new(fixtures::skylake_sp()));
+    shadowed_on(fixtures::skylake_sp(), None)
+}
+
+/// Where lists of MSRs are said to be.
+const LISTS: Hpa = Hpa(0x5000);
+
+fn shadowed_on(
+    caps: VmxCaps,
+    lists: Option<&'static SwitchedMsrs>,
+) -> (Fake, GuestRam, &'static FramePool) {
+    let caps: &'static VmxCaps = Box::leak(Box::new(caps));
     let controls = Box::leak(Box::new(Controls::choose_shadow(caps).unwrap()));
     assert!(!controls.has_ept());
     let tables = Box::leak(Box::new(VmxTables {
@@ -52,6 +65,7 @@ fn shadowed() -> (Fake, GuestRam, &'static FramePool) {
             physical_bits: 40,
         }),
         gate: None,
+        switched: lists.map(|lists| (lists, LISTS)),
     };
     let vcpu = VmxVcpu::on(FakeProcessor::new(caps), &parts, memory).unwrap();
     (vcpu, memory.clone(), pool)
@@ -211,4 +225,50 @@ fn the_guests_tables_decide_once_it_has_paging() {
     // Reserved bits of CR4 and CR0 are refused.
     vcpu.guest_moves_to(4, 1 << 13);
     assert_eq!(vcpu.last_injected() & 0xFF, 13);
+}
+
+/// Processors are like this that are older than EPT. The fake has no fields that they lack.
+#[test]
+fn without_fields_for_efer_and_pat_lists_switch_them() {
+    let mut caps = fixtures::nehalem();
+    let (efer, pat) = (
+        ExitControls::LOAD_EFER | ExitControls::SAVE_EFER,
+        ExitControls::LOAD_PAT | ExitControls::SAVE_PAT,
+    );
+    let exit = caps.exit.may_be_one() - efer - pat;
+    caps.exit = Allowed::new(caps.exit.must_be_one(), exit);
+    let entry = caps.entry.may_be_one() - EntryControls::LOAD_EFER - EntryControls::LOAD_PAT;
+    caps.entry = Allowed::new(caps.entry.must_be_one(), entry);
+    assert!(Controls::choose(&caps).is_err());
+    assert!(Controls::choose_shadow(&caps).unwrap().switches_by_lists());
+
+    let lists: &'static SwitchedMsrs = Box::leak(Box::default());
+    lists.set_host(0xD01, 0x0706);
+    let (mut vcpu, ..) = shadowed_on(caps, Some(lists));
+    for (count, address, list) in [
+        (
+            fields::ENTRY_MSR_LOAD_COUNT,
+            fields::ENTRY_MSR_LOAD_ADDRESS,
+            0,
+        ),
+        (
+            fields::EXIT_MSR_LOAD_COUNT,
+            fields::EXIT_MSR_LOAD_ADDRESS,
+            1,
+        ),
+    ] {
+        assert_eq!(vcpu.hardware(count), 2);
+        assert_eq!(vcpu.hardware(address), LISTS.0 + list * 32);
+    }
+    vcpu.set_segments(&protected());
+    assert!(vcpu.set_control_register(0, 0x11));
+    assert_eq!(vcpu.write_msr(Msr::EFER, 0x801), Some(true));
+    vcpu.run_out();
+    assert_eq!(vcpu.read_msr(Msr::EFER), Some(0x801));
+    let [guest, host] = lists.lists();
+    assert_eq!(guest[0].msr(), Msr::EFER);
+    assert_eq!(guest[0].value() & 0xD01, 0x801);
+    assert_eq!(guest[1], MsrEntry::new(Msr::PAT, setup::PAT_RESET));
+    assert_eq!(host[0], MsrEntry::new(Msr::EFER, 0xD01));
+    assert_eq!(host[1], MsrEntry::new(Msr::PAT, 0x0706));
 }
