@@ -94,7 +94,8 @@ pub fn hash(memory: &impl PageMemory, page: Hpa, next: Option<Hpa>) -> u64 {
 ///
 /// One after another, pages of memory that is in no cache are hashed more slowly than the memory could
 /// give them: the processor guesses ahead within a page only. Four at a time, a line of each in turn,
-/// keep it guessing in four.
+/// keep it guessing in four. Nothing is shared between calls: threads that each have their part of the pages
+/// need to take turns only with the [account](SharedFrames).
 #[inline]
 pub fn hashes<const N: usize>(
     memory: &impl PageMemory,

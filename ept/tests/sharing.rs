@@ -10,7 +10,7 @@ use proptest::prelude::*;
 use testudo_arch::{FrameAlloc, Gpa, Hpa, PageSize};
 use testudo_ept::format::npt::{Npt, NptFlags};
 use testudo_ept::sharing::{
-    Group, Pace, PageMemory, Scanner, SharedFrames, ZERO, digest, hash, is_equal, is_zero,
+    Group, Pace, PageMemory, Scanner, SharedFrames, ZERO, digest, hash, hashes, is_equal, is_zero,
 };
 use testudo_ept::{FramePool, Invalidate, Invalidation, Leaf, PageBitmap, PageTable, Rights};
 
@@ -463,6 +463,9 @@ proptest! {
         data.frames.borrow_mut()[((b.0 - FIRST) / PAGE) as usize][word as usize] = 1 << bit;
         prop_assert!(!is_zero(&memory, b, Some(a)) && !is_equal(&memory, a, b));
         prop_assert_ne!(hash(&memory, a, None), hash(&memory, b, Some(a)));
+        // Several at once have the hashes that each has alone.
+        let alone = [a, b, b, a].map(|page| hash(&memory, page, None));
+        prop_assert_eq!(hashes(&memory, [a, b, b, a], Some([b, a, a, b])), alone);
     }
 
     #[test]
