@@ -316,7 +316,7 @@ fn a_guest_that_writes_all_the_time_costs_no_more_than_the_pace() {
 /// kicked. What a device wrote before it said so is what the vCPU reads after it has heard.
 #[test]
 fn a_vcpu_in_the_guest_never_sees_the_past() {
-    const WRITES: u64 = 50;
+    const WRITES: u64 = 30;
     let all = Guests::new(4, 1, FEW * PAGE_SIZE);
     let guest = &all.guests[0];
     let (host, chip) = all.hosts[0].clone();
