@@ -65,6 +65,9 @@ pub(super) fn run(tally: &mut Tally, full: bool) -> Result<()> {
         tally.check("nested::kvm_with_two_processors_runs_linux_on_vtx", || {
             status_by(&on_vtx, "kvm", "3600", &["--vcpus", "2"]).map(drop)
         });
+        tally.check("nested::two_kvms_side_by_side_on_vtx", || {
+            status_by(&on_vtx, "kvm", "3600", &["--guests", "2"]).map(drop)
+        });
         tally.check(
             "nested::kvm_on_shadow_paging_with_two_processors_on_vtx",
             || {
