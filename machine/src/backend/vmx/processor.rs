@@ -190,20 +190,20 @@ impl<P: Processor> VmcsPair for Pair<'_, P> {
     where
         Self: 'v;
 
-    #[inline]
+    #[inline(always)]
     fn l1(&mut self) -> &mut P {
         // If it cannot be made current none is, and each access fails and says so.
         let _selected = self.0.select(Level::L1);
         self.0
     }
 
-    #[inline]
+    #[inline(always)]
     fn l2(&mut self) -> &mut P {
         let _selected = self.0.select(Level::L2);
         self.0
     }
 
-    #[inline]
+    #[inline(always)]
     fn shadow(&mut self) -> Option<&mut P> {
         if !self.0.has_shadow() {
             return None;

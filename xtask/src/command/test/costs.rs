@@ -41,7 +41,7 @@ const LIMITS: [Limits; 4] = [
         arguments: &["nested", "--no-boots", "--backend", "vmx"],
         figures: &[
             ("vmrun", 1200.0),
-            ("vmexit", 560.0),
+            ("vmexit", 520.0),
             ("exits_per_l2_exit", 2.01),
             ("accesses_per_l2_exit", 0.0),
         ],
