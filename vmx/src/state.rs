@@ -203,9 +203,12 @@ pub(crate) fn set_if_there(
 /// Gives every field of a new VMCS a value, since VMCLEAR leaves them undefined: 0, and all ones in
 /// the VMCS link pointer.
 ///
+/// Fields that no capability tells of are written where they are: KVM has neither those of the dual-monitor
+/// treatment of SMIs (SDM vol. 3C, 34.15) nor CR3 targets for its guests.
+///
 /// # Errors
 ///
-/// A VMWRITE failed of a field that a processor with these capabilities has.
+/// A VMWRITE failed for another reason than that the processor lacks the field.
 pub fn initialize(vmcs: &mut impl VmcsWrite, caps: &VmxCaps) -> Result<(), AccessError> {
     for info in fields::FIELDS.iter().filter(|info| info.exists(caps)) {
         let field = info.encoding;
@@ -214,8 +217,12 @@ pub fn initialize(vmcs: &mut impl VmcsWrite, caps: &VmxCaps) -> Result<(), Acces
         }
         let link = field == fields::VMCS_LINK_POINTER.encoding();
         let value = if link { u64::MAX } else { 0 };
-        vmcs.write_raw(field, value)
-            .map_err(|fail| AccessError::Write { field, value, fail })?;
+        match vmcs.write_raw(field, value) {
+            Err(fail) if fail != UNSUPPORTED => {
+                return Err(AccessError::Write { field, value, fail });
+            }
+            _ => {}
+        }
     }
     Ok(())
 }
