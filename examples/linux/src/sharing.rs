@@ -28,6 +28,7 @@ impl Sharing {
             return Ok(None);
         };
         let zero = Frames.alloc().ok_or("no memory is left for a page")?;
+        // Without --mem there is none that can be plugged.
         let each = args.memory_mib + args.devices.mem_mib.unwrap_or(0);
         let pages = (each << 20) / PAGE_SIZE * args.guests as u64;
         let mut seed = [[0; 8]; 2];

@@ -311,6 +311,8 @@ impl NestedVmx {
         M: GuestMemory,
         R: Msrs,
     {
+        // Without an error code its field means nothing, and the information says so by bit 11; the
+        // qualification is 0 for exceptions that have none (SDM vol. 3C, "Basic VM-Exit Information").
         let code = error_code.unwrap_or(0);
         if !self.is_guest || !is_exception_wanted(&self.vmcs12.image, vector, code)? {
             return Ok(None);

@@ -295,6 +295,7 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
             memory: self.memory,
             second_stage: &mut nested.stage,
         };
+        // Exceptions without an error code, or without an address, have 0 there (APM vol. 2, 15.12).
         let info1 = error_code.unwrap_or(0).into();
         let info2 = address.unwrap_or(0);
         let barrier = nested.state.exit_to_l1(code, info1, info2, &mut context);
