@@ -8,9 +8,8 @@ use testudo_vmx::controls::ExceptionBitmap;
 use super::nested::{
     HOST_RIP, Hypervisor, NE, NO_EXIT, NO_PIN, TABLES, VMXE, nested_parts, prepared_memory,
 };
-use super::shadow::{Contiguous, HOST, PAGE_FAULT};
+use super::shadow::{HOST, PAGE_FAULT, shadow_parts};
 use super::*;
-use crate::paging::{ShadowPaging, allowed_cr4};
 
 /// The tables that L1 has made for L2, of four levels, one page each.
 const L2_TABLES: u64 = 0xC000;
@@ -39,23 +38,7 @@ fn hypervisor() -> (Hypervisor, &'static FramePool) {
         memory.store_u64(Gpa(at), entry).unwrap();
     }
     let pool: &FramePool = Box::leak(Box::new(FramePool::new(64)));
-    let paging = ShadowPaging::new(pool, 32, memory, Contiguous, FakeHost::new(), 1);
-    let parts = Parts {
-        caps,
-        controls,
-        tables,
-        apic_page: (Box::leak(Box::default()), Hpa(0x3000)),
-        vpid: 1,
-        xcr0_valid: 7,
-        shadow: Some(ShadowPlace {
-            tables: Box::leak(Box::new(paging)),
-            vcpu: 0,
-            cr4: allowed_cr4(&Cpuid::default()),
-            physical_bits: 40,
-        }),
-        gate: None,
-        switched: None,
-    };
+    let parts = shadow_parts(caps, controls, tables, memory, pool);
     let mut vcpu: Hypervisor = VmxVcpu::on(FakeProcessor::new(caps), &parts, memory).unwrap();
     let wanted = Offer {
         ept: false,

@@ -50,8 +50,24 @@ fn shadowed_on(
     }));
     let pool: &FramePool = Box::leak(Box::new(FramePool::new(64)));
     let memory: &'static GuestRam = Box::leak(Box::new(ram(MEMORY)));
-    let paging = ShadowPaging::new(pool, 32, memory, Contiguous, FakeHost::new(), 1);
     let parts = Parts {
+        switched: lists.map(|lists| (lists, LISTS)),
+        ..shadow_parts(caps, controls, tables, memory, pool)
+    };
+    let vcpu = VmxVcpu::on(FakeProcessor::new(caps), &parts, memory).unwrap();
+    (vcpu, memory.clone(), pool)
+}
+
+/// What a vCPU on shadow paging of this memory is made of.
+pub(super) fn shadow_parts<'a>(
+    caps: &'a VmxCaps,
+    controls: &'a Controls,
+    tables: &'a VmxTables,
+    memory: &'static GuestRam,
+    pool: &'static FramePool,
+) -> Parts<'a> {
+    let paging = ShadowPaging::new(pool, 32, memory, Contiguous, FakeHost::new(), 1);
+    Parts {
         caps,
         controls,
         tables,
@@ -65,10 +81,8 @@ fn shadowed_on(
             physical_bits: 40,
         }),
         gate: None,
-        switched: lists.map(|lists| (lists, LISTS)),
-    };
-    let vcpu = VmxVcpu::on(FakeProcessor::new(caps), &parts, memory).unwrap();
-    (vcpu, memory.clone(), pool)
+        switched: None,
+    }
 }
 
 /// Flat 32-bit protected mode without paging, as PVH kernels begin.
