@@ -9,7 +9,7 @@ use testudo_arch::cpuid::Cpuid;
 use testudo_arch::memory::GuestRam;
 use testudo_arch::{Gpa, Hpa, PAGE_SIZE};
 use testudo_machine::layout::Layout;
-use testudo_machine::paged::{Managed, Shootdown};
+use testudo_machine::paged::{Managed, Shared, Shootdown};
 use testudo_rt::{self as rt, Boot};
 
 use crate::args::Args;
@@ -162,8 +162,18 @@ impl ManagedMemory {
     pub(crate) fn report(&self) -> String {
         let resident: u64 = self.ranges().map(|range| range.pages.resident()).sum();
         let waiting: u64 = self.ranges().map(|range| range.pages.in_limbo()).sum();
+        let shared = self.ranges().filter_map(|range| range.pages.shared());
+        let shared = shared.reduce(|sum, more| Shared {
+            joined: sum.joined + more.joined,
+            written: sum.written + more.written,
+        });
+        let shared = shared.map_or(String::new(), |Shared { joined, written }| {
+            format!(
+                "; {joined} times a page came to share one, and {written} times it was written then"
+            )
+        });
         format!(
-            "memory: the guest has {} frames, {} are on their way back; the host has {} free of {}, and had {} when the guest started",
+            "memory: the guest has {} frames, {} are on their way back{shared}; the host has {} free of {}, and had {} when the guest started",
             resident / PAGE_SIZE,
             waiting / PAGE_SIZE,
             frames::free(),

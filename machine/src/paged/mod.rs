@@ -93,9 +93,21 @@ pub trait Managed: Pager {
     /// The bytes that were taken away and are not free yet.
     fn in_limbo(&self) -> u64;
 
+    /// What has come of sharing, if pages are shared.
+    fn shared(&self) -> Option<Shared>;
+
     /// Goes on looking for pages that hold what others hold, of which so many are read at most, and
     /// shares them. Called again and again by one of the guest's vCPUs, between two exits.
     fn share(&self, pages: usize);
+}
+
+/// How often pages of a memory were shared, and how often that ended. Both only grow.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Shared {
+    /// Pages that came to share a frame.
+    pub joined: u64,
+    /// Pages that shared one and were written.
+    pub written: u64,
 }
 
 /// The most pages of edits that share an obligation: a guest can make many edits before its vCPUs
@@ -576,6 +588,10 @@ where
 
     fn in_limbo(&self) -> u64 {
         self.limbo.lock().frames.len() as u64 * PAGE_SIZE
+    }
+
+    fn shared(&self) -> Option<Shared> {
+        self.sharing.as_ref().map(Sharing::so_far)
     }
 
     fn share(&self, pages: usize) {

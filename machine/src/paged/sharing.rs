@@ -26,7 +26,9 @@ use testudo_ept::sharing::{
     Group, PageMemory, Scanner, SharedFrames, ZERO, digest, is_equal, is_zero,
 };
 
-use super::{AWAY, COMMON, GuestFrames, Limbo, PROTECTED, PagedError, PagedMemory, REFUSED, STATE};
+use super::{
+    AWAY, COMMON, GuestFrames, Limbo, PROTECTED, PagedError, PagedMemory, REFUSED, STATE, Shared,
+};
 
 /// The frames that are shared, among all memories that have this.
 pub type SharedPool = Arc<spin::Mutex<SharedFrames>>;
@@ -50,6 +52,19 @@ pub(super) struct Sharing<A: FrameAlloc + FrameMem + 'static> {
     scanner: Scanner,
     /// Only the vCPU that scans takes it.
     scan: spin::Mutex<Scan<A>>,
+    /// [`Shared`], as it is counted.
+    joined: AtomicU64,
+    written: AtomicU64,
+}
+
+impl<A: FrameAlloc + FrameMem> Sharing<A> {
+    /// How often pages were shared until now.
+    pub(super) fn so_far(&self) -> Shared {
+        Shared {
+            joined: self.joined.load(Ordering::Relaxed),
+            written: self.written.load(Ordering::Relaxed),
+        }
+    }
 }
 
 struct Scan<A: FrameAlloc + FrameMem + 'static> {
@@ -190,6 +205,8 @@ impl<F: Format<Input = Gpa> + 'static, A: GuestFrames + 'static> PagedMemory<F, 
                 superfluous: ArrayVec::new(),
                 superfluous_by: None,
             }),
+            joined: AtomicU64::new(0),
+            written: AtomicU64::new(0),
         });
         Ok(self)
     }
@@ -366,6 +383,7 @@ impl<F: Format<Input = Gpa> + 'static, A: GuestFrames + 'static> PagedMemory<F, 
                     shares.groups[candidate.page as usize] = group;
                     slot.store(frame.0 | PROTECTED | COMMON, Ordering::Release);
                     self.resident.fetch_sub(PAGE_SIZE, Ordering::Relaxed);
+                    sharing.joined.fetch_add(1, Ordering::Relaxed);
                     if frame != candidate.frame {
                         scan.superfluous.push(candidate.frame);
                     }
@@ -506,6 +524,7 @@ impl<F: Format<Input = Gpa> + 'static, A: GuestFrames + 'static> PagedMemory<F, 
                 shares.depart(page, Change { number, token });
             }
             sharing.pool.lock().note_broken();
+            sharing.written.fetch_add(1, Ordering::Relaxed);
             self.resident.fetch_add(PAGE_SIZE, Ordering::Relaxed);
         }
         self.give_back(page, own);

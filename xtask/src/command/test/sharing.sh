@@ -1,30 +1,45 @@
-# Runs in guests of 512 MiB that share pages, whose host listens on socket port 9. Each check ends with a line
-# `check NAME ok` or `check NAME FAILED`.
-check() {
-    if "$1" >/tmp/log 2>&1; then
-        echo "check $1 ok"
-    else
-        echo "check $1 FAILED"
-        cat /tmp/log
-    fi
+# Runs in guests of 512 MiB that share pages, whose host listens on socket port 9.
+
+# The number that the host's report has in front of some words.
+number() {
+    echo report | vsock-pipe 2 9 | sed -n "s/.* \([0-9]*\) $1.*/\1/p"
 }
 
-# The frames that are this guest's alone.
+# The frames that are this guest's alone, and how often pages of it were shared and then written.
 own() {
-    echo report | vsock-pipe 2 9 | sed -n 's/.*guest has \([0-9]*\) frames.*/\1/p'
+    number "frames, "
+}
+joined() {
+    number "times a page came to share"
+}
+written() {
+    number "times it was written"
 }
 
-# Waits until they are fewer than that.
-until_fewer() {
-    for try in $(seq 1 300); do
-        test "$(own)" -lt "$1" && return 0
+# Waits until a number is on the given side of another: $1 of own and joined, $2 of -lt and -gt.
+until_is() {
+    for try in $(seq 1 600); do
+        test "$($1)" $2 $3 && return 0
         usleep 100000
     done
-    echo "$(own) frames, not less than $1"
+    echo "$1: $($1), not $2 $3"
     return 1
 }
 
-# 48 MiB in which no two pages are alike.
+# Waits until no more pages are shared, but for those that this script uses up.
+until_settled() {
+    last=$(own)
+    for try in $(seq 1 60); do
+        sleep 1
+        now=$(own)
+        test $((last - now)) -lt 200 && return 0
+        last=$now
+    done
+    echo "still fewer: $now frames"
+    return 1
+}
+
+# 48 MiB, or 12288 pages, of which no two are alike.
 stream() {
     for time in $(seq 1 24); do
         cat /t/piece
@@ -33,20 +48,20 @@ stream() {
 
 # Of 131072 frames few are left: most pages are zeros.
 pages_are_shared() {
-    until_fewer 45000
+    until_is own -lt 45000 && until_settled
 }
 
-# What is written is in frames of the guest's own, and is what was written.
+# What is written was shared before, and is what was written. Some of the pages had been used already.
 writers_get_their_own() {
-    before=$(own) && stream >/t/big && after=$(own) && sum=$(stream | md5sum) || return 1
-    echo "$before frames before, $after after"
-    # Meanwhile others of its pages may have been shared.
+    before=$(written) && stream >/t/big && after=$(written) && sum=$(stream | md5sum) || return 1
+    echo "written $before times before, $after after"
     test $((after - before)) -gt 6000 && test "$(md5sum </t/big)" = "$sum"
 }
 
-# The pages of a copy are those of the original.
+# The pages of a copy are those of the original: it needs no frames.
 copies_are_shared() {
-    cp /t/big /t/copy && with=$(own) && until_fewer $((with - 9000)) || return 1
+    before=$(own) && shared=$(joined) && cp /t/big /t/copy || return 1
+    until_is joined -gt $((shared + 9000)) && until_is own -lt $((before + 3000)) || return 1
     test "$(md5sum </t/big)" = "$sum" && test "$(md5sum </t/copy)" = "$sum"
 }
 

@@ -1,13 +1,4 @@
 # Runs in a guest whose devices are behind an IOMMU, after RNG was set to its PCI function or nothing.
-# Each check ends with a line `check NAME ok` or `check NAME FAILED`.
-check() {
-    if "$1" >/tmp/log 2>&1; then
-        echo "check $1 ok"
-    else
-        echo "check $1 FAILED"
-        cat /tmp/log
-    fi
-}
 
 # Disk, network, random numbers and console, each alone in its group, whose domain translates.
 groups() {

@@ -1,13 +1,4 @@
 # Runs in a guest of 512 MiB with a balloon and 256 MiB to plug, whose host listens on socket port 9.
-# Each check ends with a line `check NAME ok` or `check NAME FAILED`.
-check() {
-    if "$1" >/tmp/log 2>&1; then
-        echo "check $1 ok"
-    else
-        echo "check $1 FAILED"
-        cat /tmp/log
-    fi
-}
 
 ask() {
     echo "$1" | vsock-pipe 2 9

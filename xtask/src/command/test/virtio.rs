@@ -367,6 +367,7 @@ fn broken_disk() -> Result<()> {
 /// Boots and runs a script; gives the output of a run that ended well. Instructions count as time, so
 /// that a busy machine does not look like a slow processor to the guest.
 pub(super) fn boot(arguments: &[&str], script: &str) -> Result<String> {
+    let script = [include_str!("check.sh"), script].concat();
     let timeout = if arguments.contains(&"vmx") {
         TIMEOUT_OF_BOCHS
     } else {
@@ -375,7 +376,7 @@ pub(super) fn boot(arguments: &[&str], script: &str) -> Result<String> {
     let output = Command::new(std::env::current_exe()?)
         .args(["boot", "--exact", "--timeout", timeout])
         .args(arguments)
-        .args(["--run", script])
+        .args(["--run", &script])
         .stdin(Stdio::null())
         .output()
         .context("cannot run xtask")?;

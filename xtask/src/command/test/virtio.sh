@@ -1,13 +1,4 @@
 # Runs in a guest, after WHERE (pci or LNRO0005), PACKED (0 or 1) and QUEUES were set.
-# Each check ends with a line `check NAME ok` or `check NAME FAILED`.
-check() {
-    if "$1" >/tmp/log 2>&1; then
-        echo "check $1 ok"
-    else
-        echo "check $1 FAILED"
-        cat /tmp/log
-    fi
-}
 
 transport() {
     ls -l /sys/bus/virtio/devices
