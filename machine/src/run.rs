@@ -464,7 +464,7 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
             }
             VmExit::Hypercall => self.hypercall(),
             VmExit::CacheFlush => self.vcpu.advance(),
-            VmExit::Forbidden => self.vcpu.inject(Event::UD),
+            VmExit::Forbidden => self.raise(Event::UD, None),
             VmExit::Exception { vector, error_code } => {
                 self.vcpu.inject(Event::Exception { vector, error_code });
             }
@@ -480,14 +480,30 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
         self.attention = true;
     }
 
-    fn memory(&mut self, access: MemoryAccess) {
-        let away = self.vcpu.translate(access.gpa);
-        match away.map(|gpa| (gpa, self.machine.memory.bring_in(gpa, access.write))) {
-            None | Some((_, BroughtIn::NothingAway)) => {}
-            Some((_, BroughtIn::Present)) => return,
-            Some((gpa, BroughtIn::NoneLeft)) => return self.fail(StopReason::OutOfMemory(gpa)),
+    /// Raises an exception of whoever runs.
+    #[cold]
+    fn raise(&mut self, event: Event, cr2: Option<u64>) {
+        if let Some(exit) = self.vcpu.raise(event, cr2) {
+            self.handle(exit);
         }
-        if access.fetch && !self.machine.mmio.claims(access.gpa.0) {
+    }
+
+    /// Whether whoever runs has somebody above it within the machine, who is to hear of what it does
+    /// rather than that the machine ends by it: a program its system, and a guest of the guest's its
+    /// hypervisor.
+    fn is_subordinate(&self) -> bool {
+        self.vcpu.runs_nested_guest() || self.vcpu.cpl() == 3
+    }
+
+    fn memory(&mut self, access: MemoryAccess) {
+        match self.machine.memory.bring_in(access.gpa, access.write) {
+            BroughtIn::NothingAway => {}
+            BroughtIn::Present => return,
+            BroughtIn::NoneLeft => return self.fail(StopReason::OutOfMemory(access.gpa)),
+        }
+        // What nobody drives reads as ones, and FF FF is no instruction: #UD. A system that gets there
+        // by itself has lost its way, and most often has no handler yet either.
+        if access.fetch && !self.machine.mmio.claims(access.gpa.0) && !self.is_subordinate() {
             return self.fail(StopReason::FetchOutsideMemory(access.gpa));
         }
         self.emulate(Some(access.gpa));
@@ -537,10 +553,13 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
             // Only a processor that is emulated as a whole leaves instructions to the machine.
             Ok(Outcome::Done | Outcome::Continue | Outcome::Intercepted { .. }) => {}
             Ok(Outcome::SingleStep) => self.vcpu.single_step(),
-            Err(EmulateError::Fault(fault)) => self.vcpu.raise(fault.event, fault.cr2),
+            Err(EmulateError::Fault(fault)) => self.raise(fault.event, fault.cr2),
             Err(EmulateError::Unsupported { bytes, .. }) => {
                 if gpa.is_some_and(|gpa| self.vcpu.stop_watching(gpa)) {
                     return;
+                }
+                if self.is_subordinate() {
+                    return self.raise(Event::UD, None);
                 }
                 self.fail(StopReason::Unemulated { bytes });
             }
@@ -576,7 +595,7 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
             Ok(Outcome::Intercepted { what, next }) => self.intercepted(what, next),
             // A fault in the delivery of an event, where there is nothing to fall back on.
             Err(EmulateError::Fault(_)) if event.is_some() => self.fail(StopReason::TripleFault),
-            Err(EmulateError::Fault(fault)) => self.vcpu.inject(fault.event),
+            Err(EmulateError::Fault(fault)) => self.raise(fault.event, fault.cr2),
             Err(EmulateError::Unsupported { bytes, .. }) => {
                 self.fail(StopReason::Unemulated { bytes });
             }

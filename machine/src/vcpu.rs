@@ -127,7 +127,7 @@ pub struct PortAccess {
 /// An access that second-stage translation stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryAccess {
-    /// The guest-physical address.
+    /// The guest-physical address: the machine's, even if a guest of the guest's knows it by another.
     pub gpa: Gpa,
     /// The linear address, where the processor tells.
     pub gva: Option<Gva>,
@@ -325,6 +325,12 @@ pub trait Vcpu {
         false
     }
 
+    /// Whether it is a guest of the guest's that runs. Nothing that it does may end the machine, with
+    /// the guest in it.
+    fn runs_nested_guest(&self) -> bool {
+        false
+    }
+
     /// Where a guest-physical address of what runs lies in the machine: itself, unless a guest of
     /// the guest's runs on nested paging. `None` if it has no translation at present, so that the
     /// instruction is to be tried again.
@@ -388,12 +394,15 @@ pub trait Vcpu {
     }
 
     /// Raises a fault of an instruction that was executed by software; `cr2` is the address of a page
-    /// fault.
-    fn raise(&mut self, fault: Event, cr2: Option<u64>) {
+    /// fault. A fault meets the event whose delivery the exit interrupted, if there is one, as it would
+    /// on a processor; and a guest of the guest's exits by one that its hypervisor intercepts. Gives what
+    /// the machine must decide about it: [`VmExit::Shutdown`].
+    fn raise(&mut self, fault: Event, cr2: Option<u64>) -> Option<VmExit> {
         if let Some(address) = cr2 {
             self.set_cr2(address);
         }
         self.inject(fault);
+        None
     }
 
     /// Reads an MSR that is part of the processor's own state (EFER, STAR, FS base, …); `None`

@@ -1,5 +1,7 @@
 //! The processor modes behind [`Vcpu`](crate::Vcpu).
 
+#[cfg(all(test, any(feature = "svm", feature = "vmx")))]
+mod fake_machine;
 #[cfg(any(feature = "svm", feature = "vmx"))]
 mod flusher;
 #[cfg(any(feature = "svm", feature = "vmx"))]

@@ -15,7 +15,7 @@ impl<V: Vcpu, M: GuestMemory> VcpuLoop<'_, V, M> {
         if done {
             self.advance();
         } else {
-            self.vcpu.inject(Event::GP0);
+            self.raise(Event::GP0, None);
         }
     }
 
@@ -180,7 +180,7 @@ impl<V: Vcpu, M: GuestMemory> VcpuLoop<'_, V, M> {
             };
             self.vcpu.advance();
         } else {
-            self.vcpu.inject(Event::UD);
+            self.raise(Event::UD, None);
         }
     }
 }

@@ -13,13 +13,13 @@ use testudo_svm::exit::{
 use testudo_svm::intercept::Misc1;
 use testudo_svm::{Exit, Vmcb};
 
-use super::{CS_LONG, LMA, LME, SvmVcpu, set_rip};
+use super::{CS_LONG, LMA, LME, Processor, SvmVcpu, set_rip};
 use crate::code_cache::FetchKey;
 use crate::emulate;
 use crate::guest_cpu::paging_state;
 use crate::vcpu::{MemoryAccess, PortAccess, Vcpu, VcpuError, VmExit};
 
-impl<M: GuestMemory, S: SecondStage> SvmVcpu<'_, M, S> {
+impl<M: GuestMemory, S: SecondStage, P: Processor> SvmVcpu<'_, M, S, P> {
     /// Goes on after an exit of a quiet guest.
     #[inline(never)]
     pub(super) fn run_on(&mut self, requests: &AtomicU32) -> Result<VmExit, VcpuError> {
@@ -229,14 +229,32 @@ impl<M: GuestMemory, S: SecondStage> SvmVcpu<'_, M, S> {
                 error_code: exception.error_code,
             });
         };
-        let vmcb = self.vmcb_mut();
-        match vmcb.exit_int_info().combine(known) {
-            Combined::Serial => vmcb.set_event_inj(exception.to_event().into()),
-            Combined::DoubleFault => {
-                let event = Event::fault_with(Exception::DoubleFault, 0);
-                vmcb.set_event_inj(event.into());
+        let interrupted = self.vmcb().exit_int_info();
+        self.inject_after(exception.to_event(), known, interrupted)
+    }
+
+    /// An exception goes to whatever runs, combined with the event whose delivery it interrupted. A
+    /// double fault, and what becomes of a third, a guest hypervisor may want to see.
+    pub(super) fn inject_after(
+        &mut self,
+        event: Event,
+        exception: Exception,
+        interrupted: RawEvent,
+    ) -> Option<VmExit> {
+        let combined = interrupted.combine(exception);
+        let event = match combined {
+            Combined::Serial => event,
+            // Both faults are in it: nothing is left whose delivery it interrupted.
+            Combined::DoubleFault | Combined::Shutdown => {
+                self.vmcb_mut().set_event_inj(RawEvent::NONE);
+                Event::fault_with(Exception::DoubleFault, 0)
             }
-            Combined::Shutdown => return Some(VmExit::Shutdown),
+        };
+        if combined == Combined::Shutdown {
+            return (!self.l2_exits(ExitCode::SHUTDOWN, 0, 0)).then_some(VmExit::Shutdown);
+        }
+        if combined == Combined::Serial || !self.l2_exits_by(event, None) {
+            self.vmcb_mut().set_event_inj(event.into());
         }
         None
     }
@@ -393,7 +411,7 @@ fn port_exit(access: SvmPort) -> VmExit {
     }
 }
 
-fn memory_exit(fault: NestedPageFault) -> VmExit {
+pub(super) fn memory_exit(fault: NestedPageFault) -> VmExit {
     VmExit::Memory(MemoryAccess {
         gpa: fault.gpa,
         gva: None,

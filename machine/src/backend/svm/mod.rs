@@ -14,7 +14,10 @@
 
 mod exit;
 mod nested;
+mod processor;
 mod shadow;
+#[cfg(test)]
+mod tests;
 
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU32, Ordering};
@@ -43,6 +46,7 @@ use crate::vcpu::{AwaitedInterrupt, NestedStateError, Vcpu, VcpuError, VmExit};
 
 use nested::Nested;
 pub use nested::{Flusher, NestedParts};
+pub use processor::Processor;
 use shadow::Shadow;
 
 /// The MSRs that a guest reads and writes directly, because VMLOAD and VMSAVE switch them.
@@ -100,9 +104,9 @@ pub fn open_direct_msrs(map: &mut MsrPermissionMap) {
 
 /// A vCPU on the processor that holds its interrupts back for it.
 ///
-/// `S` is what composes the nested page tables of the guest's own guests.
-pub struct SvmVcpu<'a, M, S = NoSecondStage> {
-    processor: HeldInterrupts<'a>,
+/// `S` is what composes the nested page tables of the guest's own guests, and `P` the processor.
+pub struct SvmVcpu<'a, M, S = NoSecondStage, P = HeldInterrupts<'a>> {
+    processor: P,
     vmcb01: VmcbFrame<'a>,
     nested: Option<Nested<S>>,
     shadow: Option<Shadow<'a>>,
@@ -141,9 +145,9 @@ pub struct SvmVcpu<'a, M, S = NoSecondStage> {
 }
 
 /// The processor that a vCPU runs on, and what it may use there.
-pub struct SvmPlace<'a> {
+pub struct SvmPlace<'a, P = HeldInterrupts<'a>> {
     /// The processor.
-    pub processor: HeldInterrupts<'a>,
+    pub processor: P,
     /// The control block.
     pub vmcb: VmcbFrame<'a>,
     /// What the processor offers.
@@ -160,7 +164,7 @@ pub struct SvmPlace<'a> {
     pub defects: Defects,
 }
 
-impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
+impl<'a, M: GuestMemory, S: SecondStage, P: Processor> SvmVcpu<'a, M, S, P> {
     /// A vCPU with reset state.
     ///
     /// # Safety
@@ -173,7 +177,7 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
         unsafe_code,
         reason = "entering a guest rests on what the caller put in memory"
     )]
-    pub unsafe fn new(place: SvmPlace<'a>, memory: &'a M) -> Self {
+    pub unsafe fn new(place: SvmPlace<'a, P>, memory: &'a M) -> Self {
         let SvmPlace {
             processor,
             vmcb: mut vmcb01,
@@ -368,7 +372,7 @@ fn set_rip(vmcb: &mut Vmcb, rip: u64) {
     }
 }
 
-impl<M: GuestMemory, S: SecondStage> Vcpu for SvmVcpu<'_, M, S> {
+impl<M: GuestMemory, S: SecondStage, P: Processor> Vcpu for SvmVcpu<'_, M, S, P> {
     #[inline]
     fn run(&mut self, requests: &AtomicU32) -> Result<VmExit, VcpuError> {
         if !self.is_quiet {
@@ -480,11 +484,6 @@ impl<M: GuestMemory, S: SecondStage> Vcpu for SvmVcpu<'_, M, S> {
 
     #[inline]
     fn inject(&mut self, event: Event) {
-        if let Event::Exception { vector, error_code } = event
-            && self.l2_exits_by(vector, error_code, None)
-        {
-            return;
-        }
         self.is_quiet = false;
         if event == Event::Nmi {
             self.nmi_masked = true;
@@ -496,24 +495,35 @@ impl<M: GuestMemory, S: SecondStage> Vcpu for SvmVcpu<'_, M, S> {
         self.vmcb_mut().set_event_inj(event.into());
     }
 
-    fn raise(&mut self, event: Event, cr2: Option<u64>) {
-        if let Event::Exception { vector, error_code } = event
-            && self.l2_exits_by(vector, error_code, cr2)
-        {
-            return;
+    fn raise(&mut self, event: Event, cr2: Option<u64>) -> Option<VmExit> {
+        // Whether L1 intercepts it is asked before it combines with anything (APM vol. 2, 15.12).
+        if self.l2_exits_by(event, cr2) {
+            return None;
         }
         if let Some(address) = cr2 {
             self.set_cr2(address);
         }
-        self.inject(event);
+        self.is_quiet = false;
+        let interrupted = self.vmcb().event_inj();
+        match Exception::from_vector(event.vector()) {
+            Some(exception) => self.inject_after(event, exception, interrupted),
+            None => {
+                self.inject(event);
+                None
+            }
+        }
     }
 
     fn single_step(&mut self) {
-        // What EVENTINJ delivers changes no register, and a #DB clears GD (APM vol. 2, 13.1.1).
+        // What EVENTINJ delivers changes no register, and a #DB clears GD (APM vol. 2, 13.1.1). Who
+        // intercepts it sees them so too (15.12.2).
         let vmcb = self.vmcb_mut();
         vmcb.set_dr6(vmcb.dr6() | DR6_BS);
         vmcb.set_dr7(vmcb.dr7() & !DR7_GD);
-        self.inject(Event::fault(Exception::Debug));
+        let trap = Event::fault(Exception::Debug);
+        if !self.l2_exits_by(trap, None) {
+            self.inject(trap);
+        }
     }
 
     #[inline]
@@ -555,6 +565,10 @@ impl<M: GuestMemory, S: SecondStage> Vcpu for SvmVcpu<'_, M, S> {
     fn take_interrupted(&mut self) -> bool {
         let nested = self.nested.as_mut();
         nested.is_some_and(|nested| core::mem::take(&mut nested.interrupted))
+    }
+
+    fn runs_nested_guest(&self) -> bool {
+        self.is_l2()
     }
 
     fn translate(&mut self, gpa: Gpa) -> Option<Gpa> {

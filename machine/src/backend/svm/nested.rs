@@ -5,20 +5,20 @@
 
 use alloc::vec::Vec;
 
-use testudo_arch::{Exception, Gpa, GuestMemory};
+use testudo_arch::{Event, Exception, Gpa, GuestMemory};
 use testudo_nested::svm::{
     Acceptance, Context, Handled, Instruction, NestedSvm, Outcome, PageFaultOf, PhysicalEvent,
     PredictorBarrier, RestoreError, SavedSvm, SecondStage,
 };
-use testudo_svm::exit::ExitCode;
+use testudo_svm::exit::{ExitCode, NestedPageFault};
 use testudo_svm::hw::VmcbFrame;
 use testudo_svm::hw::instructions::ibpb;
 use testudo_svm::intercept::Misc1;
 use testudo_svm::vmcb::VintrFlags;
 use testudo_svm::{Exit, Vmcb};
 
-use super::exit::{hide_lme, show_lme};
-use super::{SVME, SvmVcpu};
+use super::exit::{hide_lme, memory_exit, show_lme};
+use super::{Processor, SVME, SvmVcpu};
 pub use crate::backend::flusher::Flusher;
 use crate::stats::Settled;
 use crate::vcpu::{AwaitedInterrupt, NestedStateError, Vcpu, VmExit};
@@ -61,7 +61,7 @@ impl<S> Nested<S> {
     }
 }
 
-impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
+impl<'a, M: GuestMemory, S: SecondStage, P: Processor> SvmVcpu<'a, M, S, P> {
     /// Offers the guest SVM.
     #[must_use]
     pub fn with_nested(mut self, parts: NestedParts<S>) -> Self {
@@ -182,15 +182,16 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
                 self.apply_window();
                 None
             }
-            // An access to a device of L0's, at whatever address L2 knows it by: the instruction
-            // is emulated with the translations of both stages.
-            Handled::L0 | Handled::Memory(_) => {
-                let exit = Exit::read(nested.state.vmcb02());
-                match exit {
-                    Exit::Exception(exception) => self.reflect(exception),
-                    exit => self.classify(exit),
-                }
-            }
+            Handled::L0 => match Exit::read(nested.state.vmcb02()) {
+                Exit::Exception(exception) => self.reflect(exception),
+                exit => self.classify(exit),
+            },
+            // An access to a device of L0's, at whatever address L2 knows it by: the instruction is
+            // emulated with the translations of both stages.
+            Handled::Memory(gpa) => match Exit::read(nested.state.vmcb02()) {
+                Exit::NestedPageFault(fault) => Some(memory_exit(NestedPageFault { gpa, ..fault })),
+                exit => self.classify(exit),
+            },
         }
     }
 
@@ -276,16 +277,21 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
     /// L2 leaves with an exception that arose while L0 executed an instruction for it, if L1
     /// intercepts that one. `address` is that of a page fault, which then does not reach CR2 (APM
     /// vol. 2, 15.12.15).
-    pub(super) fn l2_exits_by(
-        &mut self,
-        vector: u8,
-        error_code: Option<u32>,
-        address: Option<u64>,
-    ) -> bool {
-        let Some(nested) = &mut self.nested else {
+    pub(super) fn l2_exits_by(&mut self, event: Event, address: Option<u64>) -> bool {
+        let Event::Exception { vector, error_code } = event else {
             return false;
         };
         let code = ExitCode(ExitCode::EXCEPTION.start() + u64::from(vector & 0x1F));
+        // Exceptions without an error code, or without an address, have 0 there (APM vol. 2, 15.12).
+        let info1 = error_code.unwrap_or(0).into();
+        self.l2_exits(code, info1, address.unwrap_or(0))
+    }
+
+    /// L2 leaves with this exit, which the processor did not report, if L1 intercepts it.
+    pub(super) fn l2_exits(&mut self, code: ExitCode, info1: u64, info2: u64) -> bool {
+        let Some(nested) = &mut self.nested else {
+            return false;
+        };
         if !nested.state.is_guest() || !nested.state.vmcb12().intercepts().contains(code) {
             return false;
         }
@@ -295,9 +301,6 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
             memory: self.memory,
             second_stage: &mut nested.stage,
         };
-        // Exceptions without an error code, or without an address, have 0 there (APM vol. 2, 15.12).
-        let info1 = error_code.unwrap_or(0).into();
-        let info2 = address.unwrap_or(0);
         let barrier = nested.state.exit_to_l1(code, info1, info2, &mut context);
         nested.counts.exits += 1;
         self.has_left_for_l1(barrier);
@@ -353,8 +356,7 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
             }
             Outcome::Fault(event) => {
                 nested.counts.instructions += 1;
-                self.vmcb_mut().set_event_inj(event.into());
-                None
+                self.raise(event, None)
             }
         }
     }

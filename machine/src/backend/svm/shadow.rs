@@ -14,13 +14,13 @@ use alloc::borrow::Cow;
 use testudo_arch::{Cr4Flags, Event, Exception, Gpa, GuestMemory, Gva};
 use testudo_ept::shadow::Outcome;
 use testudo_nested::svm::{PageFaultOf, SecondStage};
-use testudo_svm::event::{Combined, RawEvent};
+use testudo_svm::event::RawEvent;
 use testudo_svm::exit::ExceptionInfo;
 use testudo_svm::intercept::{CrIntercepts, ExceptionIntercepts, Misc1, Misc3};
 use testudo_svm::vmcb::NestedControl;
 use testudo_svm::{Exit, Vmcb};
 
-use super::{CS_LONG, GUEST_EFER, LMA, SVME, SvmVcpu};
+use super::{CS_LONG, GUEST_EFER, LMA, Processor, SVME, SvmVcpu};
 use crate::backend::mode::Mode;
 use crate::backend::paging::{GuestPaging, ShadowPlace};
 use crate::paging::Gate;
@@ -54,7 +54,7 @@ fn write_mode(vmcb: &mut Vmcb, mode: Mode, cr3: u64) {
     vmcb.set_efer(mode.efer | SVME);
 }
 
-impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
+impl<'a, M: GuestMemory, S: SecondStage, P: Processor> SvmVcpu<'a, M, S, P> {
     /// Puts the guest on shadow paging instead of nested paging. It cannot be offered nested paging
     /// itself then.
     #[must_use]
@@ -79,7 +79,7 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
         self
     }
 
-    fn is_l2(&self) -> bool {
+    pub(super) fn is_l2(&self) -> bool {
         let nested = self.nested.as_ref();
         nested.is_some_and(|nested| nested.state.is_guest())
     }
@@ -313,13 +313,7 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
                 return paging.machine_access(other, address, code, interrupted.is_valid());
             }
         };
-        self.vmcb01
-            .set_event_inj(match interrupted.combine(exception) {
-                Combined::Serial => event.into(),
-                Combined::DoubleFault => Event::fault_with(Exception::DoubleFault, 0).into(),
-                Combined::Shutdown => return Some(VmExit::Shutdown),
-            });
-        None
+        self.inject_after(event, exception, interrupted)
     }
 
     /// A page fault of L2: of the shadow tables, of the tables that L1 gave it, or an access that the
@@ -338,6 +332,9 @@ impl<'a, M: GuestMemory, S: SecondStage> SvmVcpu<'a, M, S> {
             _ => PageFaultOf::L0,
         };
         if !self.settle_l2_page_fault(whose) {
+            if outcome == Some(Outcome::NonCanonical) {
+                return self.raise(Event::GP0, None);
+            }
             let paging = &self.shadow.as_ref()?.l2;
             return paging.machine_access(outcome?, address, code, delivering);
         }

@@ -49,7 +49,8 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         {
             return Err(VcpuError::VmEntry(refusal));
         }
-        if basic.may_interrupt_delivery() {
+        // What the exit interrupted of L2 the nested layer has in L2's VMCS again.
+        if self.level == Level::L1 && basic.may_interrupt_delivery() {
             self.take_up_interrupted_event()?;
         }
         let exit = Exit::decode(reason, &self.processor)?;
@@ -206,14 +207,47 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         exception: Exception,
         interrupted: Option<Event>,
     ) -> Result<Option<VmExit>, VcpuError> {
+        if interrupted == Some(Event::Nmi) {
+            // Its delivery has begun, and is not made again.
+            self.block_nmis_again();
+        }
         let combined = interrupted.map_or(Combined::Serial, |first| first.combine(exception));
-        match combined {
-            Combined::Serial => self.inject(event),
-            Combined::DoubleFault => self.raise(Event::fault_with(Exception::DoubleFault, 0), None),
-            Combined::Shutdown if self.level == Level::L1 => return Ok(Some(VmExit::Shutdown)),
-            Combined::Shutdown => self.l2_exits_by_triple_fault()?,
+        let event = match combined {
+            Combined::Serial => event,
+            // "A VM exit is not considered to occur during event delivery" if the original event leads
+            // to a double fault that exits, or to a triple fault (SDM vol. 3C, 30.2.4).
+            Combined::DoubleFault | Combined::Shutdown => {
+                self.call_off_delivery()?;
+                Event::fault_with(Exception::DoubleFault, 0)
+            }
+        };
+        if combined == Combined::Shutdown {
+            if self.level == Level::L1 {
+                return Ok(Some(VmExit::Shutdown));
+            }
+            self.l2_exits_by_triple_fault()?;
+            return Ok(None);
+        }
+        let is_l2 = self.level != Level::L1;
+        let asks = is_l2 && combined == Combined::DoubleFault;
+        if !asks || !self.l2_exits_by_exception(event, None) {
+            self.inject(event);
         }
         Ok(None)
+    }
+
+    /// As [`Self::inject_after`], after what the next entry would deliver: the event whose delivery the
+    /// last exit interrupted.
+    pub(super) fn inject_after_what_is_due(
+        &mut self,
+        event: Event,
+    ) -> Result<Option<VmExit>, VcpuError> {
+        let Some(exception) = Exception::from_vector(event.vector()) else {
+            self.inject(event);
+            return Ok(None);
+        };
+        let interrupted = self.due_event()?;
+        self.inject_after(event, exception, interrupted)
     }
 
     /// What a #DB does to the debug registers, which it does not when it exits (SDM vol. 3C, 30.1).
@@ -249,7 +283,7 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
     fn memory_exit(&mut self, violation: &EptViolation) -> Result<VmExit, VcpuError> {
         use EptQualification as Q;
         let cause = violation.qualification;
-        if cause.contains(Q::NMI_UNBLOCKING_BY_IRET) && self.injection.is_none() {
+        if cause.contains(Q::NMI_UNBLOCKING_BY_IRET) && self.due_event()?.is_none() {
             self.block_nmis_again();
         }
         Ok(VmExit::Memory(MemoryAccess {
@@ -306,8 +340,7 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         match register {
             3 => return self.move_to_cr3(value),
             8 if value > 15 => {
-                self.raise(Event::GP0, None);
-                return Ok(None);
+                return Ok(self.raise(Event::GP0, None));
             }
             8 => {
                 self.set_task_priority(value as u8);
@@ -327,14 +360,12 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
             old.with_cr4(value, self.imposed.cr4_guest)
         };
         let Some(new) = new.filter(|new| self.vmx_allows(new)) else {
-            self.raise(Event::GP0, None);
-            return Ok(None);
+            return Ok(self.raise(Event::GP0, None));
         };
         if new.loads_pdptes(&old) {
             let cr3 = self.processor.get(fields::GUEST_CR3)?;
             if !self.load_pdptes(cr3)? {
-                self.raise(Event::GP0, None);
-                return Ok(None);
+                return Ok(self.raise(Event::GP0, None));
             }
         }
         if new.efer & !old.efer & LMA != 0 {
@@ -365,8 +396,7 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         let wide = self.caps.processor.exceeds_physical(cr3);
         let long = mode.efer & LMA != 0;
         if long && wide || mode.pae_paging() && !self.load_pdptes(cr3)? {
-            self.raise(Event::GP0, None);
-            return Ok(None);
+            return Ok(self.raise(Event::GP0, None));
         }
         self.processor.set(fields::GUEST_CR3, cr3)?;
         self.forget_translations()?;

@@ -5,7 +5,7 @@ use testudo_arch::{Event, GuestMemory};
 use testudo_nested::vmx::{Acceptance, Handled, PhysicalEvent, SecondStage};
 use testudo_vmx::event::InterruptionInformation;
 use testudo_vmx::exit::BasicReason;
-use testudo_vmx::fields;
+use testudo_vmx::{AccessError, fields};
 
 use super::nested::layer;
 use super::processor::{Level, Pair};
@@ -25,6 +25,27 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         let information =
             InterruptionInformation(self.field(fields::ENTRY_INTERRUPTION_INFORMATION));
         self.injection.is_some() || information.is_valid()
+    }
+
+    /// The event that the next entry delivers.
+    pub(super) fn due_event(&self) -> Result<Option<Event>, AccessError> {
+        if self.injection.is_some() || self.level == Level::L1 {
+            return Ok(self.injection);
+        }
+        let information = self.processor.get(fields::ENTRY_INTERRUPTION_INFORMATION)?;
+        let error_code = self.processor.get(fields::ENTRY_EXCEPTION_ERROR_CODE)?;
+        let length = self.processor.get(fields::ENTRY_INSTRUCTION_LENGTH)?;
+        Ok(InterruptionInformation(information).event(error_code, length))
+    }
+
+    /// The next entry delivers no event.
+    pub(super) fn call_off_delivery(&mut self) -> Result<(), AccessError> {
+        self.injection = None;
+        if self.level != Level::L1 {
+            let information = fields::ENTRY_INTERRUPTION_INFORMATION;
+            self.processor.set(information, 0)?;
+        }
+        Ok(())
     }
 
     /// Whether an event ends L2's turn at once, or is L2's own to take if `otherwise`.

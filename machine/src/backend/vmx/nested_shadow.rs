@@ -176,7 +176,7 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
                     self.block_nmis_again();
                 }
                 if outcome == Some(Outcome::NonCanonical) {
-                    self.raise(Event::GP0, None);
+                    return Ok(self.raise(Event::GP0, None));
                 }
                 let delivering = interrupted.is_some();
                 let paging = self.shadow.as_ref().map(|shadow| &shadow.l2);

@@ -249,8 +249,7 @@ impl<'a, P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'a, P, M, S> {
                 }
                 let value = self.registers.gprs[source] & mask;
                 if !self.write_shadow_register(register, value)? {
-                    self.inject(Event::GP0);
-                    return Ok(None);
+                    return Ok(self.raise(Event::GP0, None));
                 }
             }
             CrAccess::MovFrom {

@@ -88,10 +88,10 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
                     self.cache.set_interruptibility(blocked);
                 }
                 if let Some(Fault { event, cr2 }) = first {
-                    self.raise(event, cr2);
+                    return Ok(self.raise(event, cr2));
                 }
             }
-            Switched::Fault(Fault { event, cr2 }) => self.raise(event, cr2),
+            Switched::Fault(Fault { event, cr2 }) => return Ok(self.raise(event, cr2)),
             Switched::Shutdown => return Ok(Some(VmExit::Shutdown)),
             Switched::Contended => self.injection = delivering,
         }

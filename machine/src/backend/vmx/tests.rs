@@ -8,7 +8,7 @@ use std::string::ToString;
 use std::vec::Vec;
 
 use proptest::prelude::*;
-use testudo_arch::cpuid::{Cpuid, CpuidEntry};
+use testudo_arch::cpuid::Cpuid;
 use testudo_arch::memory::GuestRam;
 use testudo_arch::{Exception, Gpa, Gprs, Gva, Msr};
 use testudo_nested::vmx::Msrs;
@@ -21,6 +21,7 @@ use testudo_vmx::fake::FakeVmcs;
 use testudo_vmx::{Encoding, InstructionError, VmFail, VmcsRead, VmcsWrite};
 
 mod apic;
+mod exceptions;
 mod fake;
 mod nested;
 mod nested_shadow;
@@ -32,10 +33,11 @@ use fake::*;
 
 use super::mode::LME;
 use super::*;
+use crate::backend::fake_machine::{self, MEMORY, ram};
 use crate::boot::BootState;
 use crate::irq::fake::FakeHost;
 use crate::vcpu::{MemoryAccess, PortAccess, VmExit};
-use crate::{Machine, MachineConfig, StopReason, VcpuLoop};
+use crate::{StopReason, VcpuLoop};
 
 #[test]
 fn every_processor_that_suits_enters_the_reset_state() {
@@ -646,28 +648,7 @@ fn what_is_not_supported_is_said_in_words() {
 /// A task priority is one register, whether the guest reaches it as CR8 or through its local APIC.
 #[test]
 fn the_task_priority_is_one_in_the_processor_and_the_apic() {
-    const MEMORY: usize = 16 << 20;
-    let mut cpuid = Cpuid::new();
-    for (leaf, eax) in [(0, 0xD), (0x8000_0000, 0x8000_0008), (0x8000_0008, 40)] {
-        let entry = CpuidEntry {
-            leaf,
-            eax,
-            ..CpuidEntry::default()
-        };
-        assert!(cpuid.set(entry));
-    }
-    let config = MachineConfig {
-        vcpus: 1,
-        memory: MEMORY as u64,
-        nested: false,
-        hyperv: false,
-        time_limit: None,
-        start_time: 0,
-    };
-    let console = Box::new(|_: u8| {});
-    let made = Machine::new(config, ram(MEMORY), FakeHost::new(), &cpuid, console);
-    let (machine, lapics) = made.unwrap();
-
+    let (machine, lapic, _) = fake_machine::machine(ram(MEMORY));
     let mut vcpu = vcpu();
     let apic = vcpu.apic_page;
     let access = |write: bool, msr: Msr, value: u64| {
@@ -695,7 +676,6 @@ fn the_task_priority_is_one_in_the_processor_and_the_apic() {
         system: SystemRegisters::reset(),
         gprs: Gprs::default(),
     };
-    let lapic = lapics.into_iter().next().unwrap();
     let stop = VcpuLoop::new(&machine, vcpu, lapic, Some(&start)).run();
     assert_eq!(stop.reason, StopReason::TripleFault);
 }

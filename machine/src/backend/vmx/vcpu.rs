@@ -165,14 +165,21 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> Vcpu for VmxVcpu<'_, P, M, S>
         self.cache.add_work();
     }
 
-    fn raise(&mut self, event: Event, cr2: Option<u64>) {
+    fn raise(&mut self, event: Event, cr2: Option<u64>) -> Option<VmExit> {
+        // Whether L1 wants it is asked before it combines with anything (SDM vol. 3C, 28.2).
         if self.level != Level::L1 && self.l2_exits_by_exception(event, cr2) {
-            return;
+            return None;
         }
         if let Some(address) = cr2 {
             self.set_cr2(address);
         }
-        self.inject(event);
+        match self.inject_after_what_is_due(event) {
+            Ok(exit) => exit,
+            Err(error) => {
+                self.remember(error);
+                None
+            }
+        }
     }
 
     fn single_step(&mut self) {
@@ -229,6 +236,10 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> Vcpu for VmxVcpu<'_, P, M, S>
         if self.level == Level::L1 {
             self.open_window();
         }
+    }
+
+    fn runs_nested_guest(&self) -> bool {
+        self.level != Level::L1
     }
 
     fn translate(&mut self, gpa: Gpa) -> Option<Gpa> {

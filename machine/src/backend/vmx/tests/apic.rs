@@ -7,6 +7,7 @@ use testudo_arch::apic::VectorRegister;
 use testudo_arch::irq::InterruptSink;
 
 use super::*;
+use crate::Machine;
 use crate::irq::{ApicMode, Lapic};
 
 const EPT: u64 = 0x5000 | 3 << 3 | 6;
@@ -46,33 +47,7 @@ fn vcpu_with(lapic: &Lapic) -> Fake {
 }
 
 fn machine() -> (Machine<GuestRam>, Lapic, Arc<FakeHost>) {
-    const MEMORY: usize = 16 << 20;
-    let mut cpuid = testudo_arch::cpuid::Cpuid::default();
-    for (leaf, eax) in [
-        (0, 0xD),
-        (1, 0),
-        (0x8000_0000, 0x8000_0008),
-        (0x8000_0008, 0x3028),
-    ] {
-        let entry = testudo_arch::cpuid::CpuidEntry {
-            leaf,
-            eax,
-            ..Default::default()
-        };
-        assert!(cpuid.set(entry));
-    }
-    let config = MachineConfig {
-        vcpus: 1,
-        memory: MEMORY as u64,
-        nested: false,
-        hyperv: false,
-        time_limit: None,
-        start_time: 0,
-    };
-    let (host, console) = (FakeHost::new(), Box::new(|_: u8| {}));
-    let made = Machine::new(config, ram(MEMORY), host.clone(), &cpuid, console);
-    let (machine, lapics) = made.unwrap();
-    (machine, lapics.into_iter().next().unwrap(), host)
+    fake_machine::machine(ram(MEMORY))
 }
 
 /// Runs the script, after which the guest's processor shuts down.

@@ -162,16 +162,6 @@ impl Processor for FakeProcessor {
     }
 }
 
-/// Guest memory at 0.
-pub(super) fn ram(bytes: usize) -> GuestRam {
-    let words = Box::leak(std::vec![0u64; bytes / 8].into_boxed_slice());
-    let mut ram = GuestRam::new();
-    // SAFETY: the words are leaked, and nobody else's.
-    #[allow(unsafe_code, reason = "guest memory over the test's own")]
-    unsafe { ram.add(Gpa(0), words.as_mut_ptr().cast(), bytes as u64, true) }.unwrap();
-    ram
-}
-
 pub(super) type Fake = VmxVcpu<'static, FakeProcessor, GuestRam>;
 
 pub(super) fn vcpu_on(caps: &VmxCaps) -> Fake {

@@ -56,6 +56,12 @@ fn hypervisor_with(shadow: bool) -> Hypervisor {
 /// L1's memory, with its page tables and regions in it.
 pub(super) fn prepared_memory() -> &'static GuestRam {
     let memory: &GuestRam = Box::leak(Box::new(ram(0x1_0000)));
+    prepare_memory(memory);
+    memory
+}
+
+/// Puts them there.
+pub(super) fn prepare_memory(memory: &GuestRam) {
     for (at, entry) in [
         (TABLES, TABLES + 0x1003),
         (TABLES + 0x1000, TABLES + 0x2003),
@@ -66,7 +72,6 @@ pub(super) fn prepared_memory() -> &'static GuestRam {
     for region in [VMXON_REGION, REGION] {
         memory.store_u32(Gpa(region), REVISION).unwrap();
     }
-    memory
 }
 
 /// As [`hypervisor_with`], in this memory, and with enlightened VMCSs or without.
@@ -75,7 +80,7 @@ fn hypervisor_in(memory: &'static GuestRam, shadow: bool, enlightened: bool) -> 
 }
 
 /// As [`hypervisor_in`], on a processor with these capabilities.
-fn hypervisor_on(
+pub(super) fn hypervisor_on(
     caps: VmxCaps,
     memory: &'static GuestRam,
     shadow: bool,
@@ -209,6 +214,20 @@ impl Hypervisor {
             vcpu.vmwrite(field, u64::from(old | bits));
         }
         vcpu
+    }
+
+    /// Has L2 run on EPT of L1's.
+    pub(super) fn gives_ept(&mut self) {
+        let caps = self.nested.as_ref().unwrap().state.caps().clone();
+        let mut model = samples::valid(&caps);
+        assert!(samples::enable_ept(&mut model, &caps).unwrap());
+        for field in [
+            fields::PRIMARY_CONTROLS.encoding(),
+            fields::SECONDARY_CONTROLS.encoding(),
+            fields::EPT_POINTER.encoding(),
+        ] {
+            self.vmwrite(field, model.read_raw(field).unwrap());
+        }
     }
 
     pub(super) fn launch(&mut self) {
@@ -526,17 +545,7 @@ fn a_machine_check_ends_l2s_run_whatever_l1_put_into_cr4() {
 #[test]
 fn a_device_that_l2_reaches_is_named_by_l1s_address() {
     let mut vcpu = Hypervisor::prepared(NO_PIN, NO_EXIT);
-    let caps = vcpu.nested.as_ref().unwrap().state.caps().clone();
-    let mut model = samples::valid(&caps);
-    assert!(samples::enable_ept(&mut model, &caps).unwrap());
-    for field in [
-        fields::PRIMARY_CONTROLS.encoding(),
-        fields::SECONDARY_CONTROLS.encoding(),
-        fields::EPT_POINTER.encoding(),
-    ] {
-        let value = model.read_raw(field).unwrap();
-        vcpu.vmwrite(field, value);
-    }
+    vcpu.gives_ept();
     vcpu.launch();
     vcpu.will(|vmcs, _| {
         vmcs.preset(fields::GUEST_PHYSICAL_ADDRESS, 0xFEE0_0010);
