@@ -342,7 +342,7 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
         match self.vcpu.init_signal() {
             InitSignal::Resets => self.init(),
             InitSignal::Waits => return,
-            InitSignal::Exits => self.activity = Activity::Running,
+            InitSignal::Exits | InitSignal::Redirected => self.activity = Activity::Running,
         }
         self.init = false;
     }

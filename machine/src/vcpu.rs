@@ -199,10 +199,13 @@ pub enum NestedStateError {
 pub enum InitSignal {
     /// The processor begins anew ([`Vcpu::reset`]).
     Resets,
-    /// It waits: the guest is in VMX operation, as a hypervisor.
+    /// It waits: the guest is in VMX operation as a hypervisor, or has GIF clear, or is to be told of it
+    /// by an exit first.
     Waits,
     /// It has ended the turn of a guest of the guest's, and nothing else.
     Exits,
+    /// It has become an exception of whoever runs.
+    Redirected,
 }
 
 /// A virtual processor.

@@ -46,6 +46,12 @@ impl NestedSvm {
         true
     }
 
+    /// Whether L1 has VM_CR.R_INIT set, so that an INIT which nobody intercepts is #SX of whoever runs
+    /// (APM vol. 2, 15.28).
+    pub fn redirects_init(&self) -> bool {
+        self.vm_cr.contains(VmCr::R_INIT)
+    }
+
     /// Reads VM_CR or VM_HSAVE_PA; `None` for all other MSRs.
     pub fn read_msr(&self, msr: Msr) -> Option<u64> {
         match msr {

@@ -42,7 +42,7 @@ use super::{is_valid_pat, is_valid_xcr0};
 use crate::code_cache::CodeCache;
 use crate::paging::Gate;
 use crate::stats::Settled;
-use crate::vcpu::{AwaitedInterrupt, NestedStateError, Vcpu, VcpuError, VmExit};
+use crate::vcpu::{AwaitedInterrupt, InitSignal, NestedStateError, Vcpu, VcpuError, VmExit};
 
 use nested::Nested;
 pub use nested::{Flusher, NestedParts};
@@ -442,12 +442,18 @@ impl<M: GuestMemory, S: SecondStage, P: Processor> Vcpu for SvmVcpu<'_, M, S, P>
         if let Some(nested) = &mut self.nested {
             nested.state.reset();
             nested.interrupted = false;
+            nested.init_waits = false;
+            nested.nmi_waits = false;
             nested.state.adjust_vmcb01(&mut self.vmcb01);
         }
         self.nmi_masked = false;
         self.unmasking_iret = None;
         self.registers.gprs = Gprs::default();
         self.set_system(&SystemRegisters::reset());
+    }
+
+    fn init_signal(&mut self) -> InitSignal {
+        self.nested_init()
     }
 
     #[inline]

@@ -21,7 +21,10 @@ use super::exit::{hide_lme, memory_exit, show_lme};
 use super::{Processor, SVME, SvmVcpu};
 pub use crate::backend::flusher::Flusher;
 use crate::stats::Settled;
-use crate::vcpu::{AwaitedInterrupt, NestedStateError, Vcpu, VmExit};
+use crate::vcpu::{AwaitedInterrupt, InitSignal, NestedStateError, Vcpu, VmExit};
+
+/// The error code of the one #SX that there is (APM vol. 2, 15.28).
+const INIT_REDIRECTED: u32 = 1;
 
 const PAGE_FAULT: u64 = *ExitCode::EXCEPTION.start() + Exception::PageFault.vector() as u64;
 
@@ -41,6 +44,9 @@ pub(super) struct Nested<S> {
     flusher: Flusher,
     /// L2's turn has ended otherwise than by an exit of its own.
     pub(super) interrupted: bool,
+    /// An INIT waits, and an NMI: both may be due as soon as GIF is set.
+    pub(super) init_waits: bool,
+    pub(super) nmi_waits: bool,
     counts: Counts,
 }
 
@@ -76,6 +82,8 @@ impl<'a, M: GuestMemory, S: SecondStage, P: Processor> SvmVcpu<'a, M, S, P> {
             stage,
             flusher,
             interrupted: false,
+            init_waits: false,
+            nmi_waits: false,
             counts: Counts::default(),
         });
         self
@@ -347,8 +355,9 @@ impl<'a, M: GuestMemory, S: SecondStage, P: Processor> SvmVcpu<'a, M, S, P> {
                 if let Some(shadow) = &mut self.shadow {
                     shadow.is_l2_new = true;
                 }
+                let waits = nested.init_waits || nested.nmi_waits;
                 self.apply_window();
-                None
+                waits.then_some(VmExit::InterruptWindow)
             }
             Outcome::GifSet => {
                 nested.state.set_gif_window(false, &mut self.vmcb01);
@@ -388,6 +397,7 @@ impl<'a, M: GuestMemory, S: SecondStage, P: Processor> SvmVcpu<'a, M, S, P> {
         let Some(nested) = &mut self.nested else {
             return;
         };
+        nested.nmi_waits = wanted;
         match nested.state.acceptance(PhysicalEvent::Nmi, &self.vmcb01) {
             Acceptance::Exit(code) if wanted => {
                 if self.exit_to_l1(code) {
@@ -397,9 +407,42 @@ impl<'a, M: GuestMemory, S: SecondStage, P: Processor> SvmVcpu<'a, M, S, P> {
             }
             _ => {
                 let closed = !nested.state.gif(&self.vmcb01);
+                let wanted = wanted || nested.init_waits;
                 nested
                     .state
                     .set_gif_window(wanted && closed, &mut self.vmcb01);
+            }
+        }
+    }
+
+    /// What an INIT does. While GIF is clear it is held pending (APM vol. 2, 15.17); L1 may intercept it,
+    /// and then has it pending still (15.13); and VM_CR.R_INIT makes an exception of it (15.28).
+    pub(super) fn nested_init(&mut self) -> InitSignal {
+        let Some(nested) = &mut self.nested else {
+            return InitSignal::Resets;
+        };
+        let acceptance = nested.state.acceptance(PhysicalEvent::Init, &self.vmcb01);
+        nested.init_waits = acceptance != Acceptance::Deliver;
+        match acceptance {
+            Acceptance::Blocked => InitSignal::Waits,
+            Acceptance::Exit(code) => {
+                if self.exit_to_l1(code) {
+                    self.apply_window();
+                }
+                InitSignal::Waits
+            }
+            Acceptance::Deliver if !nested.state.redirects_init() => InitSignal::Resets,
+            Acceptance::Deliver if self.vmcb().event_inj().is_valid() => {
+                self.delivery_due = true;
+                InitSignal::Waits
+            }
+            Acceptance::Deliver => {
+                self.is_quiet = false;
+                let event = Event::fault_with(Exception::Security, INIT_REDIRECTED);
+                if !self.l2_exits_by(event, None) {
+                    self.vmcb_mut().set_event_inj(event.into());
+                }
+                InitSignal::Redirected
             }
         }
     }

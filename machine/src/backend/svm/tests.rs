@@ -17,6 +17,7 @@ use testudo_svm::permission::IoPermissionMap;
 
 mod exceptions;
 mod fake;
+mod init;
 
 use fake::*;
 
