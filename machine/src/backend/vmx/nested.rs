@@ -402,29 +402,34 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
 
     /// The nested state as bytes.
     pub(super) fn nested_bytes(&mut self) -> Result<Option<Vec<u8>>, VcpuError> {
-        // On shadow paging the VMCS has the processor's tables.
-        if self.shadow.is_some() {
-            return Ok(None);
-        }
-        // What is known of whoever runs goes to its VMCS, from which the layer takes it.
+        // What is known of whoever runs goes to its VMCS, from which the layer takes it. On shadow paging
+        // too L2's has its own registers between its turns, and of L1's the layer takes none.
+        let due = self.injection;
         self.prepare()?;
         let Some(nested) = &mut self.nested else {
             return Ok(None);
         };
         let saved = layer!(self, nested, save())?;
         self.select(self.level)?;
+        // It is still to be delivered.
+        if let Some(event) = due {
+            self.injection = Some(event);
+            self.cache.add_work();
+        }
         Ok(Some(saved.to_bytes()))
     }
 
     /// Begins anew with this nested state: neither the guest state in L2's VMCS nor what was composed
     /// comes from anywhere else.
     pub(super) fn take_nested(&mut self, bytes: &[u8]) -> Result<bool, NestedStateError> {
-        if self.nested.is_none() || self.shadow.is_some() {
+        if self.nested.is_none() {
             return Err(NestedStateError::Unsupported);
         }
         let saved = SavedVmx::from_bytes(bytes).map_err(RestoreError::from)?;
         self.prepare()?;
         self.leave_vmx_operation();
+        // Whether L2 can run also depends on L1's own registers.
+        self.take_off_l1_shadow()?;
         self.select(Level::L2)?;
         for info in FIELDS {
             let field = info.encoding;
@@ -448,6 +453,9 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         self.follow_shadowing()?;
         self.level = if is_guest { Level::L2 } else { Level::L1 };
         self.select(self.level)?;
+        if !is_guest {
+            self.l1_goes_on()?;
+        }
         self.registers.gprs.rsp = self
             .processor
             .get(fields::GUEST_RSP)

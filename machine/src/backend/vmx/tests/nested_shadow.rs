@@ -20,14 +20,6 @@ const NXE: u64 = 1 << 11;
 
 /// A vCPU whose guest is in 64-bit mode on shadow paging, outside VMX operation.
 fn hypervisor() -> (Hypervisor, &'static FramePool) {
-    let caps: &'static VmxCaps = Box::leak(Box::new(fixtures::skylake_sp()));
-    let controls = Controls::choose_shadow(caps).unwrap().for_hypervisors();
-    let controls: &Controls = Box::leak(Box::new(controls));
-    let tables: &VmxTables = Box::leak(Box::new(VmxTables {
-        ept_pointer: 0,
-        msr_bitmap: Hpa(0x2000),
-        apic: None,
-    }));
     let memory = prepared_memory();
     for (at, entry) in [
         (L2_TABLES, 0xD007),
@@ -37,6 +29,19 @@ fn hypervisor() -> (Hypervisor, &'static FramePool) {
     ] {
         memory.store_u64(Gpa(at), entry).unwrap();
     }
+    hypervisor_in(memory)
+}
+
+/// As [`hypervisor`], in this memory.
+fn hypervisor_in(memory: &'static GuestRam) -> (Hypervisor, &'static FramePool) {
+    let caps: &'static VmxCaps = Box::leak(Box::new(fixtures::skylake_sp()));
+    let controls = Controls::choose_shadow(caps).unwrap().for_hypervisors();
+    let controls: &Controls = Box::leak(Box::new(controls));
+    let tables: &VmxTables = Box::leak(Box::new(VmxTables {
+        ept_pointer: 0,
+        msr_bitmap: Hpa(0x2000),
+        apic: None,
+    }));
     let pool: &FramePool = Box::leak(Box::new(FramePool::new(64)));
     let parts = shadow_parts(caps, controls, tables, memory, pool);
     let mut vcpu: Hypervisor = VmxVcpu::on(FakeProcessor::new(caps), &parts, memory).unwrap();
@@ -287,10 +292,9 @@ fn vmx_operation_and_exits_hold_on_shadow_paging() {
     vcpu.run_out();
     assert_eq!(vcpu.system().cr3, other);
     vcpu.assert_exited(BasicReason::Cpuid);
-    // In VMX operation CR4.VMXE stays, and no state moves anywhere.
+    // In VMX operation CR4.VMXE stays.
     vcpu.guest_moves_to(4, 0x20);
     assert_eq!(vcpu.last_injected() & 0xFF, 13);
-    assert_eq!(vcpu.save_nested().unwrap(), None);
     // A reset of L1's processor while L2 runs.
     vcpu.will_exit(BasicReason::Vmresume, 0);
     vcpu.run_out();
@@ -299,6 +303,72 @@ fn vmx_operation_and_exits_hold_on_shadow_paging() {
     assert_eq!(vcpu.system(), SystemRegisters::reset());
     assert_eq!(vcpu.hardware(fields::GUEST_PAT), setup::PAT_RESET);
     assert_eq!(vcpu.enter_once(), VmExit::Emulate(None));
+}
+
+/// A guest inside the guest's guest migrates into another vCPU on the same memory, which knows none of the
+/// tables that were made for it.
+#[test]
+fn l2_goes_on_in_another_vcpu_on_shadow_paging() {
+    let (mut vcpu, _) = running(false);
+    let (l2_efer, l2_cr4) = (vcpu.system().efer, vcpu.system().cr4);
+    vcpu.meets_page_fault(0x5008, 2);
+    vcpu.will(|vmcs, registers| {
+        registers.gprs.rdx = 0x99;
+        vmcs.preset(fields::GUEST_RIP, 0x1234);
+        vmcs.preset(fields::GUEST_RFLAGS, 0x202);
+        exit(vmcs, BasicReason::InterruptWindow, 0);
+    });
+    vcpu.set_interrupt_window(Some(AwaitedInterrupt::External));
+    assert_eq!(vcpu.enter_once(), VmExit::InterruptWindow);
+    vcpu.inject(Event::Interrupt(0x77));
+    let saved = vcpu.save_nested().unwrap().unwrap();
+    let (memory, gprs) = (vcpu.memory.inner(), *vcpu.gprs());
+    // Where it was saved it goes on as if nothing had happened.
+    vcpu.run_out();
+    assert_eq!((vcpu.level, vcpu.last_injected()), (Level::L2, 0x8000_0077));
+    drop(vcpu);
+
+    let (mut vcpu, pool) = hypervisor_in(memory);
+    assert_eq!(vcpu.restore_nested(&saved), Ok(true));
+    *vcpu.gprs_mut() = gprs;
+    let system = vcpu.system();
+    let seen = (system.rip, system.cr3, system.cr4, system.efer);
+    assert_eq!(seen, (0x1234, L2_TABLES, l2_cr4, l2_efer));
+    let [_, root, _, efer, pat] = vcpu.entered_with();
+    assert_eq!(vcpu.last_injected(), 0x8000_0077);
+    assert_eq!((efer & NXE, pat), (NXE, setup::PAT_RESET));
+    assert_eq!(hardware(root, pool, 0x5008), None);
+    vcpu.meets_page_fault(0x5008, 2);
+    let [_, root, ..] = vcpu.entered_with();
+    assert_eq!(hardware(root, pool, 0x5008), Some(HOST + PAGE + 8));
+    // L1 goes on with it on its own tables.
+    vcpu.will_exit(BasicReason::Cpuid, 0);
+    vcpu.run_out();
+    assert_eq!(vcpu.gprs().rdx, 0x99);
+    let system = vcpu.system();
+    let own = (system.cr3, system.cr4, system.efer & NXE);
+    assert_eq!(own, (TABLES, 0x20 | VMXE, 0));
+    vcpu.assert_exited(BasicReason::Cpuid);
+    assert_eq!(vcpu.vmread(fields::GUEST_CR3), L2_TABLES);
+    assert_eq!(vcpu.vmread(fields::GUEST_EFER), l2_efer);
+    // It moves once more while L1 runs, whose tables are shadowed anew.
+    let saved = vcpu.save_nested().unwrap().unwrap();
+    let (mut vcpu, pool) = hypervisor_in(memory);
+    assert_eq!(vcpu.restore_nested(&saved), Ok(false));
+    assert_eq!(vcpu.system().cr3, TABLES);
+    vcpu.meets_page_fault(0x5008, 2);
+    let [_, own, ..] = vcpu.entered_with();
+    assert_eq!(hardware(own, pool, 0x5008), Some(HOST + 0x5008));
+    vcpu.will_exit(BasicReason::Vmresume, 0);
+    vcpu.run_out();
+    assert_eq!((vcpu.level, vcpu.rip()), (Level::L2, 0x1234));
+    let [_, root, ..] = vcpu.entered_with();
+    assert_ne!(root, own);
+    // Into a vCPU in which another L2 runs.
+    assert_eq!(vcpu.restore_nested(&saved), Ok(false));
+    assert_eq!((vcpu.level, vcpu.system().cr3), (Level::L1, TABLES));
+    let [_, root, ..] = vcpu.entered_with();
+    assert_eq!(root, own);
 }
 
 #[test]
