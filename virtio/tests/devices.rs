@@ -1,5 +1,6 @@
 //! Devices for which there is no driver library, over both transports and both ring formats.
 
+#[macro_use]
 mod support;
 
 use std::sync::{Arc, Mutex};
@@ -15,24 +16,6 @@ use testudo_virtio::device::{
 };
 use testudo_virtio::queue::{ActivateError, Bounds, QueueConfig};
 use testudo_virtio::{Features, Segment};
-
-/// Each test, over each transport in each format.
-macro_rules! in_all_ways {
-    ($($name:ident)*) => {
-        mod mmio_split {
-            $(#[test] fn $name() { super::$name::<super::MmioGuest>(false) })*
-        }
-        mod mmio_packed {
-            $(#[test] fn $name() { super::$name::<super::MmioGuest>(true) })*
-        }
-        mod pci_split {
-            $(#[test] fn $name() { super::$name::<super::PciGuest>(false) })*
-        }
-        mod pci_packed {
-            $(#[test] fn $name() { super::$name::<super::PciGuest>(true) })*
-        }
-    };
-}
 
 in_all_ways! {
     blk_zeroes_discards_and_refuses

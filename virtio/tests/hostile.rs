@@ -1,6 +1,7 @@
 //! Drivers that break the rules of transports and devices: what each gets, and that nothing else
 //! suffers.
 
+#[macro_use]
 mod support;
 
 use std::sync::Arc;
@@ -18,23 +19,6 @@ use testudo_virtio::queue::{ActivateError, QueueError};
 use testudo_virtio::transport::{Fault, Mmio, Options};
 use testudo_virtio::{Device, DeviceError, Features, Next, Segment};
 use virtio_drivers::transport::DeviceStatus;
-
-macro_rules! in_all_ways {
-    ($($name:ident)*) => {
-        mod mmio_split {
-            $(#[test] fn $name() { super::$name::<super::MmioGuest>(false) })*
-        }
-        mod mmio_packed {
-            $(#[test] fn $name() { super::$name::<super::MmioGuest>(true) })*
-        }
-        mod pci_split {
-            $(#[test] fn $name() { super::$name::<super::PciGuest>(false) })*
-        }
-        mod pci_packed {
-            $(#[test] fn $name() { super::$name::<super::PciGuest>(true) })*
-        }
-    };
-}
 
 in_all_ways! {
     features_are_final

@@ -1,27 +1,10 @@
 //! The template device as its driver sees it, over both transports and both ring formats.
 
+#[macro_use]
 mod support;
 
 use support::{Connect, MmioGuest, PciGuest, RawDriver};
 use testudo_virtio::device::Template;
-
-/// Each test, over each transport in each format.
-macro_rules! in_all_ways {
-    ($($name:ident)*) => {
-        mod mmio_split {
-            $(#[test] fn $name() { super::$name::<super::MmioGuest>(false) })*
-        }
-        mod mmio_packed {
-            $(#[test] fn $name() { super::$name::<super::MmioGuest>(true) })*
-        }
-        mod pci_split {
-            $(#[test] fn $name() { super::$name::<super::PciGuest>(false) })*
-        }
-        mod pci_packed {
-            $(#[test] fn $name() { super::$name::<super::PciGuest>(true) })*
-        }
-    };
-}
 
 in_all_ways! {
     its_configuration_is_read

@@ -8,8 +8,8 @@ use testudo_arch::{FrameAlloc, Gpa, Hpa, PageSize};
 use testudo_ept::{Format, PageTable};
 
 use crate::apic;
-use crate::frames::Frames;
 use crate::territory::{Territory, without};
+use testudo_rt::memory::Frames;
 
 /// How far memory is mapped without 1 GiB pages, whose tables would be larger than the hypervisor.
 pub(crate) const MODEST: u64 = 1 << 40;

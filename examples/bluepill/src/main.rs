@@ -28,7 +28,6 @@ mod apic;
 mod args;
 mod counts;
 mod cpuid;
-mod frames;
 mod identity;
 mod nesting;
 mod ports;

@@ -6,10 +6,10 @@
 
 use testudo_arch::memory::GuestRam;
 use testudo_arch::{FrameMem, Gpa, Hpa};
-use testudo_diff::Frames;
 use testudo_ept::PageTable;
 use testudo_ept::format::npt::{Npt, NptFlags};
 use testudo_rt::memory;
+use testudo_rt::memory::Frames;
 use testudo_svm::caps::SvmCaps;
 use testudo_svm::permission::{IoPermissionMap, MsrPermissionMap};
 

@@ -10,14 +10,14 @@ extern crate alloc;
 use alloc::boxed::Box;
 use alloc::string::ToString;
 use core::error::Error;
-use core::sync::atomic::{AtomicU64, Ordering};
 
 use testudo_arch::cpuid::Cpuid;
 use testudo_arch::regs::SystemRegisters;
-use testudo_arch::{FrameAlloc, FrameMem, Gpa, Hpa};
+use testudo_arch::{FrameAlloc, Gpa, Hpa};
 use testudo_ept::PageTable;
 use testudo_ept::format::npt::{Npt, NptFlags};
-use testudo_rt::{Boot, memory, println};
+use testudo_rt::memory::{self, Frames};
+use testudo_rt::{Boot, println};
 use testudo_svm::check::{Outside, check_vmrun};
 use testudo_svm::hw::{GuestRegisters, HostFrames, Svm, VmcbFrame};
 use testudo_svm::intercept::{Misc1, Misc2};
@@ -115,35 +115,4 @@ fn all_ones(bytes: usize) -> Result<u64, &'static str> {
     // SAFETY: the range is identity-mapped and ours.
     unsafe { core::ptr::write_bytes(start as *mut u8, 0xFF, bytes) };
     Ok(start)
-}
-
-/// The runtime's frames, which it has mapped at their own addresses.
-struct Frames;
-
-// SAFETY: the runtime hands out each frame once, zeroed.
-unsafe impl FrameAlloc for Frames {
-    fn alloc(&self) -> Option<Hpa> {
-        memory::alloc_frame().map(Hpa)
-    }
-    fn free(&self, frame: Hpa) {
-        // SAFETY: `frame` came from `alloc`, and nobody refers to it, says the trait.
-        unsafe { memory::release(frame.0, 4096) };
-    }
-}
-
-impl FrameMem for Frames {
-    fn load(&self, entry: Hpa) -> u64 {
-        at(entry).load(Ordering::Acquire)
-    }
-    fn store(&self, entry: Hpa, value: u64) {
-        at(entry).store(value, Ordering::Release);
-    }
-    fn compare_exchange(&self, entry: Hpa, current: u64, new: u64) -> Result<u64, u64> {
-        at(entry).compare_exchange(current, new, Ordering::AcqRel, Ordering::Acquire)
-    }
-}
-
-fn at(entry: Hpa) -> &'static AtomicU64 {
-    // SAFETY: an aligned entry of a frame from `alloc`, which is identity-mapped and stays so.
-    unsafe { AtomicU64::from_ptr(entry.0 as *mut u64) }
 }

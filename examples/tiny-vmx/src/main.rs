@@ -11,13 +11,13 @@ use alloc::boxed::Box;
 use alloc::string::ToString;
 use core::error::Error;
 use core::ptr::NonNull;
-use core::sync::atomic::{AtomicU64, Ordering};
 
 use testudo_arch::regs::SystemRegisters;
-use testudo_arch::{FrameAlloc, FrameMem, Gpa, Hpa};
+use testudo_arch::{FrameAlloc, Gpa, Hpa};
 use testudo_ept::PageTable;
 use testudo_ept::format::ept::{Ept, EptFlags};
-use testudo_rt::{Boot, memory, println};
+use testudo_rt::memory::Frames;
+use testudo_rt::{Boot, println};
 use testudo_vmx::check::check_entry;
 use testudo_vmx::controls::*;
 use testudo_vmx::exit::{Exit, advance};
@@ -135,35 +135,4 @@ fn region() -> Result<RegionFrame, &'static str> {
     let pointer = NonNull::new(address.0 as *mut u8).ok_or("no memory")?;
     // SAFETY: the frame is identity-mapped and nobody else's.
     Ok(unsafe { RegionFrame::new(pointer, address) })
-}
-
-/// The runtime's frames, which it has mapped at their own addresses.
-struct Frames;
-
-// SAFETY: the runtime hands out each frame once, zeroed.
-unsafe impl FrameAlloc for Frames {
-    fn alloc(&self) -> Option<Hpa> {
-        memory::alloc_frame().map(Hpa)
-    }
-    fn free(&self, frame: Hpa) {
-        // SAFETY: `frame` came from `alloc`, and nobody refers to it, says the trait.
-        unsafe { memory::release(frame.0, 4096) };
-    }
-}
-
-impl FrameMem for Frames {
-    fn load(&self, entry: Hpa) -> u64 {
-        at(entry).load(Ordering::Acquire)
-    }
-    fn store(&self, entry: Hpa, value: u64) {
-        at(entry).store(value, Ordering::Release);
-    }
-    fn compare_exchange(&self, entry: Hpa, current: u64, new: u64) -> Result<u64, u64> {
-        at(entry).compare_exchange(current, new, Ordering::AcqRel, Ordering::Acquire)
-    }
-}
-
-fn at(entry: Hpa) -> &'static AtomicU64 {
-    // SAFETY: an aligned entry of a frame from `alloc`, which is identity-mapped and stays so.
-    unsafe { AtomicU64::from_ptr(entry.0 as *mut u64) }
 }

@@ -5,10 +5,10 @@
 
 use testudo_arch::regs::SystemRegisters;
 use testudo_arch::segment::SegmentAttributes;
-use testudo_arch::{DescriptorTable, Gpa, Gprs, GuestMemory, Segment};
+use testudo_arch::{DescriptorTable, Gpa, Gprs, GuestMemory};
 
 use super::space::Space;
-use super::{BootImage, BootState, CR0_ET, CR0_PE, Fields, LoadError};
+use super::{BootImage, BootState, CR0_ET, CR0_PE, Fields, LoadError, flat_segments};
 use crate::layout::{HIGH_MEMORY, LOW_RAM_LIMIT};
 
 /// Offsets in the file's first sectors, which are also those of `struct boot_params`.
@@ -346,20 +346,7 @@ fn long_mode<M: GuestMemory + ?Sized>(
         memory.write(at, &descriptor.to_le_bytes())?;
     }
 
-    let data = Segment::flat(0x18, SegmentAttributes::DATA);
     Ok(SystemRegisters {
-        cs: Segment::flat(0x10, SegmentAttributes::CODE64),
-        ds: data,
-        es: data,
-        ss: data,
-        fs: data,
-        gs: data,
-        tr: Segment {
-            selector: 0,
-            attributes: SegmentAttributes::TSS_BUSY,
-            limit: 0x67,
-            base: 0,
-        },
         gdtr: DescriptorTable {
             base: gdt.0,
             limit: 31,
@@ -370,7 +357,7 @@ fn long_mode<M: GuestMemory + ?Sized>(
         cr4: CR4_PAE,
         efer: EFER_LME | EFER_LMA,
         rip: entry.0,
-        ..SystemRegisters::reset()
+        ..flat_segments(SegmentAttributes::CODE64)
     })
 }
 

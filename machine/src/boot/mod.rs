@@ -336,9 +336,18 @@ fn place_modules<M: GuestMemory + ?Sized>(
 /// 32-bit protected mode without paging, flat segments, interrupts off: the state that PVH and both
 /// Multiboot specifications ask for.
 fn flat_protected_mode(entry: u32) -> SystemRegisters {
+    SystemRegisters {
+        cr0: CR0_PE | CR0_ET,
+        rip: u64::from(entry),
+        ..flat_segments(SegmentAttributes::CODE32)
+    }
+}
+
+/// All segments flat, the code with selector 0x10 and the data with 0x18, and interrupts off.
+fn flat_segments(code: SegmentAttributes) -> SystemRegisters {
     let data = Segment::flat(0x18, SegmentAttributes::DATA);
     SystemRegisters {
-        cs: Segment::flat(0x10, SegmentAttributes::CODE32),
+        cs: Segment::flat(0x10, code),
         ds: data,
         es: data,
         ss: data,
@@ -350,8 +359,6 @@ fn flat_protected_mode(entry: u32) -> SystemRegisters {
             limit: 0x67,
             base: 0,
         },
-        cr0: CR0_PE | CR0_ET,
-        rip: u64::from(entry),
         ..SystemRegisters::reset()
     }
 }

@@ -30,6 +30,25 @@ use virtio_drivers::transport::{DeviceStatus, DeviceType, InterruptStatus, Trans
 use virtio_drivers::{BufferDirection, Hal, PhysAddr};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
+/// Makes a test of each function `fn name<T: Connect>(packed: bool)`, for each transport and each ring format.
+#[allow(unused_macros, reason = "each test file uses its own part")]
+macro_rules! in_all_ways {
+    ($($name:ident)*) => {
+        mod mmio_split {
+            $(#[test] fn $name() { super::$name::<super::MmioGuest>(false) })*
+        }
+        mod mmio_packed {
+            $(#[test] fn $name() { super::$name::<super::MmioGuest>(true) })*
+        }
+        mod pci_split {
+            $(#[test] fn $name() { super::$name::<super::PciGuest>(false) })*
+        }
+        mod pci_packed {
+            $(#[test] fn $name() { super::$name::<super::PciGuest>(true) })*
+        }
+    };
+}
+
 /// Where guest memory begins: far from anything that a host pointer could be mistaken for.
 pub const RAM_BASE: u64 = 0x10_0000;
 pub const RAM_SIZE: u64 = 32 << 20;

@@ -41,11 +41,11 @@ use testudo_svm::vmcb::{InterruptState, NestedControl, VintrFlags};
 
 use crate::Pill;
 use crate::apic;
-use crate::frames::Frames;
 use crate::nesting::{Flusher, PAGE_LIMIT};
 use crate::processors::{self, Nmis};
 use crate::registers;
 use crate::view::Translate;
+use testudo_rt::memory::Frames;
 
 pub(crate) use tables::{SvmError, Tables};
 

@@ -12,10 +12,10 @@ use testudo_svm::permission::{IoPermissionMap, MsrAccess, MsrPermissionMap};
 
 use super::msr;
 use crate::apic;
-use crate::frames::Frames;
 use crate::identity::{self, FOUR_LEVELS, MODEST, Special, Zone};
 use crate::sleep::SleepControl;
 use crate::territory::Territory;
+use testudo_rt::memory::Frames;
 
 /// Why there is no guest.
 #[derive(Debug, thiserror::Error)]

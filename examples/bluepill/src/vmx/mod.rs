@@ -45,11 +45,11 @@ use testudo_vmx::{VmcsRead, VmcsWrite, VmxCaps, fields, state};
 
 use crate::Pill;
 use crate::apic;
-use crate::frames::Frames;
 use crate::nesting::Flusher;
 use crate::processors::{self, Nmis};
 use crate::registers;
 use nested::Nested;
+use testudo_rt::memory::Frames;
 
 pub(crate) use tables::{Tables, VmxError};
 

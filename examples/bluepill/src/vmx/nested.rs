@@ -24,10 +24,10 @@ use super::msr::OpenMsrs;
 use super::tables::format;
 use super::{Guest, Stage, VPID_L2, VmxError, address};
 use crate::counts::{self, Reason};
-use crate::frames::Frames;
 use crate::nesting::{Flusher, PAGE_LIMIT};
 use crate::processors;
 use crate::view::Translate;
+use testudo_rt::memory::Frames;
 
 /// The VM-exit interruption information of an NMI.
 const NMI: u32 = 1 << 31 | 2 << 8 | 2;

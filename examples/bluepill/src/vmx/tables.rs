@@ -23,10 +23,10 @@ use testudo_vmx::hw::{EnableError, ResidentUnsupported, Vmx};
 use testudo_vmx::{AccessError, RegionError, VmFail, VmxCaps};
 
 use crate::apic;
-use crate::frames::Frames;
 use crate::identity::{self, FOUR_LEVELS, MODEST, Special, Zone};
 use crate::sleep::SleepControl;
 use crate::territory::Territory;
+use testudo_rt::memory::Frames;
 
 /// Why there is no guest, or not any more.
 #[derive(Debug, thiserror::Error)]

@@ -5,12 +5,12 @@ use core::error::Error;
 
 use testudo_arch::cpuid::Cpuid;
 use testudo_arch::{EferFlags, Gpa, PageSize};
-use testudo_diff::Frames;
 use testudo_ept::format::Rights;
 use testudo_ept::format::ept::{Ept, EptFlags};
 use testudo_ept::guest_table::TableFault;
 use testudo_ept::sub_page::SubPageTable;
 use testudo_ept::walk::{Access, AccessKind, GuestTranslation, Mode, TableUse};
+use testudo_rt::memory::Frames;
 use testudo_vmx::caps::EptVpidCaps;
 use testudo_vmx::controls::{
     EntryControls, ExitControls, PinControls, PrimaryControls, SecondaryControls,

@@ -3,6 +3,7 @@
 use alloc::vec::Vec;
 use core::ops::Range;
 
+mod frames;
 mod heap;
 pub mod paging;
 mod ranges;
@@ -10,6 +11,8 @@ mod ranges;
 use crate::boot::{MemoryKind, Raw};
 use crate::lock::Lock;
 use ranges::FreeRanges;
+
+pub use frames::Frames;
 
 /// Bytes in a frame.
 pub const FRAME: u64 = 4096;

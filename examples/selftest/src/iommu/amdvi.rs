@@ -4,10 +4,10 @@ use alloc::string::String;
 use core::sync::atomic::Ordering;
 
 use testudo_arch::{Hpa, PageSize};
-use testudo_diff::Frames;
 use testudo_ept::PageTable;
 use testudo_ept::format::amdvi::{AmdVi, AmdViFlags};
 use testudo_ept::iotlb::{CommandBuffer, Registers, Scope};
+use testudo_rt::memory::Frames;
 use testudo_rt::{Boot, memory};
 
 use super::{DOMAIN, Mmio, PATIENCE, RingFrames, edu, frame, structure, wait, word};

@@ -11,10 +11,10 @@ use alloc::string::String;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use testudo_arch::{Gpa, Hpa, PageSize};
-use testudo_diff::Frames;
 use testudo_ept::format::Format;
 use testudo_ept::iotlb::{Command, IotlbError, Registers, Ring};
 use testudo_ept::{Invalidate, PageTable};
+use testudo_rt::memory::Frames;
 use testudo_rt::{Boot, acpi, memory};
 
 use crate::case::{Case, Outcome};

@@ -4,11 +4,11 @@ use alloc::string::String;
 use core::sync::atomic::Ordering;
 
 use testudo_arch::{Hpa, PageSize};
-use testudo_diff::Frames;
 use testudo_ept::PageTable;
 use testudo_ept::format::vtd::{Vtd, VtdFlags};
 use testudo_ept::iotlb::{InvalidationQueue, Registers, Scope};
 use testudo_rt::Boot;
+use testudo_rt::memory::Frames;
 
 use super::{DOMAIN, Mmio, PATIENCE, RingFrames, edu, frame, structure, wait, word};
 

@@ -159,22 +159,10 @@ fn check(tally: &mut Tally, setting: Setting) -> Result<()> {
     if setting.packed {
         arguments.push("--packed");
     }
-    let output = match boot(&arguments, &script) {
-        Ok(output) => output,
-        Err(error) => {
-            tally.record(&name, Err(error));
-            return Ok(());
-        }
+    let booted = boot(&arguments, &script);
+    let Some(output) = record_checks(tally, &name, &CHECKS, booted) else {
+        return Ok(());
     };
-    for what in CHECKS {
-        let passed = output.contains(&format!("check {what} ok"));
-        let result = if passed {
-            Ok(())
-        } else {
-            Err(anyhow!("the output was:\n{output}"))
-        };
-        tally.record(&format!("{name}::{what}"), result);
-    }
     let says = |words: &str| {
         ensure!(output.contains(words), "nothing says «{words}»:\n{output}");
         Ok(())
@@ -259,22 +247,8 @@ fn memory(tally: &mut Tally, backend: &[&str], name: &str) -> Result<()> {
         "2",
     ];
     arguments.extend(backend);
-    let output = match boot(&arguments, include_str!("virtio-memory.sh")) {
-        Ok(output) => output,
-        Err(error) => {
-            tally.record(&name, Err(error));
-            return Ok(());
-        }
-    };
-    for what in CHECKS {
-        let passed = output.contains(&format!("check {what} ok"));
-        let result = if passed {
-            Ok(())
-        } else {
-            Err(anyhow!("the output was:\n{output}"))
-        };
-        tally.record(&format!("{name}::{what}"), result);
-    }
+    let booted = boot(&arguments, include_str!("virtio-memory.sh"));
+    record_checks(tally, &name, &CHECKS, booted);
     Ok(())
 }
 
@@ -362,6 +336,31 @@ fn broken_disk() -> Result<()> {
         Err(error) if error.to_string().contains("whole sectors") => Ok(()),
         Err(error) => Err(error),
     }
+}
+
+/// Records what a script's checks said; gives the output if it ran to its end.
+fn record_checks(
+    tally: &mut Tally,
+    name: &str,
+    checks: &[&str],
+    booted: Result<String>,
+) -> Option<String> {
+    let output = match booted {
+        Ok(output) => output,
+        Err(error) => {
+            tally.record(name, Err(error));
+            return None;
+        }
+    };
+    for what in checks {
+        let result = if output.contains(&format!("check {what} ok")) {
+            Ok(())
+        } else {
+            Err(anyhow!("the output was:\n{output}"))
+        };
+        tally.record(&format!("{name}::{what}"), result);
+    }
+    Some(output)
 }
 
 /// Boots and runs a script; gives the output of a run that ended well. Instructions count as time, so
