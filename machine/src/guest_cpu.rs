@@ -3,16 +3,14 @@
 
 use testudo_arch::regs::{CpuMode, SegmentRegister, SystemRegisters};
 use testudo_arch::segment::DescriptorTable;
-use testudo_arch::{Cr4Flags, Gpa, Gprs, GuestMemory, Gva, PAGE_SIZE, PageSize, RFlags, Segment};
-use testudo_ept::walk::{Access, AccessKind, PageFaultCode, PagingState, WalkError, walk_nested};
+use testudo_arch::{Cr4Flags, Gpa, Gprs, GuestMemory, Gva, PageSize, RFlags, Segment};
+use testudo_ept::walk::{Access, PagingState};
 
 use crate::bus::{MmioBus, PortBus};
+use crate::emulate::linear::{self, Miss, Reach};
 use crate::emulate::{Cpu, Fault, Intent};
 use crate::irq::Lapic;
 use crate::vcpu::Vcpu;
-
-/// The longest access of one instruction: two pages at the most.
-const MAX_PARTS: usize = 2;
 
 /// The vCPU and what its instructions can reach.
 pub(crate) struct GuestCpu<'a, V, M> {
@@ -38,15 +36,6 @@ pub(crate) struct GuestCpu<'a, V, M> {
     segments_changed: bool,
     /// SS is among them, behind which interrupts wait for the stack pointer.
     stack_changed: bool,
-}
-
-/// The second stage has no translation at present.
-struct Untranslated;
-
-/// The guest-physical pieces of a linear access.
-struct Parts {
-    pieces: [(Gpa, usize); MAX_PARTS],
-    count: usize,
 }
 
 impl<'a, V: Vcpu, M: GuestMemory> GuestCpu<'a, V, M> {
@@ -90,87 +79,6 @@ impl<'a, V: Vcpu, M: GuestMemory> GuestCpu<'a, V, M> {
         self
     }
 
-    fn translate(&mut self, address: Gva, len: usize, kind: AccessKind) -> Result<Parts, Fault> {
-        let access = Access::at_cpl(kind, self.system.cpl());
-        let mut parts = Parts {
-            pieces: [(Gpa::ZERO, 0); MAX_PARTS],
-            count: 0,
-        };
-        let first = len.min((PAGE_SIZE - address.offset_in(PageSize::Size4K)) as usize);
-        for (skip, len) in [(0, first), (first, len - first)] {
-            if len == 0 {
-                break;
-            }
-            let at = self.wrap(address.wrapping_add(skip as u64));
-            let vcpu = &mut *self.vcpu;
-            let stage = |gpa, _| vcpu.translate(gpa).ok_or(Untranslated);
-            let found = walk_nested(self.memory, &self.paging, at, access, stage);
-            match found.map(|found| self.vcpu.translate(found.gpa)) {
-                Ok(Some(gpa)) => parts.pieces[parts.count] = (gpa, len),
-                Ok(None) => return Err(self.try_again()),
-                Err(error) => return Err(self.fault(at, access, error)),
-            }
-            parts.count += 1;
-        }
-        Ok(parts)
-    }
-
-    /// The exception for a walk that leads nowhere.
-    #[cold]
-    fn fault(&mut self, at: Gva, access: Access, error: WalkError<Untranslated>) -> Fault {
-        match error {
-            WalkError::Fault(fault) => Fault::page(fault.address, fault.code.bits()),
-            WalkError::NonCanonical(_) => Fault::GP0,
-            WalkError::Contended | WalkError::SecondStage { .. } => self.try_again(),
-            // A bus that nobody drives reads as ones, and a table entry of ones has reserved bits set.
-            _ => {
-                let mut code = PageFaultCode::PRESENT | PageFaultCode::RESERVED;
-                code.set(PageFaultCode::WRITE, access.kind == AccessKind::Write);
-                code.set(PageFaultCode::USER, self.system.cpl() == 3);
-                Fault::page(at, code.bits())
-            }
-        }
-    }
-
-    /// The instruction is to be executed again; the fault only ends this attempt.
-    fn try_again(&mut self) -> Fault {
-        self.contended = true;
-        Fault::GP0
-    }
-
-    /// Outside 64-bit mode, linear addresses are 32 bits wide.
-    fn wrap(&self, address: Gva) -> Gva {
-        if self.system.mode() == CpuMode::Long64 {
-            address
-        } else {
-            Gva(address.0 & 0xFFFF_FFFF)
-        }
-    }
-
-    fn load(&mut self, gpa: Gpa, data: &mut [u8]) {
-        if let Some(offset) = self.lapic_offset(gpa) {
-            self.lapic.set_cr8(self.vcpu.task_priority());
-            self.lapic.read_mmio(offset, data);
-        } else if self.memory.read(gpa, data).is_err() {
-            self.mmio.read(gpa.0, data);
-        }
-    }
-
-    fn store(&mut self, gpa: Gpa, data: &[u8]) {
-        if let Some(offset) = self.lapic_offset(gpa) {
-            self.lapic.set_cr8(self.vcpu.task_priority());
-            self.lapic.write_mmio(offset, data);
-            let cr8 = self.lapic.cr8();
-            if cr8 != self.vcpu.task_priority() {
-                self.vcpu.set_task_priority(cr8);
-            }
-        } else if self.memory.write(gpa, data).is_ok() {
-            self.vcpu.memory_written(gpa, data.len());
-        } else {
-            self.mmio.write(gpa.0, data);
-        }
-    }
-
     /// Where in the local APIC's page this address is, if it is.
     fn lapic_offset(&self, gpa: Gpa) -> Option<u64> {
         let page = self.lapic.mmio_window()?;
@@ -206,6 +114,53 @@ pub(crate) fn paging_state(system: &SystemRegisters, pkru: u32, physical_bits: u
         pkru,
         physical_bits,
         ..PagingState::default()
+    }
+}
+
+impl<V: Vcpu, M: GuestMemory> Reach for GuestCpu<'_, V, M> {
+    fn system(&self) -> &SystemRegisters {
+        &self.system
+    }
+
+    fn find(&mut self, address: Gva, access: Access) -> Result<Gpa, Miss> {
+        let stage = |gpa| self.vcpu.translate(gpa);
+        linear::walk(self.memory, &self.paging, address, access, stage)
+    }
+
+    fn put_off(&mut self) {
+        self.contended = true;
+    }
+
+    fn load(&mut self, gpa: Gpa, data: &mut [u8]) {
+        if let Some(offset) = self.lapic_offset(gpa) {
+            self.lapic.set_cr8(self.vcpu.task_priority());
+            self.lapic.read_mmio(offset, data);
+        } else if self.memory.read(gpa, data).is_err() {
+            self.mmio.read(gpa.0, data);
+        }
+    }
+
+    fn store(&mut self, gpa: Gpa, data: &[u8]) {
+        if let Some(offset) = self.lapic_offset(gpa) {
+            self.lapic.set_cr8(self.vcpu.task_priority());
+            self.lapic.write_mmio(offset, data);
+            let cr8 = self.lapic.cr8();
+            if cr8 != self.vcpu.task_priority() {
+                self.vcpu.set_task_priority(cr8);
+            }
+        } else if self.memory.write(gpa, data).is_ok() {
+            self.vcpu.memory_written(gpa, data.len());
+        } else {
+            self.mmio.write(gpa.0, data);
+        }
+    }
+
+    fn exchange(&mut self, gpa: Gpa, current: &[u8], new: &[u8]) -> Option<bool> {
+        let exchanged = linear::exchange(self.memory, gpa, current, new)?;
+        if exchanged {
+            self.vcpu.memory_written(gpa, new.len());
+        }
+        Some(exchanged)
     }
 }
 
@@ -322,42 +277,19 @@ impl<V: Vcpu, M: GuestMemory> Cpu for GuestCpu<'_, V, M> {
     }
 
     fn fetch(&mut self, address: Gva, code: &mut [u8]) -> Result<usize, Fault> {
-        let room = (PAGE_SIZE - address.offset_in(PageSize::Size4K)) as usize;
-        let len = code.len().min(room);
-        let parts = self.translate(address, len, AccessKind::Fetch)?;
-        let (gpa, len) = parts.pieces[0];
-        self.load(gpa, &mut code[..len]);
-        Ok(len)
+        linear::fetch(self, address, code)
     }
 
     fn read(&mut self, address: Gva, data: &mut [u8], intent: Intent) -> Result<(), Fault> {
-        let kind = match intent {
-            Intent::Read => AccessKind::Read,
-            Intent::Modify => AccessKind::Write,
-        };
-        let parts = self.translate(address, data.len(), kind)?;
-        let mut rest = data;
-        for &(gpa, len) in &parts.pieces[..parts.count] {
-            let (part, tail) = rest.split_at_mut(len);
-            self.load(gpa, part);
-            rest = tail;
-        }
-        Ok(())
+        linear::read(self, address, data, intent)
     }
 
     fn write(&mut self, address: Gva, data: &[u8]) -> Result<(), Fault> {
-        let parts = self.translate(address, data.len(), AccessKind::Write)?;
-        let mut rest = data;
-        for &(gpa, len) in &parts.pieces[..parts.count] {
-            let (part, tail) = rest.split_at(len);
-            self.store(gpa, part);
-            rest = tail;
-        }
-        Ok(())
+        linear::write(self, address, data)
     }
 
     fn probe_write(&mut self, address: Gva, len: usize) -> Result<(), Fault> {
-        self.translate(address, len, AccessKind::Write).map(|_| ())
+        linear::probe_write(self, address, len)
     }
 
     fn compare_exchange(
@@ -366,33 +298,7 @@ impl<V: Vcpu, M: GuestMemory> Cpu for GuestCpu<'_, V, M> {
         current: &[u8],
         new: &[u8],
     ) -> Result<bool, Fault> {
-        let parts = self.translate(address, new.len(), AccessKind::Write)?;
-        let (gpa, len) = parts.pieces[0];
-        if len == new.len() && self.memory.contains(gpa, len as u64) {
-            let swapped = match (<[u8; 4]>::try_from(current), <[u8; 8]>::try_from(current)) {
-                (Ok(old), _) if gpa.0.is_multiple_of(4) => {
-                    let [a, b, c, d] = [new[0], new[1], new[2], new[3]];
-                    let new = u32::from_le_bytes([a, b, c, d]);
-                    let result =
-                        self.memory
-                            .compare_exchange_u32(gpa, u32::from_le_bytes(old), new);
-                    result.is_ok_and(|exchanged| exchanged.is_ok())
-                }
-                (_, Ok(old)) if gpa.0.is_multiple_of(8) => {
-                    let new = u64::from_le_bytes(core::array::from_fn(|i| new[i]));
-                    let result =
-                        self.memory
-                            .compare_exchange_u64(gpa, u64::from_le_bytes(old), new);
-                    result.is_ok_and(|exchanged| exchanged.is_ok())
-                }
-                _ => return self.write(address, new).map(|()| true),
-            };
-            if swapped {
-                self.vcpu.memory_written(gpa, len);
-            }
-            return Ok(swapped);
-        }
-        self.write(address, new).map(|()| true)
+        linear::compare_exchange(self, address, current, new)
     }
 
     fn port_in(&mut self, port: u16, data: &mut [u8]) {

@@ -100,10 +100,11 @@ fn ram(map: &[MemoryRange]) -> GuestRam {
         // A firmware whose usable ranges overlap: the second one is in the first.
         added.is_ok()
     };
-    // The firmware's tables can be read.
-    add(FIRMWARE_AREA, false);
+    // The largest comes first: there an access is found soonest.
     for piece in pieces.into_iter().take(GuestRam::MAX_REGIONS - 1) {
         add(piece, true);
     }
+    // The firmware's tables can be read.
+    add(FIRMWARE_AREA, false);
     ram
 }

@@ -11,7 +11,7 @@
 
 extern crate alloc;
 
-mod frames;
+mod figures;
 
 use alloc::boxed::Box;
 use core::arch::asm;
@@ -22,48 +22,34 @@ use testudo_arch::regs::SystemRegisters;
 use testudo_arch::{Gpa, Hpa};
 use testudo_ept::PageTable;
 use testudo_ept::format::npt::{Npt, NptFlags};
-use testudo_rt::{Boot, memory, println};
+use testudo_rt::Boot;
+use testudo_rt::memory::{self, Frames};
 use testudo_svm::hw::{HostFrames, Svm};
 use testudo_svm::intercept::{Misc1, Misc2};
 use testudo_svm::permission::{IoPermissionMap, MsrPermissionMap};
 use testudo_svm::vmcb::{NestedControl, VintrFlags, VirtualInterrupts, Vmcb};
 use testudo_svm::{Exit, SvmCaps};
 
-use frames::{Frames, frame, rounds};
+use figures::{Lowest, NOTES, frame};
 
-/// What the guest runs, in real mode from address 0. RAX at the exit is in the VMCB, ESI is not.
-const GUEST: &[u8] = &[
-    0x0F, 0x31, // rdtsc
-    0x66, 0x89, 0xC6, // mov esi, eax
-    0x0F, 0x31, // rdtsc
-    0x0F, 0x01, 0xD9, // vmmcall
-];
+/// How the guest exits: vmmcall.
+const EXIT: [u8; 3] = [0x0F, 0x01, 0xD9];
 
 testudo_rt::entry!(main);
 
 fn main(boot: &'static Boot) -> u8 {
-    match measure(boot) {
-        Ok((vmrun, vmexit)) => {
-            println!("vmrun {vmrun}");
-            println!("vmexit {vmexit}");
-            0
-        }
-        Err(error) => {
-            println!("{error}");
-            1
-        }
-    }
+    figures::print(boot, measure)
 }
 
-fn measure(boot: &Boot) -> Result<(u32, u32), Box<dyn Error>> {
-    let rounds = rounds(boot.command_line())?;
+fn measure(rounds: u32) -> Result<Lowest, Box<dyn Error>> {
     let caps = SvmCaps::from_cpuid(&Cpuid::of_this_processor())?;
     let page = frame()?;
     let table = PageTable::new(Npt::new(caps.physical_address_bits), Frames).ok_or("no memory")?;
     let rights = NptFlags::WRITABLE | NptFlags::ACCESSED | NptFlags::DIRTY;
     table.map(Gpa(0), 4096, page, rights)?;
+    let guest = [NOTES.as_slice(), &EXIT].concat();
     // SAFETY: the frame is identity-mapped, ours, and longer than the code.
-    unsafe { core::ptr::copy(GUEST.as_ptr(), page.0 as *mut u8, GUEST.len()) };
+    unsafe { core::ptr::copy(guest.as_ptr(), page.0 as *mut u8, guest.len()) };
 
     let address = frame()?;
     // SAFETY: the frame is identity-mapped, zeroed and nobody else's.
@@ -89,7 +75,7 @@ fn measure(boot: &Boot) -> Result<(u32, u32), Box<dyn Error>> {
     // processor or changes the host's segments.
     let mut svm = unsafe { Svm::enable(&caps, frames) }?;
     let _held = svm.hold_interrupts();
-    let mut lowest = (u32::MAX, u32::MAX);
+    let mut lowest = Lowest::NONE;
     for _ in 0..rounds {
         vmcb.set_rip(0);
         let (before, first): (u32, u32);
@@ -117,9 +103,7 @@ fn measure(boot: &Boot) -> Result<(u32, u32), Box<dyn Error>> {
             return Err("the guest did not exit by its VMMCALL".into());
         };
         vmcb.mark_clean();
-        let last = vmcb.rax() as u32;
-        lowest.0 = lowest.0.min(first.wrapping_sub(before));
-        lowest.1 = lowest.1.min((after as u32).wrapping_sub(last));
+        lowest.take([before, first, vmcb.rax() as u32, after as u32]);
     }
     Ok(lowest)
 }

@@ -14,7 +14,7 @@
 
 extern crate alloc;
 
-mod frames;
+mod figures;
 
 use alloc::boxed::Box;
 use alloc::string::ToString;
@@ -26,41 +26,26 @@ use testudo_arch::regs::SystemRegisters;
 use testudo_arch::{Gpa, Hpa};
 use testudo_ept::PageTable;
 use testudo_ept::format::ept::{Ept, EptFlags};
-use testudo_rt::{Boot, println};
+use testudo_rt::Boot;
+use testudo_rt::memory::Frames;
 use testudo_vmx::check::check_entry;
 use testudo_vmx::controls::*;
 use testudo_vmx::exit::Exit;
 use testudo_vmx::hw::{HostState, RegionFrame, VmcsKind, Vmx};
 use testudo_vmx::{VmcsRead, VmcsWrite, VmxCaps, fields, state};
 
-use frames::{Frames, frame, rounds};
+use figures::{Lowest, NOTES, frame};
 
-/// What the guest runs, in real mode from address 0. Exits and entries leave EAX and ESI alone.
-const GUEST: &[u8] = &[
-    0x0F, 0x31, // rdtsc
-    0x66, 0x89, 0xC6, // mov esi, eax
-    0x0F, 0x31, // rdtsc
-    0x0F, 0x01, 0xC1, // vmcall
-];
+/// How the guest exits: vmcall.
+const EXIT: [u8; 3] = [0x0F, 0x01, 0xC1];
 
 testudo_rt::entry!(main);
 
 fn main(boot: &'static Boot) -> u8 {
-    match measure(boot) {
-        Ok((vmrun, vmexit)) => {
-            println!("vmrun {vmrun}");
-            println!("vmexit {vmexit}");
-            0
-        }
-        Err(error) => {
-            println!("{error}");
-            1
-        }
-    }
+    figures::print(boot, measure)
 }
 
-fn measure(boot: &Boot) -> Result<(u32, u32), Box<dyn Error>> {
-    let rounds = rounds(boot.command_line())?;
+fn measure(rounds: u32) -> Result<Lowest, Box<dyn Error>> {
     // SAFETY: a bare-metal program runs at CPL 0.
     let caps = unsafe { Vmx::capabilities() }?;
     let page = frame()?;
@@ -68,8 +53,9 @@ fn measure(boot: &Boot) -> Result<(u32, u32), Box<dyn Error>> {
     let table = PageTable::new(ept, Frames).ok_or("no memory")?;
     let rights = EptFlags::READ | EptFlags::WRITE | EptFlags::EXECUTE | EptFlags::WRITE_BACK;
     table.map(Gpa(0), 4096, page, rights)?;
+    let guest = [NOTES.as_slice(), &EXIT].concat();
     // SAFETY: the frame is identity-mapped, ours, and longer than the code.
-    unsafe { core::ptr::copy(GUEST.as_ptr(), page.0 as *mut u8, GUEST.len()) };
+    unsafe { core::ptr::copy(guest.as_ptr(), page.0 as *mut u8, guest.len()) };
 
     // SAFETY: CPL 0, `caps` are this processor's, and nobody moves us to another.
     let mut vmx = unsafe { Vmx::enable(&caps, region()?) }?;
@@ -88,7 +74,7 @@ fn measure(boot: &Boot) -> Result<(u32, u32), Box<dyn Error>> {
     (start.cr0, start.cr4) = (start.cr0 | caps.cr0.ones & !0x8000_0001, caps.cr4.ones);
     state::write_system_registers(&mut vmcs, &start)?;
 
-    let mut lowest = (u32::MAX, u32::MAX);
+    let mut lowest = Lowest::NONE;
     for round in 0..rounds {
         let mut ticks = [0; 4];
         // SAFETY: the VMCS is current, and launched by the first round; ports, MSRs and interrupts exit, and
@@ -97,13 +83,11 @@ fn measure(boot: &Boot) -> Result<(u32, u32), Box<dyn Error>> {
             return Err(check_entry(&vmcs, &caps)?.to_string().into());
         }
         let (reason, rip) = (vmcs.get(fields::EXIT_REASON)?, vmcs.get(fields::GUEST_RIP)?);
-        if reason != VMCALL || rip + 3 != GUEST.len() as u64 {
+        if reason != VMCALL || rip + 3 != guest.len() as u64 {
             return Err(Exit::read(&vmcs)?.to_string().into());
         }
         vmcs.set(fields::GUEST_RIP, 0)?;
-        let [before, first, last, after] = ticks;
-        lowest.0 = lowest.0.min(first.wrapping_sub(before));
-        lowest.1 = lowest.1.min(after.wrapping_sub(last));
+        lowest.take(ticks);
     }
     Ok(lowest)
 }

@@ -18,6 +18,7 @@
 mod alu;
 mod execute;
 mod length;
+pub mod linear;
 mod operand;
 mod program;
 mod segment;

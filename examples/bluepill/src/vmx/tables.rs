@@ -7,13 +7,12 @@ use testudo_arch::mtrr::{MemoryType, Mtrrs};
 use testudo_arch::{Cr0Flags, Cr4Flags, Msr, PageSize};
 use testudo_ept::format::ept::{Ept, EptFlags};
 use testudo_ept::{Format, PageTable, Rights};
-use testudo_machine::backend::vmx::offers_shadowing;
+use testudo_machine::backend::vmx::{Unsuitable, flush, grant_secondary, offers_shadowing};
 use testudo_nested::vmx::{Offer, offer, shadow_bitmaps};
 use testudo_rt::msr;
 use testudo_vmx::bitmap::{FieldBitmap, IoBitmap, MsrBitmap};
 use testudo_vmx::caps::{
-    EptVpidCaps, FEATURE_CONTROL_LOCKED, FEATURE_CONTROL_VMX, ForcedControls, NoVmx, Processor,
-    UnsupportedControls,
+    EptVpidCaps, FEATURE_CONTROL_LOCKED, FEATURE_CONTROL_VMX, NoVmx, Processor,
 };
 use testudo_vmx::controls::{
     EntryControls, ExitControls, PinControls, PrimaryControls, SecondaryControls,
@@ -34,19 +33,7 @@ pub(crate) enum VmxError {
     #[error(transparent)]
     Unavailable(#[from] NoVmx),
     #[error(transparent)]
-    Pin(#[from] UnsupportedControls<PinControls>),
-    #[error(transparent)]
-    Primary(#[from] UnsupportedControls<PrimaryControls>),
-    #[error(transparent)]
-    PrimaryForced(#[from] ForcedControls<PrimaryControls>),
-    #[error(transparent)]
-    Secondary(#[from] UnsupportedControls<SecondaryControls>),
-    #[error(transparent)]
-    Exit(#[from] UnsupportedControls<ExitControls>),
-    #[error(transparent)]
-    Entry(#[from] UnsupportedControls<EntryControls>),
-    #[error("the processor's EPT lacks {0:?}")]
-    Ept(EptVpidCaps),
+    Unsuitable(#[from] Unsuitable),
     #[error("the memory types of the firmware are not ranges")]
     MemoryTypes,
     #[error("this processor's VMX differs from the first one's")]
@@ -170,14 +157,7 @@ impl Tables {
 
     /// How the linear translations of a guest with this VPID are dropped; `None` without VPIDs.
     pub(super) fn flush(&self, vpid: u16) -> Option<InvvpidKind> {
-        let secondary = self.controls.secondary;
-        let single = self.caps.ept_vpid.contains(EptVpidCaps::INVVPID_SINGLE);
-        let tagged = secondary.contains(SecondaryControls::ENABLE_VPID);
-        tagged.then_some(if single {
-            InvvpidKind::SingleContext { vpid }
-        } else {
-            InvvpidKind::AllContexts
-        })
+        flush(self.controls.secondary, &self.caps, vpid)
     }
 
     /// A leaf of CPUID as the guest sees it: without what only a host can have, and what VMX operation takes
@@ -218,7 +198,7 @@ impl Tables {
 
 impl Controls {
     /// The controls on a processor with these capabilities: next to nothing exits.
-    fn choose(caps: &VmxCaps) -> Result<Self, VmxError> {
+    fn choose(caps: &VmxCaps) -> Result<Self, Unsuitable> {
         let pin = PinControls::NMI_EXITING | PinControls::VIRTUAL_NMIS;
         let window = PrimaryControls::NMI_WINDOW_EXITING;
         let primary = PrimaryControls::USE_IO_BITMAPS
@@ -239,24 +219,11 @@ impl Controls {
             | ExitControls::LOAD_PAT;
         let entry =
             EntryControls::LOAD_DEBUG_CONTROLS | EntryControls::LOAD_EFER | EntryControls::LOAD_PAT;
-        let ept = EptVpidCaps::WALK_4
-            | EptVpidCaps::WRITE_BACK
-            | EptVpidCaps::INVEPT
-            | EptVpidCaps::INVEPT_ALL;
-        if !caps.ept_vpid.contains(ept) {
-            return Err(VmxError::Ept(ept - caps.ept_vpid));
-        }
         let forced = caps
             .primary
             .grant(primary | window, PrimaryControls::empty())?;
         let primary = forced.without(EXITS)?.controls - window;
-        let granted = caps.secondary.grant(secondary, secondary_if_offered)?;
-        let mut secondary = granted.controls;
-        // A VPID is of no use if its translations cannot be dropped.
-        let both = EptVpidCaps::INVVPID | EptVpidCaps::INVVPID_ALL;
-        if !caps.ept_vpid.contains(both) {
-            secondary -= SecondaryControls::ENABLE_VPID;
-        }
+        let secondary = grant_secondary(caps, secondary, secondary_if_offered)?;
         let exit = caps.exit.grant(exit, ExitControls::LOAD_CET_STATE)?;
         let entry = caps.entry.grant(entry, EntryControls::LOAD_CET_STATE)?;
         Ok(Self {

@@ -171,28 +171,17 @@ impl Controls {
             entry |= ENTRY_LOADS;
         }
 
-        let ept = EptVpidCaps::WALK_4
-            | EptVpidCaps::WRITE_BACK
-            | EptVpidCaps::INVEPT
-            | EptVpidCaps::INVEPT_ALL;
         let primary = caps
             .primary
             .grant(primary | WINDOWS, PrimaryControls::empty())?;
         let primary = primary.without(unwanted)?.controls;
-        let mut secondary = caps.secondary.grant(secondary, if_offered)?.controls;
+        let mut secondary = grant_secondary(caps, secondary, if_offered)?;
         if !nested {
             // INVPCID would act on translations that are not the guest's. The local APIC's page is
             // mapped by EPT where it is virtual; and an interrupt that the processor delivers itself
             // meets shadow tables that have yet to be filled, after which Bochs 2.7 reports the event
             // before it as the interrupted one.
             secondary -= SecondaryControls::ENABLE_INVPCID | apic::NEEDED;
-        } else if !caps.ept_vpid.contains(ept) {
-            return Err(Unsuitable::Ept(ept - caps.ept_vpid));
-        }
-        // A VPID is of no use if its translations cannot be dropped.
-        let both = EptVpidCaps::INVVPID | EptVpidCaps::INVVPID_ALL;
-        if !caps.ept_vpid.contains(both) {
-            secondary -= SecondaryControls::ENABLE_VPID;
         }
         Ok(Self {
             pin: caps.pin.grant(pin, PinControls::empty())?.controls,
@@ -229,14 +218,47 @@ impl Controls {
 
     /// How the translations of a guest with this VPID are dropped; `None` without VPIDs.
     pub(super) fn flush(&self, caps: &VmxCaps, vpid: u16) -> Option<InvvpidKind> {
-        let tagged = self.secondary.contains(SecondaryControls::ENABLE_VPID);
-        let single = caps.ept_vpid.contains(EptVpidCaps::INVVPID_SINGLE);
-        tagged.then_some(if single {
-            InvvpidKind::SingleContext { vpid }
-        } else {
-            InvvpidKind::AllContexts
-        })
+        flush(self.secondary, caps, vpid)
     }
+}
+
+/// The secondary controls that a processor grants a guest: all that are `needed`, and those of `if_offered` that it
+/// has.
+///
+/// # Errors
+///
+/// One that is needed is missing, or a property without which EPT is of no use.
+pub fn grant_secondary(
+    caps: &VmxCaps,
+    needed: SecondaryControls,
+    if_offered: SecondaryControls,
+) -> Result<SecondaryControls, Unsuitable> {
+    let mut granted = caps.secondary.grant(needed, if_offered)?.controls;
+    let ept = EptVpidCaps::WALK_4
+        | EptVpidCaps::WRITE_BACK
+        | EptVpidCaps::INVEPT
+        | EptVpidCaps::INVEPT_ALL;
+    if granted.contains(SecondaryControls::ENABLE_EPT) && !caps.ept_vpid.contains(ept) {
+        return Err(Unsuitable::Ept(ept - caps.ept_vpid));
+    }
+    // A VPID is of no use if its translations cannot be dropped.
+    let both = EptVpidCaps::INVVPID | EptVpidCaps::INVVPID_ALL;
+    if !caps.ept_vpid.contains(both) {
+        granted -= SecondaryControls::ENABLE_VPID;
+    }
+    Ok(granted)
+}
+
+/// How the translations of a guest with this VPID are dropped, which runs with these controls; `None` without
+/// VPIDs.
+pub fn flush(secondary: SecondaryControls, caps: &VmxCaps, vpid: u16) -> Option<InvvpidKind> {
+    let tagged = secondary.contains(SecondaryControls::ENABLE_VPID);
+    let single = caps.ept_vpid.contains(EptVpidCaps::INVVPID_SINGLE);
+    tagged.then_some(if single {
+        InvvpidKind::SingleContext { vpid }
+    } else {
+        InvvpidKind::AllContexts
+    })
 }
 
 /// Writes the controls, and the guest state that is the same for every start.

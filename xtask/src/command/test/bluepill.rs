@@ -17,6 +17,10 @@ pub(super) fn run(tally: &mut Tally, full: bool) -> Result<()> {
     tally.check("bluepill::adversary_gets_nowhere_on_vmx", || {
         adversary("vmx", "bochs")
     });
+    tally.check("bluepill::kvm_runs_linux_on_vmx", || {
+        let arguments = ["--backend", "vmx", "--kvm", "--run", "uname -a; exit 7"];
+        status_of(&arguments, 7, "Linux")
+    });
     // QEMU alone does not get a second processor of Linux to start when it counts instructions as time.
     tally.check("bluepill::linux_has_the_machine", || {
         status_of(
@@ -99,7 +103,7 @@ fn adversary(backend: &str, emulator: &str) -> Result<()> {
 /// The system ends with this status and has shown this.
 fn status_of(arguments: &[&str], status: i32, says: &str) -> Result<()> {
     let output = Command::new(std::env::current_exe()?)
-        .args(["bluepill", "--timeout", "600"])
+        .args(["bluepill", "--timeout", "1200"])
         .args(arguments)
         .stdin(Stdio::null())
         .output()
