@@ -53,8 +53,32 @@ const FAILED: &Parts = &[0x070..0x090];
 /// nRIP and the instruction bytes, where L1 was told of either feature.
 const ASSISTS: &Parts = &[0x0C8..0x0E0];
 
-/// G_PAT, which is L2's own only with nested paging.
-const PAT: &Parts = &[0x668..0x670];
+/// With G_PAT, which is L2's own only with nested paging. (Most have it, and a second access to L1's memory for
+/// these eight bytes is a dozen instructions.)
+const EXIT_AND_PAT: &Parts = &[
+    0x060..0x090,
+    0x0A8..0x0B0,
+    0x400..0x440,
+    0x460..0x470,
+    0x480..0x490,
+    0x4CB..0x4CC,
+    0x4D0..0x4D8,
+    0x548..0x580,
+    0x5D8..0x5E0,
+    0x5F8..0x600,
+    0x640..0x648,
+    0x668..0x670,
+];
+
+/// That there is only one difference between the two.
+const _: () = {
+    let mut i = 0;
+    while i < EXIT.len() {
+        assert!(EXIT[i].start == EXIT_AND_PAT[i].start && EXIT[i].end == EXIT_AND_PAT[i].end);
+        i += 1;
+    }
+    assert!(EXIT_AND_PAT.len() == i + 1 && EXIT_AND_PAT[i].start == 0x668);
+};
 
 /// DBGCTL and the last branch and exception, with LBR virtualization.
 const LBR: &Parts = &[0x670..0x698];
@@ -113,12 +137,13 @@ pub(super) fn write_exit(
     from: &Vmcb,
     fields: ExitFields,
 ) -> Result<(), MemoryFault> {
-    memory.write_parts(at, bytes(from), EXIT)?;
+    if fields.pat {
+        memory.write_parts(at, bytes(from), EXIT_AND_PAT)?;
+    } else {
+        memory.write_parts(at, bytes(from), EXIT)?;
+    }
     if fields.assists {
         memory.write_parts(at, bytes(from), ASSISTS)?;
-    }
-    if fields.pat {
-        memory.write_parts(at, bytes(from), PAT)?;
     }
     if fields.lbr {
         memory.write_parts(at, bytes(from), LBR)?;

@@ -268,10 +268,14 @@ fn check_nested_paging(vmcb: &Vmcb, caps: &SvmCaps, outside: &Outside, found: &m
     found.check(Rule::NestedPagingNeedsPaging, paging, control.bits());
     let (n_cr3, g_pat) = (vmcb.n_cr3(), vmcb.g_pat());
     found.check(Rule::NCr3Reserved, n_cr3 < caps.physical_limit(), n_cr3);
-    // UC, WC, WT, WP, WB and UC- (APM vol. 2, table 7-9).
-    let defined = |entry: &u8| matches!(entry, 0 | 1 | 4 | 5 | 6 | 7);
-    let satisfied = g_pat.to_le_bytes().iter().all(defined);
-    found.check(Rule::GPatTypes, satisfied, g_pat);
+    found.check(Rule::GPatTypes, has_defined_types(g_pat), g_pat);
+}
+
+/// Whether each byte is UC, WC, WT, WP, WB or UC-: 0, 1, or 4 to 7 (APM vol. 2, table 7-9). All eight are
+/// looked at in one go: none has bits beyond the third, and where the second is, the third is too.
+fn has_defined_types(pat: u64) -> bool {
+    const ALL: u64 = u64::MAX / 0xFF;
+    pat & (0xF8 * ALL) == 0 && (pat & (2 * ALL)) << 1 & !pat == 0
 }
 
 fn check_interrupts(vmcb: &Vmcb, caps: &SvmCaps, found: &mut Violations) {

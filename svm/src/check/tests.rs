@@ -244,6 +244,11 @@ fn nested_paging() {
         breaks(Rule::GPatTypes, |v| v.set_g_pat(bad << 56));
     }
     keeps(|v| v.set_g_pat(0x0706_0504_0100_0100));
+    for (place, entry) in (0..8).flat_map(|place| (0..=0xFF).map(move |entry| (place, entry))) {
+        let pat = 0x0706_0504_0100_0106 & !(0xFF << (8 * place)) | entry << (8 * place);
+        let defined = matches!(entry, 0 | 1 | 4..=7);
+        assert_eq!(has_defined_types(pat), defined, "{pat:#x}");
+    }
     keeps(|v| {
         v.set_nested_control(NestedControl::empty());
         v.set_n_cr3(u64::MAX);

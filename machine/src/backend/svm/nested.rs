@@ -187,7 +187,11 @@ impl<'a, M: GuestMemory, S: SecondStage, P: Processor> SvmVcpu<'a, M, S, P> {
             Handled::L1(barrier) => {
                 nested.counts.exits += 1;
                 self.has_left_for_l1(barrier);
-                self.apply_window();
+                // Mostly none is wanted, and none was open when L1 ran last.
+                let is_open = self.vmcb01.intercept_misc1().contains(Misc1::VINTR);
+                if is_open || self.window.is_some() {
+                    self.apply_window();
+                }
                 None
             }
             Handled::L0 => match Exit::read(nested.state.vmcb02()) {
@@ -356,7 +360,10 @@ impl<'a, M: GuestMemory, S: SecondStage, P: Processor> SvmVcpu<'a, M, S, P> {
                     shadow.is_l2_new = true;
                 }
                 let waits = nested.init_waits || nested.nmi_waits;
-                self.apply_window();
+                // An entry leaves none open.
+                if self.window.is_some() {
+                    self.apply_window();
+                }
                 waits.then_some(VmExit::InterruptWindow)
             }
             Outcome::GifSet => {
