@@ -5,12 +5,12 @@
 use std::fs;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use super::{Cpu, Machine, Program, iso, status_in};
+use super::{Cpu, Image, Machine, Program, iso, status_in};
 use crate::bare::Payload;
 use crate::debian::{self, Tool};
 use crate::{run, workplace};
@@ -54,7 +54,6 @@ pub(super) fn run_program(machine: &Machine, program: &Program) -> Result<u8> {
 
 /// Boots the image to the machine's end.
 fn boot(machine: &Machine, folder: &workplace::RunFolder, iso: &Path) -> Result<u8> {
-    debian::require(&[BOCHS, BIOS, VGA])?;
     if machine.input {
         eprintln!("xtask: Bochs has no console input here");
     }
@@ -62,28 +61,8 @@ fn boot(machine: &Machine, folder: &workplace::RunFolder, iso: &Path) -> Result<
         Some(file) => file.clone(),
         None => folder.file("serial"),
     };
-    fs::write(&serial, "")?;
-    let configuration = folder.file("bochsrc");
-    fs::write(
-        &configuration,
-        bochsrc(machine, iso, &serial, &folder.file("log")),
-    )?;
-    let commands = folder.file("commands");
-    fs::write(&commands, "c\n")?;
+    let mut child = start(machine, folder, iso, &serial, "c\n")?;
     let console = folder.file("console");
-
-    let mut bochs = Command::new("bochs");
-    bochs
-        .arg("-q")
-        .arg("-f")
-        .arg(&configuration)
-        .arg("-rc")
-        .arg(&commands);
-    bochs
-        .stdin(Stdio::null())
-        .stdout(fs::File::create(&console)?)
-        .stderr(Stdio::null());
-    let mut child = run::spawn(&mut bochs)?;
 
     let mut tail = Tail {
         file: fs::File::open(&serial)?,
@@ -124,6 +103,81 @@ fn boot(machine: &Machine, folder: &workplace::RunFolder, iso: &Path) -> Result<
             )
         }
     }
+}
+
+/// Starts the image with these commands for Bochs's debugger. What that shows, and the debug console's output, goes
+/// to the folder's `console`.
+fn start(
+    machine: &Machine,
+    folder: &workplace::RunFolder,
+    iso: &Path,
+    serial: &Path,
+    debugger: &str,
+) -> Result<Child> {
+    debian::require(&[BOCHS, BIOS, VGA])?;
+    fs::write(serial, "")?;
+    let configuration = folder.file("bochsrc");
+    fs::write(
+        &configuration,
+        bochsrc(machine, iso, serial, &folder.file("log")),
+    )?;
+    let commands = folder.file("commands");
+    fs::write(&commands, debugger)?;
+    let mut bochs = Command::new("bochs");
+    bochs
+        .arg("-q")
+        .arg("-f")
+        .arg(&configuration)
+        .arg("-rc")
+        .arg(&commands);
+    bochs
+        .stdin(Stdio::null())
+        .stdout(fs::File::create(folder.file("console"))?)
+        .stderr(Stdio::null());
+    run::spawn(&mut bochs)
+}
+
+/// Runs what `image` says until the machine's one processor has come to each of these linear addresses in turn;
+/// returns how many instructions it had executed each time.
+///
+/// Bochs's clock is of no use for that: it goes on while the processor waits. The processor's own count does not,
+/// and the debugger shows it.
+pub(super) fn counts_at(
+    machine: &Machine,
+    image: &Image<'_>,
+    addresses: &[u64],
+) -> Result<Vec<u64>> {
+    let folder = workplace::RunFolder::new()?;
+    let iso = match image {
+        Image::BareMetal(program, payload) => iso::make(&folder, program, payload)?,
+        Image::Linux(program) => iso::make_of_linux(&folder, program)?,
+    };
+    // It numbers its breakpoints from 1 on.
+    let stop =
+        |(number, address)| format!("lb {address:#x}\nc\nshow \"cpu0.icount\"\nd {number}\n");
+    let stops: String = (1..).zip(addresses).map(stop).collect();
+    let serial = folder.file("serial");
+    let mut child = start(machine, &folder, &iso, &serial, &(stops + "q\n"))?;
+    let ended = run::wait_until(&mut child, machine.deadline())?;
+    let shown = |name| -> Result<String> {
+        let bytes = fs::read(folder.file(name))?;
+        Ok(String::from_utf8_lossy(&bytes).trim_end().to_owned())
+    };
+    let counts = counts_in(&shown("console")?);
+    if ended.is_none() || counts.len() != addresses.len() {
+        let (came, all) = (counts.len(), addresses.len());
+        bail!(
+            "the processor came to {came} of {all} addresses; the machine shows:\n{}",
+            shown("serial")?
+        );
+    }
+    Ok(counts)
+}
+
+/// The counts that the debugger showed.
+fn counts_in(console: &str) -> Vec<u64> {
+    let count = |line: &str| line.strip_prefix("icount = ")?.trim().parse().ok();
+    console.lines().filter_map(count).collect()
 }
 
 /// Shows what is appended to a file.
@@ -182,4 +236,21 @@ fn bochsrc(machine: &Machine, iso: &Path, serial: &Path, log: &Path) -> String {
         text.push('\n');
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_are_found_among_what_the_debugger_shows() {
+        let console = "(0) Breakpoint 1, 0x0000000001000000 in ?? ()\n\
+            Next at t=1394437120\n\
+            show param name: <cpu0.icount>\n\
+            icount = 1281922315\n\
+            testudo-exit: 000\n\
+            icount = 12x\n\
+            icount = 7\n";
+        assert_eq!(counts_in(console), [1_281_922_315, 7]);
+    }
 }

@@ -83,6 +83,14 @@ pub(crate) struct Program {
     pub(crate) command_line: String,
 }
 
+/// What Bochs boots.
+pub(crate) enum Image<'a> {
+    /// A bare-metal program and what it is given.
+    BareMetal(&'a Path, &'a Payload),
+    /// A Linux kernel.
+    Linux(&'a Program),
+}
+
 /// The arguments for another processor model, if one was asked for.
 pub(crate) fn of_model(kind: Kind, model: Option<&str>) -> Result<Vec<String>> {
     match (model, kind) {
@@ -138,6 +146,15 @@ impl Machine {
     /// returns how many instructions had been executed by then.
     pub(crate) fn counts_at(&self, program: &Program, addresses: &[u64]) -> Result<Vec<u64>> {
         qemu::counts_at(self, program, addresses)
+    }
+
+    /// As [`Self::counts_at`], on Bochs.
+    pub(crate) fn counts_at_on_bochs(
+        &self,
+        image: &Image<'_>,
+        addresses: &[u64],
+    ) -> Result<Vec<u64>> {
+        bochs::counts_at(self, image, addresses)
     }
 
     fn deadline(&self) -> Option<Instant> {

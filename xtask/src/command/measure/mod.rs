@@ -1,5 +1,6 @@
 //! `cargo xtask measure`: what the hypervisor costs, in instructions.
 
+mod bluepill;
 mod nested;
 
 use std::fs;
@@ -8,7 +9,6 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use super::bluepill;
 use super::boot::{Backend, HYPERVISOR, Paging, machine_memory};
 use crate::bare::{self, Payload};
 use crate::debian;
@@ -69,7 +69,7 @@ impl Measure {
             What::Exits => self.exits()?,
             What::Boot { paging } => self.boot(paging)?,
             What::Nested { peer, no_boots } => nested::figures(self.backend, peer, !no_boots)?,
-            What::Bluepill => self.bluepill()?,
+            What::Bluepill => bluepill::figures(self.backend)?,
         };
         if self.json {
             let members: Vec<String> = figures
@@ -118,7 +118,7 @@ impl Measure {
         if self.backend.emulator() == Kind::Bochs {
             return self.boot_by_ticks(paging);
         }
-        let boots = self.boots()?;
+        let boots = LinuxBoots::new()?;
         let direct = boots.without()?;
         let memory = machine_memory(1, LinuxBoots::MEMORY, &boots.payload);
         let under = |paging: Paging| {
@@ -154,23 +154,6 @@ impl Measure {
             figures.push(("instructions_nested".into(), nested.to_string()));
         }
         Ok(figures)
-    }
-
-    /// The same for a machine whose system runs as the guest of a hypervisor that started before it.
-    fn bluepill(&self) -> Result<Vec<(String, String)>> {
-        let boots = self.boots()?;
-        let direct = boots.without()?;
-        run::progress("booting under the hypervisor");
-        let memory = bluepill::memory(LinuxBoots::MEMORY, &boots.payload);
-        let count = boots.under(bluepill::PILL, "-- ", memory)?;
-        Ok(compared(count, direct))
-    }
-
-    fn boots(&self) -> Result<LinuxBoots> {
-        if self.backend.emulator() != Kind::Qemu {
-            bail!("instructions are counted on QEMU, and this backend runs on another emulator");
-        }
-        LinuxBoots::new()
     }
 }
 

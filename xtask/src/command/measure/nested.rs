@@ -233,6 +233,11 @@ impl ExitTable {
     }
 }
 
+/// Where the unpacked kernel's first instruction is, if it does not move (Linux, CONFIG_PHYSICAL_START).
+pub(super) const KERNEL_START: u64 = 0x100_0000;
+/// The address of the kernel is the same in each place.
+pub(super) const COUNTED_WORDS: &str = " nokaslr";
+
 /// The boots that are compared.
 struct Boots {
     kernel: Kernel,
@@ -242,12 +247,6 @@ struct Boots {
 }
 
 impl Boots {
-    /// Where the unpacked kernel's first instruction is, if it does not move (Linux,
-    /// CONFIG_PHYSICAL_START).
-    const START: u64 = 0x100_0000;
-    /// The address of the kernel is the same in each place.
-    const WORDS: &str = " nokaslr";
-
     fn new() -> Result<Self> {
         let first = bare::build("exit-port")?;
         Ok(Self {
@@ -283,7 +282,7 @@ impl Boots {
     fn system(&self, depth: u32, shadow: bool) -> Result<System> {
         // The kernel runs the script's interpreter, so that is what executes the first instruction.
         let first = "#!/bin/exit-port 0\n".to_owned();
-        nested::counted_system(&self.kernel, depth, shadow, first, Self::WORDS)
+        nested::counted_system(&self.kernel, depth, shadow, first, COUNTED_WORDS)
     }
 
     /// The instructions of the innermost boot of so many, with our hypervisor below all of them.
@@ -324,11 +323,11 @@ impl Boots {
     }
 
     fn command_line() -> String {
-        LinuxBoots::COMMAND_LINE.to_owned() + Self::WORDS
+        LinuxBoots::COMMAND_LINE.to_owned() + COUNTED_WORDS
     }
 
     fn count(&self, memory: u64, program: &Program, boots: usize) -> Result<u64> {
-        let mut addresses = vec![Self::START; boots];
+        let mut addresses = vec![KERNEL_START; boots];
         addresses.push(self.end);
         let counts = LinuxBoots::machine(memory).counts_at(program, &addresses)?;
         let [.., start, end] = counts[..] else {
@@ -340,7 +339,7 @@ impl Boots {
 }
 
 /// The entry point of an ELF64 file.
-fn entry_of(file: &[u8]) -> Option<u64> {
+pub(super) fn entry_of(file: &[u8]) -> Option<u64> {
     let entry = file
         .get(24..32)
         .filter(|_| file.starts_with(b"\x7FELF\x02"))?;
