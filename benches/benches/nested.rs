@@ -298,6 +298,7 @@ impl VmxVcpu {
         let offer = vmx::Offer {
             ept: true,
             vpid: true,
+            apic: false,
             enlightened: false,
         };
         let caps = vmx::offer(processor, processor.processor, offer);

@@ -287,6 +287,7 @@ fn vmx_in(ram: &GuestRam, input: &mut Input<'_>) {
     let offer = vmx::Offer {
         ept: true,
         vpid: true,
+        apic: true,
         enlightened,
     };
     let caps = vmx::offer(&processor, processor.processor, offer);

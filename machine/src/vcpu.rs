@@ -168,6 +168,10 @@ pub enum VcpuError {
     #[cfg(feature = "vmx")]
     #[error("a VMCS cannot be made current: {0}")]
     Vmptrld(testudo_vmx::VmFail),
+    /// The guest has given the memory back in which its own guest, that runs, has its local APIC.
+    #[cfg(feature = "vmx")]
+    #[error("a nested guest runs with its local APIC in memory that is the guest's no more")]
+    LostApicPage,
     /// INVEPT or INVVPID failed.
     #[cfg(feature = "vmx")]
     #[error("cached translations cannot be dropped: {0}")]

@@ -200,6 +200,7 @@ impl VmxBackend {
         let wanted = Offer {
             ept: self.controls.has_ept(),
             vpid: true,
+            apic: self.controls.has_ept(),
             enlightened,
         };
         self.enlightened = enlightened;

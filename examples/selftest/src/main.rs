@@ -12,6 +12,7 @@ mod iommu;
 mod runtime;
 mod svm;
 mod vmx;
+mod vmx_apic;
 
 use testudo_rt::{Boot, print, println};
 
@@ -20,7 +21,13 @@ use case::{Case, Outcome};
 testudo_rt::entry!(main);
 
 /// The groups of cases, in the order in which they run: later ones rely on what earlier ones tested.
-const GROUPS: [&[Case]; 4] = [runtime::CASES, svm::CASES, vmx::CASES, iommu::CASES];
+const GROUPS: [&[Case]; 5] = [
+    runtime::CASES,
+    svm::CASES,
+    vmx::CASES,
+    vmx_apic::CASES,
+    iommu::CASES,
+];
 
 fn main(boot: &'static Boot) -> u8 {
     let chosen = |case: &&Case| {

@@ -10,6 +10,7 @@ use testudo_vmx::controls::{
     VmFunctions,
 };
 
+use super::apic;
 use super::vmcs12::REVISION;
 
 /// What L0 lets L1 have beyond what its own needs allow.
@@ -19,6 +20,9 @@ pub struct Offer {
     pub ept: bool,
     /// VPID and INVVPID.
     pub vpid: bool,
+    /// APIC virtualization, but for posted interrupts. Needs a second stage that finds the
+    /// [frames](super::SecondStage::frame) behind L1's pages.
+    pub apic: bool,
     /// What an enlightened VMCS, version 1, has fields for, and no more: for a vCPU
     /// [with enlightened VMCSs](super::NestedVmx::with_enlightened_vmcs).
     pub enlightened: bool,
@@ -60,6 +64,11 @@ const SECONDARY: SecondaryControls = SecondaryControls::DESCRIPTOR_TABLE_EXITING
 
 const SECONDARY_EPT: SecondaryControls =
     SecondaryControls::ENABLE_EPT.union(SecondaryControls::UNRESTRICTED_GUEST);
+
+/// Controls about the local APIC for which the enlightened VMCS has no fields.
+const NOT_ENLIGHTENED: SecondaryControls = SecondaryControls::VIRTUALIZE_APIC_ACCESSES
+    .union(SecondaryControls::APIC_REGISTER_VIRTUALIZATION)
+    .union(SecondaryControls::VIRTUAL_INTERRUPT_DELIVERY);
 
 const EXIT: ExitControls = ExitControls::SAVE_DEBUG_CONTROLS
     .union(ExitControls::HOST_ADDRESS_SPACE_SIZE)
@@ -111,6 +120,18 @@ pub fn offer(processor: &VmxCaps, l1: testudo_vmx::caps::Processor, offer: Offer
         secondary |= SECONDARY_EPT;
         ept_vpid |= EPT_CAPS;
     }
+    let mut primary = PRIMARY;
+    if offer.apic {
+        if processor.primary.allows(PrimaryControls::USE_TPR_SHADOW) {
+            primary |= PrimaryControls::USE_TPR_SHADOW;
+            secondary |= apic::CONTROLS;
+        } else {
+            secondary |= SecondaryControls::VIRTUALIZE_APIC_ACCESSES;
+        }
+        if offer.enlightened {
+            secondary -= NOT_ENLIGHTENED;
+        }
+    }
     if offer.vpid {
         secondary |= SecondaryControls::ENABLE_VPID;
         ept_vpid |= VPID_CAPS;
@@ -154,7 +175,7 @@ pub fn offer(processor: &VmxCaps, l1: testudo_vmx::caps::Processor, offer: Offer
             u64::from(REVISION) | 4096 << 32 | 6 << 50 | (processor.basic.0 & (1 << 54)) | 1 << 55,
         ),
         pin: narrow(processor.pin, pin),
-        primary: narrow(processor.primary, PRIMARY),
+        primary: narrow(processor.primary, primary),
         exit: narrow(processor.exit, exit),
         entry: narrow(processor.entry, entry),
         secondary: Allowed::from_allowed1(may_secondary.to_u64()),
@@ -200,6 +221,7 @@ mod tests {
             let all = Offer {
                 ept: true,
                 vpid: true,
+                apic: true,
                 enlightened: false,
             };
             let caps = offer(&processor, processor.processor, all);
@@ -237,6 +259,7 @@ mod tests {
         let none = Offer {
             ept: false,
             vpid: false,
+            apic: false,
             enlightened: false,
         };
         let caps = offer(&processor, processor.processor, none);
@@ -256,6 +279,7 @@ mod tests {
             Offer {
                 ept: true,
                 vpid: true,
+                apic: false,
                 enlightened: false,
             },
         );

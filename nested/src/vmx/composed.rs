@@ -3,11 +3,11 @@
 
 use core::convert::Infallible;
 
-use testudo_arch::{FrameAlloc, FrameMem, Gpa, GuestMemory};
+use testudo_arch::{FrameAlloc, FrameMem, Gpa, GuestMemory, Hpa};
 use testudo_ept::compose::Composed;
 use testudo_ept::format::ept::Ept;
 use testudo_ept::guest_table::{GuestTable, TableFault};
-use testudo_ept::{Invalidate, PageTable, Rights};
+use testudo_ept::{Format, Invalidate, PageTable, Rights};
 
 use super::{EptFault, EptHandled, SecondStage};
 use crate::composed::{Compositions, Stopped};
@@ -29,6 +29,9 @@ pub struct ComposedParts<'t, M, N: FrameAlloc + FrameMem, P> {
     /// How many pages each composition holds at most. L1 decides how many there are.
     pub page_limit: usize,
 }
+
+/// How often a page is looked for that L0 takes away meanwhile.
+const FRAME_TRIES: u32 = 16;
 
 /// The compositions of one vCPU.
 #[derive(Debug)]
@@ -157,6 +160,23 @@ where
         let (outer, _) = self.outer()?;
         let page = outer.translate(gpa, Rights::READ).ok()?;
         Some(page.gpa)
+    }
+
+    fn frame(&mut self, page: Gpa) -> Option<Hpa> {
+        let parts = &self.parts;
+        for _ in 0..FRAME_TRIES {
+            // An access of L0's for writing, which changes nothing: a page that is away comes, and one that is
+            // shared becomes L1's own.
+            let word = parts.memory.load_u64(page).ok()?;
+            let _unchanged = parts.memory.compare_exchange_u64(page, word, word).ok()?;
+            if let Some(found) = parts.inner.translate(page)
+                && let rights = parts.inner.format().rights(found.leaf.flags)
+                && rights.contains(Rights::READ | Rights::WRITE)
+            {
+                return Some(found.address);
+            }
+        }
+        None
     }
 
     fn fault(&mut self, mut fault: EptFault) -> EptHandled {

@@ -11,6 +11,7 @@ use testudo_vmx::exit::{BasicReason, GuestStateFailure};
 use testudo_vmx::structures::MsrEntry;
 use testudo_vmx::{AccessError, InstructionError, VmFail, VmcsRead, VmcsWrite, fields};
 
+use super::apic::{self, Frames};
 use super::exit::{ABORT_HOST_PDPTES, ABORT_LOADING_MSRS};
 use super::instruction::Stop;
 use super::join::{Fixed, Joined, L0Controls, L1Controls};
@@ -102,8 +103,12 @@ impl NestedVmx {
                 .map(Ok)
                 .map_err(Stop::Access);
         };
+        // L1 named pages that are none of its memory, which no processor can be told of.
+        let Some(frames) = Frames::find(&self.vmcs12.image, &l1, cx.second_stage)? else {
+            return fail(InstructionError::InvalidControlField);
+        };
         self.note_vpid(&l1)?;
-        self.load_l2(&l1, composed, &pdptes, cx)?;
+        self.load_l2(&l1, (composed, frames), &pdptes, cx)?;
         if let Some(entry) = self.load_entry_msrs(cx)? {
             let reason = BasicReason::MsrLoading;
             return self
@@ -119,7 +124,9 @@ impl NestedVmx {
             .get(fields::ENTRY_INTERRUPTION_INFORMATION)?;
         let injecting = InterruptionInformation(information).is_valid();
         let activity = self.vmcs12.image.get(fields::GUEST_ACTIVITY_STATE)?;
-        let halted = activity == ActivityState::Hlt.number() && !injecting;
+        let halted = activity == ActivityState::Hlt.number()
+            && !injecting
+            && !self.has_virtual_interrupt(cx)?;
         self.is_halted = halted;
         Ok(Ok(Outcome::Entered { halted }))
     }
@@ -156,23 +163,31 @@ impl NestedVmx {
     pub(super) fn load_l2<P: VmcsPair, M: GuestMemory, S, R>(
         &mut self,
         l1: &L1Controls,
-        composed: Option<u64>,
+        (composed, frames): (Option<u64>, Frames),
         pdptes: &Pdptes,
         cx: &mut Context<'_, P, M, S, R>,
     ) -> Result<(), AccessError> {
         let l0 = L0Controls::read(&cx.vmcs.l1())?;
+        if self.x2apic_open {
+            self.close_x2apic();
+        }
         let both = l0.primary & l1.primary;
         if both.contains(PrimaryControls::USE_MSR_BITMAPS) {
             let l1_bitmap = Gpa(self.vmcs12.image.get(fields::MSR_BITMAPS)?);
             let map = self.msr_bitmap.as_mut_bytes();
             // The processor reads the bitmap in memory at each access: a change needs no word to it.
             let _changed = self.open_msrs.merge(map, cx.memory, l1_bitmap);
+            let x2apic = SecondaryControls::VIRTUALIZE_X2APIC_MODE;
+            if l1.secondary.contains(x2apic) {
+                self.merge_x2apic(l1.secondary, l1_bitmap, cx.memory);
+            }
         }
         let fixed = Fixed {
             cr0: self.cr0,
             cr4: self.cr4,
             composed,
             msr_bitmap: self.msr_bitmap_at.0,
+            frames,
             saves_timer: self.caps.exit.allows(ExitControls::SAVE_PREEMPTION_TIMER),
             pin: match self.timer.turn {
                 Some(_) => PinControls::ACTIVATE_PREEMPTION_TIMER,
@@ -183,8 +198,25 @@ impl NestedVmx {
         let joined = Joined::new(&l0, image, l1, &fixed)?;
         self.settled = Settled::of(image, l1, &l0, &joined, composed)?;
 
+        if self.access_page != joined.apic_access {
+            self.access_page = joined.apic_access;
+            // Translations may have been cached when the page was none for APIC accesses, or another was
+            // (32.4.5).
+            self.flush.vpid = true;
+            self.flush.ept = true;
+        }
+        self.frames_stale = false;
+
         let mut vmcs02 = cx.vmcs.l2();
         joined.write(self.joined.as_ref(), &mut vmcs02)?;
+        self.serving = None;
+        if apic::delivers_interrupts(l1) {
+            let status = image.get(fields::GUEST_INTERRUPT_STATUS)?;
+            vmcs02.set(fields::GUEST_INTERRUPT_STATUS, status)?;
+            self.serving = self
+                .misreports_virtual_interrupts
+                .then_some((status >> 8) as u8);
+        }
         if self.in_vmcs02 != self.region() || self.rare_dirty {
             guest_fields::push(image, &mut vmcs02, &guest_fields::RARE)?;
             vmcs02.set(fields::VMCS_LINK_POINTER, u64::MAX)?;

@@ -463,6 +463,7 @@ mod tests {
         let wanted = Offer {
             ept: true,
             vpid: true,
+            apic: true,
             enlightened: true,
         };
         let caps = offer(&processor, processor.processor, wanted);

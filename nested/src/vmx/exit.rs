@@ -10,6 +10,7 @@ use testudo_vmx::exit::{BasicReason, ExitReason};
 use testudo_vmx::image::VmcsImage;
 use testudo_vmx::{AccessError, FieldGroup, VmcsRead, VmcsWrite, fields};
 
+use super::apic::delivers_interrupts;
 use super::host::HostLoad;
 use super::join::L1Controls;
 use super::route::{ExitDetails, L0Windows, Route, is_exception_wanted, route};
@@ -107,6 +108,9 @@ impl NestedVmx {
     {
         // It has run.
         self.is_halted = false;
+        if let Some(serving) = self.serving {
+            self.mend_interrupted_delivery(serving, &mut cx.vmcs.l2())?;
+        }
         let seen = Reported::read(&cx.vmcs.l2())?;
         cx.gprs.rsp = seen.rsp;
         let details = ExitDetails {
@@ -533,7 +537,14 @@ impl NestedVmx {
         if l1.exit.contains(ExitControls::SAVE_EFER) {
             image.set(fields::GUEST_EFER, efer)?;
         }
-        save_governed(image, &mut self.shadow_misses, &self.timer, &vmcs02)?;
+        let delivers = delivers_interrupts(l1);
+        save_governed(
+            image,
+            &mut self.shadow_misses,
+            &self.timer,
+            delivers,
+            &vmcs02,
+        )?;
         let pae = cr0 & PG != 0 && cr4 & PAE != 0 && efer & LMA == 0;
         if pae && l1.secondary.contains(SecondaryControls::ENABLE_EPT) {
             guest_fields::pull(&vmcs02, image, &guest_fields::PDPTES)?;
@@ -579,6 +590,7 @@ pub(super) fn save_governed(
     image: &mut VmcsImage,
     misses: &mut ShadowedFields,
     timer: &L2Timer,
+    delivers_interrupts: bool,
     vmcs02: &impl VmcsRead,
 ) -> Result<(), AccessError> {
     let exit = ExitControls::from_bits_retain(image.get(fields::EXIT_CONTROLS)?);
@@ -596,6 +608,10 @@ pub(super) fn save_governed(
         let counted = vmcs02.get(fields::PREEMPTION_TIMER_VALUE)?;
         let left = counted.saturating_add(timer.rest);
         note!(image, *misses; PREEMPTION_TIMER_VALUE = left.into());
+    }
+    if delivers_interrupts {
+        let status = vmcs02.get(fields::GUEST_INTERRUPT_STATUS)?;
+        image.set(fields::GUEST_INTERRUPT_STATUS, status)?;
     }
     Ok(())
 }

@@ -466,7 +466,10 @@ impl NestedVmx {
                 u64::from_le_bytes(bytes)
             }
         };
-        self.settled = None;
+        // This one each entry loads, and no check looks at it.
+        if field.full() != fields::GUEST_INTERRUPT_STATUS.encoding() {
+            self.settled = None;
+        }
         if guest_fields::is_rare(field) || guest_fields::is_pdpte(field) {
             self.fetch_rare(cx)?;
             self.rare_dirty = true;

@@ -7,7 +7,7 @@ use testudo_vmx::controls::{
 use testudo_vmx::image::VmcsImage;
 use testudo_vmx::{AccessError, VmcsRead, VmcsWrite, fields};
 
-use super::visible;
+use super::{apic, visible};
 
 /// What L0 itself needs, as it stands in `vmcs01`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -172,6 +172,10 @@ pub struct Joined {
     /// The EPT is a composition of L1's with L0's.
     pub is_composed: bool,
     pub msr_bitmap: u64,
+    pub virtual_apic: u64,
+    pub apic_access: u64,
+    pub tpr_threshold: u32,
+    pub eoi_exits: [u64; 4],
     pub cr0_mask: u64,
     pub cr4_mask: u64,
     pub cr0_shadow: u64,
@@ -191,6 +195,7 @@ pub(super) struct Fixed {
     /// The EPT pointer of the composition, if L1 uses EPT.
     pub(super) composed: Option<u64>,
     pub(super) msr_bitmap: u64,
+    pub(super) frames: apic::Frames,
     /// The processor can save L2's preemption timer at each exit, so that it goes on after one that
     /// L0 handles, whether or not L1 wants to see what is left.
     pub(super) saves_timer: bool,
@@ -217,15 +222,19 @@ impl Joined {
             | fixed.pin;
 
         let mut primary = (l0.primary - ABOUT_L1) | (l1.primary & PRIMARY);
-        // L2 has no task-priority register but L1's, so its CR8 always exits.
-        primary |= PrimaryControls::CR8_LOAD_EXITING | PrimaryControls::CR8_STORE_EXITING;
+        if l1.primary.contains(PrimaryControls::USE_TPR_SHADOW) {
+            primary |= PrimaryControls::USE_TPR_SHADOW;
+        } else {
+            // L2 has no task-priority register but L1's, so its CR8 always exits.
+            primary |= PrimaryControls::CR8_LOAD_EXITING | PrimaryControls::CR8_STORE_EXITING;
+        }
         // Every port exits: L0 leaves none to its guests, and routing asks L1's bitmaps.
         primary |= PrimaryControls::UNCONDITIONAL_IO_EXITING;
         let bitmaps = PrimaryControls::USE_MSR_BITMAPS;
         primary.set(bitmaps, (l0.primary & l1.primary).contains(bitmaps));
 
         let mut secondary = (l0.secondary & SECONDARY_L0)
-            | (l1.secondary & SECONDARY_EXITS)
+            | (l1.secondary & (SECONDARY_EXITS | apic::CONTROLS))
             | (l0.secondary & l1.secondary & SECONDARY_GRANTS);
         // L2 may be unpaged only if L1 says so; what L1 itself may does not matter.
         let unrestricted = SecondaryControls::UNRESTRICTED_GUEST;
@@ -306,6 +315,19 @@ impl Joined {
             } else {
                 l0.msr_bitmap
             },
+            virtual_apic: fixed.frames.virtual_apic,
+            apic_access: fixed.frames.apic_access,
+            tpr_threshold: vmcs12.get(fields::TPR_THRESHOLD)?,
+            eoi_exits: if apic::delivers_interrupts(l1) {
+                [
+                    vmcs12.get(fields::EOI_EXIT_BITMAP_0)?,
+                    vmcs12.get(fields::EOI_EXIT_BITMAP_1)?,
+                    vmcs12.get(fields::EOI_EXIT_BITMAP_2)?,
+                    vmcs12.get(fields::EOI_EXIT_BITMAP_3)?,
+                ]
+            } else {
+                [0; 4]
+            },
             cr0_mask: l0.cr0_mask | cr0_mask12,
             cr4_mask: l0.cr4_mask | cr4_mask12,
             cr0_shadow: visible(cr0, cr0_mask12, cr0_shadow12),
@@ -370,6 +392,9 @@ impl Joined {
             secondary.contains(SecondaryControls::USE_TSC_SCALING)
                 => TSC_MULTIPLIER <- tsc_multiplier;
         }
+        if self.has_frames() {
+            self.write_apic(last, vmcs02)?;
+        }
         // L2 changes these by itself, so the last entry's say nothing.
         vmcs02.set(fields::GUEST_CR0, self.cr0)?;
         vmcs02.set(fields::GUEST_CR4, self.cr4)?;
@@ -380,6 +405,48 @@ impl Joined {
         }
         if self.entry.contains(EntryControls::LOAD_EFER) {
             vmcs02.set(fields::GUEST_EFER, self.efer)?;
+        }
+        Ok(())
+    }
+}
+
+impl Joined {
+    /// Whether `vmcs02` names frames of L1's memory.
+    pub(super) fn has_frames(&self) -> bool {
+        self.virtual_apic != 0 || self.apic_access != 0
+    }
+
+    /// As [`Self::write`], for the fields about L2's local APIC.
+    #[cold]
+    pub(super) fn write_apic(
+        &self,
+        last: Option<&Self>,
+        vmcs02: &mut impl VmcsWrite,
+    ) -> Result<(), AccessError> {
+        let switched =
+            last.is_none_or(|l| l.primary != self.primary || l.secondary != self.secondary);
+        macro_rules! put_under {
+            ($condition:expr; $($field:ident <- $value:ident $([$index:literal])?;)*) => {
+                if $condition {$(
+                    if switched || last.is_none_or(|l| l.$value $([$index])? != self.$value $([$index])?) {
+                        vmcs02.set(fields::$field, self.$value $([$index])?)?;
+                    }
+                )*}
+            };
+        }
+        let has = |control| self.secondary.contains(control);
+        let delivers = has(SecondaryControls::VIRTUAL_INTERRUPT_DELIVERY);
+        let shadow = self.primary.contains(PrimaryControls::USE_TPR_SHADOW);
+        put_under! { shadow; VIRTUAL_APIC_ADDRESS <- virtual_apic; }
+        put_under! { shadow && !delivers; TPR_THRESHOLD <- tpr_threshold; }
+        put_under! { has(SecondaryControls::VIRTUALIZE_APIC_ACCESSES);
+            APIC_ACCESS_ADDRESS <- apic_access;
+        }
+        put_under! { delivers;
+            EOI_EXIT_BITMAP_0 <- eoi_exits[0];
+            EOI_EXIT_BITMAP_1 <- eoi_exits[1];
+            EOI_EXIT_BITMAP_2 <- eoi_exits[2];
+            EOI_EXIT_BITMAP_3 <- eoi_exits[3];
         }
         Ok(())
     }

@@ -24,6 +24,7 @@
 //! into `vmcs01` what the next exit is to load, as long as that is the same as at the exit before: so the
 //! exit has but to save what L2 has changed.
 
+mod apic;
 mod caps;
 mod composed;
 mod control_registers;
@@ -57,7 +58,7 @@ use core::num::NonZeroU32;
 use testudo_arch::{Gpa, Gprs, Hpa, Msr};
 use testudo_vmx::bitmap::MsrBitmap;
 use testudo_vmx::caps::FixedBits;
-use testudo_vmx::{VmcsWrite, VmxCaps};
+use testudo_vmx::{Defects, VmcsWrite, VmxCaps};
 
 use crate::open_words::OpenWords;
 
@@ -123,6 +124,16 @@ pub trait SecondStage {
     /// Where an address of L2's lies in L1, by L1's current table: for L0 to read L2's code and
     /// operands. `None` if L1 does not map it.
     fn translate(&mut self, gpa: Gpa) -> Option<Gpa>;
+
+    /// The frame behind this page of L1's memory, for the processor to read and write while L2 runs; `None` if
+    /// L1 has no memory there. It is L1's alone, and stays so until L0 has
+    /// [said otherwise](NestedVmx::forget_frames).
+    ///
+    /// An L1 that is offered [APIC virtualization](Offer::apic) needs it.
+    fn frame(&mut self, page: Gpa) -> Option<Hpa> {
+        let _ = page;
+        None
+    }
 }
 
 /// An EPT violation of L2.
@@ -220,6 +231,18 @@ pub struct NestedVmx {
     msr_bitmap: Box<MsrBitmap>,
     msr_bitmap_at: Hpa,
     open_msrs: OpenWords,
+    /// L0's part of it about the x2APIC; and L2's may give L2 more.
+    l0_x2apic: apic::X2apicBits,
+    x2apic_open: bool,
+    /// The APIC-access page that `vmcs02` had last; 0 for none.
+    access_page: u64,
+    /// The processor's defect.
+    misreports_virtual_interrupts: bool,
+    /// The interrupt that L2's virtual local APIC had in service when L2 was entered, where the processor delivers its
+    /// interrupts and does not tell which of them an exit interrupted.
+    serving: Option<u8>,
+    /// `vmcs02` names frames of L1's memory that may be others' by now.
+    frames_stale: bool,
     /// The VPID that L1 gave L2 last.
     vpid12: u16,
     flush: Flush,
@@ -277,6 +300,13 @@ impl NestedVmx {
             msr_bitmap,
             msr_bitmap_at,
             open_msrs: OpenWords::of(l0_msrs.as_bytes()),
+            l0_x2apic: apic::x2apic_bits(l0_msrs.as_bytes()),
+            x2apic_open: false,
+            access_page: 0,
+            misreports_virtual_interrupts: Defects::of(processor)
+                .contains(Defects::MISREPORTS_VIRTUAL_INTERRUPTS),
+            serving: None,
+            frames_stale: false,
             vpid12: 0,
             flush: Flush::default(),
             window: false,

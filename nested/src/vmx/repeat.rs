@@ -87,7 +87,8 @@ impl NestedVmx {
         note!(image, *misses; GUEST_CS_ACCESS_RIGHTS = cs_rights);
         note!(image, *misses; GUEST_SS_ACCESS_RIGHTS = ss_rights);
         if settled.saves_governed {
-            save_governed(image, misses, &self.timer, &vmcs02)?;
+            let delivers = settled.apic.is_some_and(|apic| apic.delivers);
+            save_governed(image, misses, &self.timer, delivers, &vmcs02)?;
         }
         drop(vmcs02);
         self.rare_missing = true;

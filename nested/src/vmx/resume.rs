@@ -13,6 +13,7 @@ use testudo_vmx::controls::{
 use testudo_vmx::image::VmcsImage;
 use testudo_vmx::{AccessError, FieldGroup, VmcsRead, VmcsWrite, fields};
 
+use super::apic::SettledApic;
 use super::join::{Joined, L0Controls, L1Controls, inherited_efer};
 use super::repeat::LastExit;
 use super::shadow::{ShadowedFields, shadowed};
@@ -70,7 +71,9 @@ pub(super) struct Settled {
     /// L1's EPT pointer, and that of the composition.
     composed: Option<(u64, u64)>,
     /// L1's MSR bitmap, if it counts.
-    l1_bitmap: Option<Gpa>,
+    pub(super) l1_bitmap: Option<Gpa>,
+    /// What L1 has of APIC virtualization.
+    pub(super) apic: Option<SettledApic>,
     debug: Origin,
     pat: Origin,
     efer: Origin,
@@ -94,8 +97,7 @@ impl Settled {
     ) -> Result<Option<Self>, AccessError> {
         // What is checked or loaded from memory, which L1 may have changed.
         let from_memory = vmcs12.get(fields::ENTRY_MSR_LOAD_COUNT)? != 0
-            || vmcs12.get(fields::VMCS_LINK_POINTER)? != u64::MAX
-            || l1.primary.contains(PrimaryControls::USE_TPR_SHADOW);
+            || vmcs12.get(fields::VMCS_LINK_POINTER)? != u64::MAX;
         // Without it, L2 shares the register with everybody.
         let loads_efer = l0.entry.contains(EntryControls::LOAD_EFER);
         if from_memory || !loads_efer {
@@ -111,12 +113,14 @@ impl Settled {
         } else {
             None
         };
+        let apic = SettledApic::of(vmcs12, l1)?;
         let origin = |load, save| Origin::of(l1.entry.contains(load), l1.exit.contains(save));
         Ok(Some(Self {
             tsc_offset: l0.tsc.offset,
             l1_efer: l0.efer,
             composed,
             l1_bitmap,
+            apic,
             debug: origin(
                 EntryControls::LOAD_DEBUG_CONTROLS,
                 ExitControls::SAVE_DEBUG_CONTROLS,
@@ -130,7 +134,7 @@ impl Settled {
             efer: origin(EntryControls::LOAD_EFER, ExitControls::SAVE_EFER),
             timer: l1.pin.contains(PinControls::ACTIVATE_PREEMPTION_TIMER),
             may_halt: !joined.primary.contains(PrimaryControls::HLT_EXITING),
-            saves_governed: l1.exit.intersects(GOVERNED),
+            saves_governed: l1.exit.intersects(GOVERNED) || apic.is_some_and(|apic| apic.delivers),
             last_exit: LastExit::default(),
         }))
     }
@@ -183,6 +187,12 @@ impl NestedVmx {
         {
             return Ok(false);
         }
+        let has_apic = settled.apic.is_some();
+        if let Some(apic) = &settled.apic
+            && (self.frames_stale || !apic.threshold_fits(cx.memory))
+        {
+            return Ok(false);
+        }
         // Nothing stops the entry any more.
         if let Some(bitmap) = settled.l1_bitmap {
             let map = self.msr_bitmap.as_mut_bytes();
@@ -216,6 +226,9 @@ impl NestedVmx {
         let information = image.get(fields::ENTRY_INTERRUPTION_INFORMATION)?;
         vmcs02.set(fields::ENTRY_INTERRUPTION_INFORMATION, information)?;
         drop(vmcs02);
+        if has_apic {
+            self.resume_apic(cx)?;
+        }
         // Without VPID, no cached translation of L2 may be used.
         self.flush.vpid |= self.vpid12 == 0;
         self.is_guest = true;

@@ -115,6 +115,12 @@ pub fn route<M: GuestMemory>(
         R::PreemptionTimer => {
             !l0_windows.timer && l1.pin.contains(PinControls::ACTIVATE_PREEMPTION_TIMER)
         }
+        R::TprBelowThreshold => primary(P::USE_TPR_SHADOW),
+        R::ApicAccess => secondary(S::VIRTUALIZE_APIC_ACCESSES),
+        R::VirtualizedEoi => secondary(S::VIRTUAL_INTERRUPT_DELIVERY),
+        R::ApicWrite => {
+            secondary(S::APIC_REGISTER_VIRTUALIZATION) || secondary(S::VIRTUAL_INTERRUPT_DELIVERY)
+        }
         R::Wbinvd => secondary(S::WBINVD_EXITING),
         R::Rdrand => secondary(S::RDRAND_EXITING),
         R::Rdseed => secondary(S::RDSEED_EXITING),

@@ -30,6 +30,7 @@ use testudo_vmx::encoding::FieldWidth;
 use testudo_vmx::image::VmcsImage;
 use testudo_vmx::{AccessError, VmcsRead, VmcsWrite, fields};
 
+use super::apic::Frames;
 use super::join::L1Controls;
 use super::shadow::ALL_SHADOWED;
 use super::vmcs12::LaunchState;
@@ -83,6 +84,9 @@ pub enum RestoreError {
     /// There is no EPT for L2.
     #[error("no composition of L1's EPT")]
     SecondStage,
+    /// A page of L2's local APIC is none of L1's memory.
+    #[error("the nested guest's local APIC has a page outside memory")]
+    ApicPages,
     /// The page-directory pointers that L2 runs with, in L1's memory, have reserved bits.
     #[error("the nested guest's page-directory pointers have reserved bits")]
     Pdptes,
@@ -396,8 +400,10 @@ impl NestedVmx {
             None
         };
         let pdptes = self.pdptes(&l1, cx.memory)?.ok_or(RestoreError::Pdptes)?;
+        let frames = Frames::find(&self.vmcs12.image, &l1, cx.second_stage)?;
+        let frames = frames.ok_or(RestoreError::ApicPages)?;
         self.note_vpid(&l1)?;
-        self.load_l2(&l1, composed, &pdptes, cx)?;
+        self.load_l2(&l1, (composed, frames), &pdptes, cx)?;
         self.is_guest = true;
         Ok(())
     }

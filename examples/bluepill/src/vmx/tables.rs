@@ -106,6 +106,7 @@ impl Tables {
             let all = Offer {
                 ept: true,
                 vpid: true,
+                apic: false,
                 enlightened: false,
             };
             let l1 = Processor::read_from(|leaf, sub| cpuid.query(leaf, sub));

@@ -71,6 +71,12 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
             Exit::VirtualizedEoi { vector } => VmExit::EndOfInterrupt(vector),
             Exit::ApicAccess(access) => VmExit::Memory(apic_access(access)),
             Exit::Hlt => {
+                if self.level != Level::L1 && self.l2_has_virtual_interrupt()? {
+                    self.advance();
+                    // The shadow of an STI before the HLT would hold the interrupt back.
+                    self.interruptibility();
+                    return Ok(None);
+                }
                 self.note_l2_halt();
                 VmExit::Halt
             }

@@ -261,12 +261,15 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
             return Ok(Some(VmExit::DeliveryDue));
         }
         self.flush_what_l1_flushed()?;
+        if self.are_frames_stale() {
+            self.renew_frames()?;
+        }
         if self.shadow.is_some() {
             if let ControlFlow::Break(settled) = self.run_l2_on_shadow()? {
                 return Ok(settled);
             }
-        } else {
-            self.enter_unread()?;
+        } else if let Err(error) = self.enter_unread() {
+            return self.l2_was_refused(error);
         }
         let Some(nested) = &mut self.nested else {
             return Ok(None);
@@ -305,6 +308,40 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
                 }
             }
             Handled::Abort => Ok(Some(VmExit::Shutdown)),
+        }
+    }
+
+    /// Whether L2's VMCS names frames of the guest's memory that may be others' by now.
+    #[inline(always)]
+    pub(super) fn are_frames_stale(&self) -> bool {
+        let nested = self.nested.as_ref();
+        nested.is_some_and(|nested| nested.state.are_frames_stale())
+    }
+
+    /// Has it name those that the guest has there now.
+    #[cold]
+    pub(super) fn renew_frames(&mut self) -> Result<(), VcpuError> {
+        let Some(nested) = &mut self.nested else {
+            return Ok(());
+        };
+        match layer!(self, nested, renew_frames())? {
+            true => self.select(self.level),
+            false => Err(VcpuError::LostApicPage),
+        }
+    }
+
+    /// The processor did not enter L2. Of what it checks L1 can change one thing after the layer has looked at it:
+    /// the task priority in L2's virtual-APIC page. An L2 that runs exits if it falls below the threshold.
+    #[cold]
+    fn l2_was_refused(&mut self, error: VcpuError) -> Result<Option<VmExit>, VcpuError> {
+        let nested = self.nested.as_ref();
+        let is_below = nested.is_some_and(|nested| nested.state.may_be_below_threshold());
+        match error {
+            VcpuError::VmEntry(refusal) if is_below && refusal.is_of_control() => {
+                self.l2_exits_below_threshold()?;
+                Ok(None)
+            }
+            _ => Err(error),
         }
     }
 
@@ -492,6 +529,16 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         if let Some(nested) = &mut self.nested {
             nested.state.note_halt();
         }
+    }
+
+    /// Whether an interrupt that the processor delivers to L2 ends its halt at once.
+    pub(super) fn l2_has_virtual_interrupt(&mut self) -> Result<bool, VcpuError> {
+        let Some(nested) = &mut self.nested else {
+            return Ok(false);
+        };
+        let due = layer!(self, nested, has_virtual_interrupt())?;
+        self.select(self.level)?;
+        Ok(due)
     }
 
     /// Has the machine look once more at what waited for L1, which may end L2's turn at once.

@@ -142,6 +142,11 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         self.exit_to_l1(BasicReason::TripleFault, 0)
     }
 
+    /// L2's task priority is below the threshold: the memory that holds it was written by another.
+    pub(super) fn l2_exits_below_threshold(&mut self) -> Result<(), VcpuError> {
+        self.exit_to_l1(BasicReason::TprBelowThreshold, 0)
+    }
+
     fn exit_to_l1(&mut self, reason: BasicReason, information: u32) -> Result<(), VcpuError> {
         // What is known of L2 goes to its VMCS, from which the layer takes it.
         self.prepare()?;

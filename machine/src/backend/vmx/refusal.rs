@@ -4,7 +4,7 @@ use core::fmt;
 
 use testudo_vmx::check::{Violation, check_entry};
 use testudo_vmx::exit::{EntryFailure, Exit, ExitReason};
-use testudo_vmx::{AccessError, VmFail, VmcsRead, VmxCaps};
+use testudo_vmx::{AccessError, InstructionError, VmFail, VmcsRead, VmxCaps};
 
 /// A VM entry that failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,6 +27,12 @@ pub enum RefusalCause {
 }
 
 impl Refusal {
+    /// Whether it was for a control field.
+    pub(super) fn is_of_control(&self) -> bool {
+        let control = VmFail::Valid(InstructionError::InvalidControlField);
+        self.cause == RefusalCause::Fail(control)
+    }
+
     /// Explains VMLAUNCH's or VMRESUME's failure.
     #[cold]
     pub(super) fn of_fail(fail: VmFail, vmcs: &impl VmcsRead, caps: &VmxCaps) -> Self {

@@ -82,6 +82,9 @@ impl<'a, P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'a, P, M, S> {
             } else {
                 self.forget_memory()?;
             }
+            if self.are_frames_stale() {
+                self.renew_frames()?;
+            }
         }
         Ok(())
     }

@@ -24,6 +24,7 @@ mod apic;
 mod exceptions;
 mod fake;
 mod nested;
+mod nested_apic;
 mod nested_shadow;
 mod properties;
 mod shadow;

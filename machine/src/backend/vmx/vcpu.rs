@@ -218,6 +218,7 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> Vcpu for VmxVcpu<'_, P, M, S>
     fn forget_memory(&mut self) -> Result<(), VcpuError> {
         if let Some(nested) = &mut self.nested {
             nested.stage.flush(None);
+            nested.state.forget_frames();
         }
         let forgotten = self.processor.forget_ept();
         forgotten.map_err(VcpuError::Invalidation)

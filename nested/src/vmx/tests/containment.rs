@@ -30,16 +30,14 @@ pub(super) fn assert_contained(vm: &Vm, host: &[(Encoding, u64)]) {
         | PrimaryControls::INTERRUPT_WINDOW_EXITING;
     assert_eq!(primary0 & !primary & !u64::from(not_exits.bits()), 0);
     let primary = PrimaryControls::from_bits_retain(primary as u32);
-    assert!(primary.contains(
-        PrimaryControls::UNCONDITIONAL_IO_EXITING
-            | PrimaryControls::CR8_LOAD_EXITING
-            | PrimaryControls::CR8_STORE_EXITING
-            | PrimaryControls::HLT_EXITING
-    ));
-    let never = PrimaryControls::USE_TPR_SHADOW
-        | PrimaryControls::USE_IO_BITMAPS
-        | PrimaryControls::ACTIVATE_TERTIARY_CONTROLS;
+    assert!(
+        primary.contains(PrimaryControls::UNCONDITIONAL_IO_EXITING | PrimaryControls::HLT_EXITING)
+    );
+    let never = PrimaryControls::USE_IO_BITMAPS | PrimaryControls::ACTIVATE_TERTIARY_CONTROLS;
     assert!(!primary.intersects(never));
+    // CR8 is never the processor's own task priority, nor L1's.
+    let cr8 = PrimaryControls::CR8_LOAD_EXITING | PrimaryControls::CR8_STORE_EXITING;
+    assert!(primary.contains(cr8) || primary.contains(PrimaryControls::USE_TPR_SHADOW));
     let secondary = SecondaryControls::from_bits_retain(get(vm, fields::SECONDARY_CONTROLS) as u32);
     let allowed = SecondaryControls::ENABLE_EPT
         | SecondaryControls::ENABLE_VPID
@@ -50,7 +48,11 @@ pub(super) fn assert_contained(vm: &Vm, host: &[(Encoding, u64)]) {
         | SecondaryControls::WBINVD_EXITING
         | SecondaryControls::RDRAND_EXITING
         | SecondaryControls::RDSEED_EXITING
-        | SecondaryControls::USE_TSC_SCALING;
+        | SecondaryControls::USE_TSC_SCALING
+        | SecondaryControls::VIRTUALIZE_APIC_ACCESSES
+        | SecondaryControls::VIRTUALIZE_X2APIC_MODE
+        | SecondaryControls::APIC_REGISTER_VIRTUALIZATION
+        | SecondaryControls::VIRTUAL_INTERRUPT_DELIVERY;
     assert!(secondary.contains(SecondaryControls::ENABLE_EPT));
     assert!((secondary - allowed).is_empty(), "{secondary}");
     let (exceptions, exceptions0) = bits(fields::EXCEPTION_BITMAP.encoding());
@@ -70,7 +72,21 @@ pub(super) fn assert_contained(vm: &Vm, host: &[(Encoding, u64)]) {
         (entry ^ entry0) & !u64::from(EntryControls::IA32E_MODE_GUEST.bits()),
         0
     );
-    // No address of L1's.
+    // No address of L1's, but frames of its memory, as L0 has it now.
+    let frames = FRAMES + vm.stage.moved..FRAMES + vm.stage.moved + Memory::SIZE as u64;
+    let mut named = Vec::new();
+    if primary.contains(PrimaryControls::USE_TPR_SHADOW) {
+        named.push(get(vm, fields::VIRTUAL_APIC_ADDRESS));
+    }
+    if secondary.contains(SecondaryControls::VIRTUALIZE_APIC_ACCESSES) {
+        named.push(get(vm, fields::APIC_ACCESS_ADDRESS));
+    }
+    assert!(
+        named
+            .iter()
+            .all(|at| frames.contains(at) && at & 0xFFF == 0),
+        "{named:x?}"
+    );
     assert!([L0_EPTP, COMPOSED_EPTP].contains(&get(vm, fields::EPT_POINTER)));
     assert!([L0_BITMAP, BITMAP_AT.0].contains(&get(vm, fields::MSR_BITMAPS)));
     assert_eq!(get(vm, fields::VMCS_LINK_POINTER), u64::MAX);
@@ -78,13 +94,13 @@ pub(super) fn assert_contained(vm: &Vm, host: &[(Encoding, u64)]) {
     let mut l0_bitmap = MsrBitmap::all_exit();
     l0_bitmap.pass_through(Msr::FS_BASE);
     l0_bitmap.pass_through(Msr::SYSENTER_CS);
-    let covers = vm
-        .nested
-        .msr_bitmap
-        .as_bytes()
-        .iter()
-        .zip(l0_bitmap.as_bytes());
-    assert!(covers.into_iter().all(|(mine, theirs)| theirs & !mine == 0));
+    let mine = &vm.nested.msr_bitmap;
+    for msr in (0..0x2000).chain(0xC000_0000..0xC000_2000).map(Msr) {
+        let reads = !l0_bitmap.read_exits(msr) || reads_are_virtual(msr, secondary);
+        let writes = !l0_bitmap.write_exits(msr) || writes_are_virtual(msr, secondary);
+        assert!(reads || mine.read_exits(msr), "{msr}");
+        assert!(writes || mine.write_exits(msr), "{msr}");
+    }
     // Host state, and every control that the join does not know, as the backend left them.
     for (field, value) in host {
         assert_eq!(get(vm, *field), *value, "{field}");
@@ -93,6 +109,21 @@ pub(super) fn assert_contained(vm: &Vm, host: &[(Encoding, u64)]) {
     assert!(accepted(&vm.nested.joined.unwrap(), &vm.processor));
     let violations = check_entry(vm.vmcs.l2.image(), &vm.processor).unwrap();
     assert!(violations.is_empty(), "{violations}");
+}
+
+/// Whether RDMSR of it does not reach the processor's local APIC (SDM vol. 3C, 32.5).
+fn reads_are_virtual(msr: Msr, controls: SecondaryControls) -> bool {
+    let all = controls.contains(SecondaryControls::APIC_REGISTER_VIRTUALIZATION);
+    let any = controls.contains(SecondaryControls::VIRTUALIZE_X2APIC_MODE);
+    any && (msr == Msr::X2APIC_TPR || all && (0x800..=0x8FF).contains(&msr.0))
+}
+
+/// The same of WRMSR.
+fn writes_are_virtual(msr: Msr, controls: SecondaryControls) -> bool {
+    let delivery = controls.contains(SecondaryControls::VIRTUAL_INTERRUPT_DELIVERY);
+    let any = controls.contains(SecondaryControls::VIRTUALIZE_X2APIC_MODE);
+    let delivered = [Msr::X2APIC_EOI, Msr::X2APIC_SELF_IPI].contains(&msr);
+    any && (msr == Msr::X2APIC_TPR || delivery && delivered)
 }
 
 /// The fields of `vmcs02` that no L1 may change.
@@ -110,6 +141,13 @@ pub(super) fn untouchable(vm: &Vm) -> Vec<(Encoding, u64)> {
         fields::TSC_MULTIPLIER.encoding(),
         fields::EPT_POINTER.encoding(),
         fields::MSR_BITMAPS.encoding(),
+        fields::VIRTUAL_APIC_ADDRESS.encoding(),
+        fields::APIC_ACCESS_ADDRESS.encoding(),
+        fields::TPR_THRESHOLD.encoding(),
+        fields::EOI_EXIT_BITMAP_0.encoding(),
+        fields::EOI_EXIT_BITMAP_1.encoding(),
+        fields::EOI_EXIT_BITMAP_2.encoding(),
+        fields::EOI_EXIT_BITMAP_3.encoding(),
         fields::CR0_GUEST_HOST_MASK.encoding(),
         fields::CR4_GUEST_HOST_MASK.encoding(),
         fields::CR0_READ_SHADOW.encoding(),
@@ -135,6 +173,10 @@ enum Step {
     Exit(u16, u64),
     Memory(u64, u64),
     Instruction(usize, u64),
+    /// L1 asks for these controls about L2's local APIC.
+    Apic(u32, u64),
+    /// L0 moves L1's memory.
+    Move,
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -147,6 +189,8 @@ fn step() -> impl Strategy<Value = Step> {
         4 => (0u16..80, any::<u64>()).prop_map(|(r, q)| Step::Exit(r, q)),
         1 => (0x8000u64..0x30000, any::<u64>()).prop_map(|(a, v)| Step::Memory(a & !7, v)),
         2 => (0usize..13, any::<u64>()).prop_map(|(i, v)| Step::Instruction(i, v)),
+        3 => (any::<u32>(), any::<u64>()).prop_map(|(c, v)| Step::Apic(c, v)),
+        1 => Just(Step::Move),
     ]
 }
 
@@ -159,6 +203,9 @@ proptest! {
         let host = untouchable(&vm);
         for step in steps {
             match step {
+                // While L2 runs, L1 reaches none of L0's copy of its VMCS.
+                Step::Set(..) | Step::Flip(..) | Step::Reset | Step::Apic(..)
+                    if vm.nested.is_guest() => {}
                 Step::Set(field, value) => vm.set12(FIELDS[field].encoding, value),
                 Step::Flip(field, bit) => {
                     let field = FIELDS[field].encoding;
@@ -168,6 +215,7 @@ proptest! {
                 Step::Reset => {
                     vm.nested.vmcs12.image.clone_from(&sample);
                     vm.nested.rare_dirty = true;
+                    vm.nested.settled = None;
                 }
                 Step::Enter if !vm.nested.is_guest() => {
                     vm.vmcs.l1.preset(fields::GUEST_CR3, 0x1000);
@@ -187,7 +235,15 @@ proptest! {
                     vm.gprs.rcx = value & 7;
                     let _ = vm.pointer(Instruction::ALL[which], value);
                 }
+                Step::Apic(controls, value) => vm.ask_for_apic(controls, value),
+                Step::Move => {
+                    vm.stage.moved ^= 1 << 30;
+                    vm.nested.forget_frames();
+                }
                 _ => {}
+            }
+            if vm.nested.are_frames_stale() {
+                assert!(vm.renew_frames());
             }
             if vm.nested.is_guest() {
                 assert_contained(&vm, &host);

@@ -16,6 +16,7 @@ const ENTERED: End = End::Other(Outcome::Entered { halted: false });
 const OFFER: Offer = Offer {
     ept: true,
     vpid: true,
+    apic: true,
     enlightened: true,
 };
 

@@ -21,6 +21,7 @@ use super::{
 };
 use crate::test_memory::Memory;
 
+mod apic;
 mod containment;
 mod enlightened;
 mod instructions;
@@ -43,6 +44,12 @@ pub(super) const BITMAP_AT: Hpa = Hpa(0x7_0000_0000);
 pub(super) const L0_BITMAP: u64 = 0x6_0000_0000;
 pub(super) const L0_EPTP: u64 = 0x5_0000_001E;
 pub(super) const COMPOSED_EPTP: u64 = 0x4_0000_001E;
+/// Pages of L1's: its MSR bitmap for L2, and L2's local APIC.
+pub(super) const L1_BITMAP: u64 = 0x4_0000;
+pub(super) const VIRTUAL_APIC: u64 = 0x5_0000;
+pub(super) const ACCESS_PAGE: u64 = 0x6_0000;
+/// Where L0 has L1's memory.
+pub(super) const FRAMES: u64 = 0x3_0000_0000;
 
 /// The two VMCSs of a processor.
 #[derive(Debug)]
@@ -85,6 +92,8 @@ pub(super) struct Stage {
     pub(super) activated: Vec<u64>,
     pub(super) flushed: Vec<Option<u64>>,
     pub(super) answer: Option<EptHandled>,
+    /// How far L0 has moved L1's memory.
+    pub(super) moved: u64,
 }
 
 impl SecondStage for Stage {
@@ -101,6 +110,11 @@ impl SecondStage for Stage {
     }
     fn translate(&mut self, gpa: Gpa) -> Option<Gpa> {
         Some(gpa)
+    }
+    fn frame(&mut self, page: Gpa) -> Option<Hpa> {
+        assert_eq!(page.0 & 0xFFF, 0);
+        let backed = page.0 < Memory::SIZE as u64;
+        backed.then(|| Hpa(FRAMES + self.moved + page.0))
     }
 }
 
@@ -137,6 +151,7 @@ impl Vm {
         Self::offered(Offer {
             ept: true,
             vpid: true,
+            apic: true,
             enlightened: false,
         })
     }
@@ -217,6 +232,7 @@ impl Vm {
         Self::ready_by(Offer {
             ept: true,
             vpid: true,
+            apic: true,
             enlightened: false,
         })
     }
@@ -242,6 +258,53 @@ impl Vm {
             End::Other(Outcome::Entered { halted: false })
         );
         vm
+    }
+
+    /// L1 asks for these of the controls about L2's local APIC: by their places in the secondary controls, and bit 31
+    /// for the TPR shadow. `value` are the bits of the other fields about it.
+    pub(super) fn ask_for_apic(&mut self, controls: u32, value: u64) {
+        const ABOUT: u32 = 0x311;
+        let bits = |vm: &Self, field: Encoding| vm.get12(field) as u32;
+        let primary = fields::PRIMARY_CONTROLS.encoding();
+        let shadow = PrimaryControls::USE_TPR_SHADOW.bits();
+        let bitmaps = PrimaryControls::USE_MSR_BITMAPS.bits();
+        let activate = PrimaryControls::ACTIVATE_SECONDARY_CONTROLS.bits();
+        let old = bits(self, primary) & !shadow;
+        let wanted = if controls >> 31 == 1 { shadow } else { 0 };
+        self.set12(primary, (old | wanted | bitmaps | activate).into());
+        let secondary = fields::SECONDARY_CONTROLS.encoding();
+        let old = bits(self, secondary) & !ABOUT;
+        self.set12(secondary, (old | controls & ABOUT).into());
+        let pin = fields::PIN_CONTROLS.encoding();
+        self.set12(pin, (bits(self, pin) | 1).into());
+        self.set12(fields::MSR_BITMAPS, L1_BITMAP);
+        self.set12(
+            fields::VIRTUAL_APIC_ADDRESS,
+            VIRTUAL_APIC + (value & 0xF000),
+        );
+        self.set12(fields::APIC_ACCESS_ADDRESS, ACCESS_PAGE + (value & 0xF000));
+        self.set12(fields::TPR_THRESHOLD, value & 0xF);
+        self.set12(fields::GUEST_INTERRUPT_STATUS, value >> 16 & 0xFFFF);
+        self.set12(fields::EOI_EXIT_BITMAP_2, value);
+    }
+
+    pub(super) fn renew_frames(&mut self) -> bool {
+        self.call(|nested, cx| nested.renew_frames(cx)).unwrap()
+    }
+
+    /// A call of the layer with all that it works on.
+    pub(super) fn call<T>(
+        &mut self,
+        work: impl FnOnce(&mut NestedVmx, &mut Context<'_, Pair, Memory, Stage, MsrFile>) -> T,
+    ) -> T {
+        let mut cx = Context {
+            gprs: &mut self.gprs,
+            vmcs: &mut self.vmcs,
+            memory: &self.memory,
+            second_stage: &mut self.stage,
+            msrs: &mut self.msrs,
+        };
+        work(&mut self.nested, &mut cx)
     }
 
     /// As L1's VMWRITE.
@@ -316,14 +379,10 @@ impl Vm {
     }
 
     pub(super) fn run(&mut self, instruction: Instruction) -> End {
-        let mut cx = Context {
-            gprs: &mut self.gprs,
-            vmcs: &mut self.vmcs,
-            memory: &self.memory,
-            second_stage: &mut self.stage,
-            msrs: &mut self.msrs,
-        };
-        match self.nested.execute(instruction, &mut cx).unwrap() {
+        match self
+            .call(|nested, cx| nested.execute(instruction, cx))
+            .unwrap()
+        {
             Outcome::Fault(fault) => End::Fault(fault),
             Outcome::Done => {
                 let flags = self.vmcs.l1.get(fields::GUEST_RFLAGS).unwrap();
@@ -346,26 +405,11 @@ impl Vm {
         self.vmcs
             .l2
             .preset(fields::EXIT_QUALIFICATION, qualification);
-        let mut cx = Context {
-            gprs: &mut self.gprs,
-            vmcs: &mut self.vmcs,
-            memory: &self.memory,
-            second_stage: &mut self.stage,
-            msrs: &mut self.msrs,
-        };
-        self.nested.exited(&mut cx).unwrap()
+        self.call(|nested, cx| nested.exited(cx)).unwrap()
     }
 
     pub(super) fn exit_to_l1(&mut self, reason: BasicReason, interruption: u32) -> Handled {
-        let mut cx = Context {
-            gprs: &mut self.gprs,
-            vmcs: &mut self.vmcs,
-            memory: &self.memory,
-            second_stage: &mut self.stage,
-            msrs: &mut self.msrs,
-        };
-        self.nested
-            .exit_to_l1(reason, 0, interruption, &mut cx)
+        self.call(|nested, cx| nested.exit_to_l1(reason, 0, interruption, cx))
             .unwrap()
     }
 }

@@ -20,7 +20,11 @@ enum Step {
     /// L0 moves L1's clock.
     Clock(u64),
     /// L1 changes its MSR bitmap.
-    Bitmap(u64),
+    Bitmap(u64, u64),
+    /// L1 changes L2's task priority in memory.
+    Priority(u64),
+    /// L0 moves L1's memory.
+    Move,
     /// L1 enters L2, which changes these of its own fields, and exits like this; or the entry fails.
     Run(Vec<(usize, u64)>, Way),
 }
@@ -55,7 +59,7 @@ const WRITABLE: [Encoding; 16] = [
     fields::EXCEPTION_BITMAP.encoding(),
 ];
 
-const TRAPPING: [Encoding; 11] = [
+const TRAPPING: [Encoding; 15] = [
     fields::GUEST_FS_BASE.encoding(),
     fields::GUEST_GDTR_LIMIT.encoding(),
     fields::GUEST_DR7.encoding(),
@@ -67,10 +71,14 @@ const TRAPPING: [Encoding; 11] = [
     fields::HOST_RIP.encoding(),
     fields::HOST_SYSENTER_EIP.encoding(),
     fields::EXIT_MSR_LOAD_COUNT.encoding(),
+    fields::TPR_THRESHOLD.encoding(),
+    fields::GUEST_INTERRUPT_STATUS.encoding(),
+    fields::EOI_EXIT_BITMAP_1.encoding(),
+    fields::VIRTUAL_APIC_ADDRESS.encoding(),
 ];
 
 /// What L2 changes by running, and the processor saves.
-const OWN_OF_L2: [Encoding; 10] = [
+const OWN_OF_L2: [Encoding; 11] = [
     fields::GUEST_RIP.encoding(),
     fields::GUEST_RSP.encoding(),
     fields::GUEST_CR3.encoding(),
@@ -81,6 +89,7 @@ const OWN_OF_L2: [Encoding; 10] = [
     fields::EXIT_INSTRUCTION_LENGTH.encoding(),
     fields::GUEST_LINEAR_ADDRESS.encoding(),
     fields::GUEST_CR0.encoding(),
+    fields::GUEST_INTERRUPT_STATUS.encoding(),
 ];
 
 const OWN_OF_L1: [Encoding; 5] = [
@@ -114,7 +123,10 @@ fn step() -> impl Strategy<Value = Step> {
         1 => (0..TRAPPING.len()).prop_map(Step::Vmread),
         1 => (0..OWN_OF_L1.len(), value()).prop_map(|(i, v)| Step::Own(i, v)),
         1 => value().prop_map(Step::Clock),
-        1 => any::<u64>().prop_map(Step::Bitmap),
+        1 => (prop::sample::select(vec![0x100, 0x420, 0x900]), any::<u64>())
+            .prop_map(|(at, v)| Step::Bitmap(at, v)),
+        1 => any::<u64>().prop_map(Step::Priority),
+        1 => Just(Step::Move),
         6 => (changes, way()).prop_map(|(changes, way)| Step::Run(changes, way)),
     ]
 }
@@ -139,21 +151,27 @@ struct Kind {
     ept: bool,
     vpid: bool,
     bitmap: bool,
+    /// As for [`Vm::ask_for_apic`].
+    apic: Option<(u32, u64)>,
 }
 
 fn kind() -> impl Strategy<Value = Kind> {
     let pair = any::<[bool; 2]>;
     let rest = any::<[bool; 4]>();
-    (pair(), pair(), pair(), rest).prop_map(|(debug, pat, efer, [timer, ept, vpid, bitmap])| Kind {
-        debug,
-        pat,
-        // Mostly both, as hypervisors have it.
-        efer: if efer[0] { [true; 2] } else { efer },
-        timer,
-        ept,
-        vpid,
-        bitmap,
-    })
+    let apic = prop::option::of((any::<u32>(), any::<u64>()));
+    (pair(), pair(), pair(), rest, apic).prop_map(
+        |(debug, pat, efer, [timer, ept, vpid, bitmap], apic)| Kind {
+            debug,
+            pat,
+            // Mostly both, as hypervisors have it.
+            efer: if efer[0] { [true; 2] } else { efer },
+            timer,
+            ept,
+            vpid,
+            bitmap,
+            apic,
+        },
+    )
 }
 
 const BITMAP: u64 = 0x1_0000;
@@ -202,6 +220,10 @@ fn vm(kind: Kind) -> Vm {
         PrimaryControls::USE_MSR_BITMAPS.bits(),
         kind.bitmap,
     );
+    if let Some((controls, value)) = kind.apic {
+        vm.ask_for_apic(controls, value);
+        set(&mut vm, primary, activate, true);
+    }
     vm.set12(fields::MSR_BITMAPS, BITMAP);
     let secondary = fields::SECONDARY_CONTROLS.encoding();
     set(
@@ -251,7 +273,17 @@ fn take(vm: &mut Vm, step: &Step, launched: &mut bool) -> Option<(End, Option<Ha
         Step::Clock(value) => {
             vm.vmcs.l1.preset(fields::TSC_OFFSET, *value);
         }
-        Step::Bitmap(value) => vm.memory.store_u64(Gpa(BITMAP + 0x420), *value).unwrap(),
+        Step::Bitmap(at, value) => vm.memory.store_u64(Gpa(BITMAP + at), *value).unwrap(),
+        Step::Priority(value) => {
+            let page = vm.get12(fields::VIRTUAL_APIC_ADDRESS);
+            let _ = vm
+                .memory
+                .store_u64(Gpa(page & !7).wrapping_add(0x80), *value);
+        }
+        Step::Move => {
+            vm.stage.moved ^= 1 << 30;
+            vm.nested.forget_frames();
+        }
         Step::Run(changes, way) => {
             let instruction = if *launched {
                 Instruction::Vmresume
@@ -372,6 +404,7 @@ fn an_exit_leaves_no_difference_between_the_shadow_and_the_copy() {
         ept: true,
         vpid: true,
         bitmap: false,
+        apic: None,
     });
     let mut launched = false;
     for round in 0..3 {

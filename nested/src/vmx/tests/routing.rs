@@ -12,7 +12,7 @@ const PRIMARY: u32 = 0x4002;
 const SECONDARY: u32 = 0x401E;
 
 /// (basic exit reason, control word, bit): one control decides.
-const BY_CONTROL: [(u16, u32, u32); 21] = [
+const BY_CONTROL: [(u16, u32, u32); 24] = [
     (7, PRIMARY, 2),
     (8, PRIMARY, 22),
     (12, PRIMARY, 7),
@@ -25,6 +25,9 @@ const BY_CONTROL: [(u16, u32, u32); 21] = [
     (37, PRIMARY, 27),
     (39, PRIMARY, 29),
     (40, PRIMARY, 30),
+    (43, PRIMARY, 21),
+    (44, SECONDARY, 0),
+    (45, SECONDARY, 9),
     (46, SECONDARY, 2),
     (47, SECONDARY, 2),
     (51, PRIMARY, 12),
@@ -42,9 +45,8 @@ const ALWAYS: [u16; 22] = [
 ];
 
 /// The host's own business, features that L1 is not offered, and what nobody knows yet.
-const NEVER: [u16; 27] = [
-    1, 3, 4, 5, 6, 41, 43, 44, 45, 48, 49, 56, 60, 62, 63, 64, 65, 66, 67, 68, 74, 75, 80, 81, 84,
-    85, 0x7FFF,
+const NEVER: [u16; 23] = [
+    1, 3, 4, 5, 6, 41, 48, 49, 60, 62, 63, 64, 65, 66, 67, 68, 74, 75, 80, 81, 84, 85, 0x7FFF,
 ];
 
 fn details(reason: u16, gprs: &Gprs) -> ExitDetails<'_> {
@@ -126,7 +128,7 @@ fn what_no_control_decides() {
         }
     }
     // Every reason of the manual is in one of the tables, or has a test of its own.
-    let own = [0, 28, 30, 31, 32, 58, 69, 70, 72, 73, 76, 77, 78, 79];
+    let own = [0, 28, 30, 31, 32, 56, 58, 69, 70, 72, 73, 76, 77, 78, 79];
     for reason in BasicReason::ALL {
         let number = reason.number();
         let known = BY_CONTROL.iter().any(|r| r.0 == number)
@@ -160,6 +162,19 @@ fn invpcid_needs_both_controls() {
         routed(&exit, &image(&[(PRIMARY, 1 << 31 | 1 << 9)])),
         Route::L0
     );
+}
+
+/// A write that the processor has put into the virtual-APIC page, but not carried out (32.4.3.2, 32.5).
+#[test]
+fn apic_writes_exit_by_either_of_two_controls() {
+    let gprs = Gprs::default();
+    let exit = details(56, &gprs);
+    for bit in [8, 9] {
+        let only = image(&[(PRIMARY, 1 << 31), (SECONDARY, 1 << bit)]);
+        assert_eq!(routed(&exit, &only), Route::L1);
+    }
+    let neither = image(&[(PRIMARY, !0), (SECONDARY, !0x300)]);
+    assert_eq!(routed(&exit, &neither), Route::L0);
 }
 
 proptest! {

@@ -20,6 +20,7 @@ fn ready() -> Vm {
     let mut vm = Vm::ready_by(Offer {
         ept: false,
         vpid: true,
+        apic: false,
         enlightened: false,
     });
     let secondary = vm.vmcs.l1.get(fields::SECONDARY_CONTROLS).unwrap();

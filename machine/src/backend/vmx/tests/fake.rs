@@ -20,6 +20,8 @@ pub(super) struct FakeProcessor {
     pub(super) nmis: u32,
     pub(super) machine_checks: u32,
     pub(super) interrupts: u32,
+    /// So many entries fail, for something in memory that they check.
+    pub(super) refuses: u32,
     pub(super) flushes: u32,
     pub(super) dr6: u64,
     pub(super) xcr0: u64,
@@ -47,6 +49,7 @@ impl FakeProcessor {
             nmis: 0,
             machine_checks: 0,
             interrupts: 0,
+            refuses: 0,
             flushes: 0,
             dr6: 0,
             xcr0: 1,
@@ -86,7 +89,9 @@ impl Processor for FakeProcessor {
         self.costs.push(self.vmcs.counts());
         self.vmcs.clear_trace();
         let violations = check_entry(self.vmcs.image(), &self.caps).unwrap();
-        if !violations.is_empty() {
+        let refused = self.refuses > 0;
+        self.refuses = self.refuses.saturating_sub(1);
+        if refused || !violations.is_empty() {
             return Err(VmFail::Valid(InstructionError::InvalidControlField));
         }
         let information = fields::ENTRY_INTERRUPTION_INFORMATION;

@@ -23,7 +23,10 @@ const HOST: VmExit = VmExit::Interrupted;
 
 /// A second stage under which nothing of L2's memory is mapped: it is a page further in L1's.
 #[derive(Debug, Default)]
-pub(super) struct Shifted;
+pub(super) struct Shifted {
+    /// Where L1's memory lies; `None` if it has none.
+    pub(super) frames: Option<u64>,
+}
 
 impl SecondStage for Shifted {
     fn activate(&mut self, _: u64) -> Option<u64> {
@@ -39,12 +42,16 @@ impl SecondStage for Shifted {
     fn translate(&mut self, gpa: Gpa) -> Option<Gpa> {
         Some(gpa.wrapping_add(0x1000))
     }
+
+    fn frame(&mut self, page: Gpa) -> Option<Hpa> {
+        Some(Hpa(self.frames? + page.0))
+    }
 }
 
 pub(super) type Hypervisor = VmxVcpu<'static, FakeProcessor, GuestRam, Shifted>;
 
 /// A vCPU whose guest is in 64-bit mode, outside VMX operation.
-fn hypervisor() -> Hypervisor {
+pub(super) fn hypervisor() -> Hypervisor {
     hypervisor_with(false)
 }
 
@@ -110,6 +117,7 @@ pub(super) fn hypervisor_on(
     let all = Offer {
         ept: true,
         vpid: true,
+        apic: true,
         enlightened,
     };
     let parts = nested_parts(caps, all, controls, tables);
@@ -143,7 +151,7 @@ pub(super) fn nested_parts(
             reads: Hpa(0x6000),
             writes: Hpa(0x7000),
         }),
-        stage: Shifted,
+        stage: Shifted::default(),
         flusher: Flusher::default(),
         has_predictor_barrier: false,
     }

@@ -48,6 +48,7 @@ fn hypervisor_in(memory: &'static GuestRam) -> (Hypervisor, &'static FramePool) 
     let wanted = Offer {
         ept: false,
         vpid: true,
+        apic: false,
         enlightened: false,
     };
     let parts = nested_parts(caps, wanted, controls, tables);

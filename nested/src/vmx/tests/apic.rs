@@ -1,0 +1,219 @@
+//! APIC virtualization for L2.
+
+use super::*;
+use testudo_vmx::controls::Interruptibility;
+
+/// The controls, as for [`Vm::ask_for_apic`].
+const SHADOW: u32 = 1 << 31;
+const ACCESSES: u32 = 1;
+const DELIVERY: u32 = 1 << 9;
+
+const ENTERED: End = End::Other(Outcome::Entered { halted: false });
+
+fn l2<W: testudo_vmx::encoding::Width>(vm: &Vm, field: testudo_vmx::Field<W>) -> W::Value {
+    vm.vmcs.l2.get(field).unwrap()
+}
+
+fn primary(vm: &Vm) -> PrimaryControls {
+    PrimaryControls::from_bits_retain(l2(vm, fields::PRIMARY_CONTROLS))
+}
+
+fn priority(vm: &Vm, vtpr: u8) {
+    vm.memory.write(Gpa(VIRTUAL_APIC + 0x80), &[vtpr]).unwrap();
+}
+
+#[test]
+fn l2_has_a_task_priority_of_its_own_with_a_shadow_only() {
+    let cr8 = PrimaryControls::CR8_LOAD_EXITING | PrimaryControls::CR8_STORE_EXITING;
+    let mut vm = Vm::running();
+    assert!(primary(&vm).contains(cr8));
+    let _ = vm.exit(BasicReason::Cpuid, 0);
+    vm.ask_for_apic(SHADOW, 0);
+    assert_eq!(vm.run(Instruction::Vmresume), ENTERED);
+    assert!(!primary(&vm).intersects(cr8));
+    assert_eq!(l2(&vm, fields::VIRTUAL_APIC_ADDRESS), FRAMES + VIRTUAL_APIC);
+    // What L1 wants to see of it exits to it.
+    let _ = vm.exit(BasicReason::Cpuid, 0);
+    let wanted =
+        vm.get12(fields::PRIMARY_CONTROLS) | u64::from(PrimaryControls::CR8_STORE_EXITING.bits());
+    vm.set12(fields::PRIMARY_CONTROLS, wanted);
+    assert_eq!(vm.run(Instruction::Vmresume), ENTERED);
+    assert_eq!(primary(&vm) & cr8, PrimaryControls::CR8_STORE_EXITING);
+    let mov_from_cr8 = 8 | 1 << 4;
+    assert!(matches!(
+        vm.exit(BasicReason::ControlRegister, mov_from_cr8),
+        Handled::L1(_)
+    ));
+}
+
+#[test]
+fn an_entry_below_the_threshold_fails_however_it_was_before() {
+    let mut vm = Vm::ready();
+    vm.ask_for_apic(SHADOW, 5);
+    priority(&vm, 0x4F);
+    assert_eq!(vm.run(Instruction::Vmlaunch), End::Fail(7));
+    priority(&vm, 0x50);
+    assert_eq!(vm.run(Instruction::Vmlaunch), ENTERED);
+    assert_eq!(l2(&vm, fields::TPR_THRESHOLD), 5);
+    assert!(vm.nested.may_be_below_threshold());
+    for (vtpr, end) in [(0x60, ENTERED), (0x4F, End::Fail(7)), (0xFF, ENTERED)] {
+        if vm.nested.is_guest() {
+            let _ = vm.exit(BasicReason::Cpuid, 0);
+        }
+        priority(&vm, vtpr);
+        assert_eq!(vm.run(Instruction::Vmresume), end);
+    }
+    // With an APIC-access page it does not: the processor exits right after it.
+    let _ = vm.exit(BasicReason::TprBelowThreshold, 0);
+    assert_eq!(vm.get12(fields::EXIT_REASON), 43);
+    vm.ask_for_apic(SHADOW | ACCESSES, 5);
+    priority(&vm, 0);
+    assert_eq!(vm.run(Instruction::Vmresume), ENTERED);
+    assert!(!vm.nested.may_be_below_threshold());
+    assert_eq!(l2(&vm, fields::APIC_ACCESS_ADDRESS), FRAMES + ACCESS_PAGE);
+}
+
+#[test]
+fn what_is_not_memory_cannot_be_a_page_of_l2s_apic() {
+    for field in [fields::VIRTUAL_APIC_ADDRESS, fields::APIC_ACCESS_ADDRESS] {
+        let mut vm = Vm::ready();
+        vm.ask_for_apic(SHADOW | ACCESSES, 0);
+        vm.set12(field, 0xFEE0_0000);
+        assert_eq!(vm.run(Instruction::Vmlaunch), End::Fail(7));
+        vm.ask_for_apic(SHADOW | ACCESSES, 0);
+        assert_eq!(vm.run(Instruction::Vmlaunch), ENTERED);
+    }
+}
+
+#[test]
+fn translations_are_dropped_when_the_access_page_changes() {
+    let mut vm = Vm::running();
+    let mut enter = |controls, value| {
+        let _ = vm.exit(BasicReason::Cpuid, 0);
+        vm.nested.take_flush();
+        vm.set12(fields::VPID, 7);
+        vm.nested.vpid12 = 7;
+        vm.ask_for_apic(controls, value);
+        assert_eq!(vm.run(Instruction::Vmresume), ENTERED);
+        vm.nested.take_flush().ept
+    };
+    assert!(!enter(SHADOW, 0));
+    assert!(enter(SHADOW | ACCESSES, 0));
+    assert!(!enter(SHADOW | ACCESSES, 0));
+    assert!(enter(SHADOW | ACCESSES, 0x1000));
+    assert!(enter(SHADOW, 0x1000));
+    assert!(!enter(0, 0));
+}
+
+#[test]
+fn the_interrupt_status_goes_to_l2_and_comes_back() {
+    let mut vm = Vm::ready();
+    vm.ask_for_apic(SHADOW | DELIVERY, 0x3141_0000);
+    assert_eq!(vm.run(Instruction::Vmlaunch), ENTERED);
+    assert_eq!(l2(&vm, fields::GUEST_INTERRUPT_STATUS), 0x3141);
+    assert_eq!(l2(&vm, fields::EOI_EXIT_BITMAP_2), 0x3141_0000);
+    for round in 0..4 {
+        vm.vmcs
+            .l2
+            .preset(fields::GUEST_INTERRUPT_STATUS, 0x4100 + round);
+        let _ = vm.exit(BasicReason::Cpuid, 0);
+        assert_eq!(vm.get12(fields::GUEST_INTERRUPT_STATUS), 0x4100 + round);
+        // L1's VMWRITE of it alone leaves everything else as it was.
+        let settled = vm.nested.settled.is_some();
+        vm.gprs.rbx = 0x51 + round;
+        let field = fields::GUEST_INTERRUPT_STATUS.encoding().0;
+        assert_eq!(vm.field(Instruction::Vmwrite, field.into()), End::Succeed);
+        assert_eq!(vm.nested.settled.is_some(), settled);
+        assert_eq!(vm.run(Instruction::Vmresume), ENTERED);
+        assert_eq!(
+            u64::from(l2(&vm, fields::GUEST_INTERRUPT_STATUS)),
+            0x51 + round
+        );
+    }
+    assert!(vm.nested.settled.is_some());
+}
+
+#[test]
+fn a_halt_ends_at_once_by_an_interrupt_that_is_due() {
+    const ENABLED: u64 = 0x202;
+    let due = |vm: &mut Vm| {
+        vm.call(|nested, cx| nested.has_virtual_interrupt(cx))
+            .unwrap()
+    };
+    // (controls, status, task priority, flags): by the classes of the three, and IF.
+    for (controls, status, vtpr, rflags, expected) in [
+        (SHADOW | DELIVERY, 0x0061, 0x50, ENABLED, true),
+        (SHADOW | DELIVERY, 0x0061, 0x50, 2, false),
+        (SHADOW | DELIVERY, 0x0061, 0x60, ENABLED, false),
+        (SHADOW | DELIVERY, 0x6071, 0x50, ENABLED, true),
+        (SHADOW | DELIVERY, 0x7071, 0x50, ENABLED, false),
+        (SHADOW | DELIVERY, 0x0000, 0x00, ENABLED, false),
+        (SHADOW, 0x0061, 0x50, ENABLED, false),
+    ] {
+        let mut vm = Vm::ready();
+        vm.ask_for_apic(controls, status << 16);
+        priority(&vm, vtpr);
+        vm.set12(fields::GUEST_RFLAGS, rflags);
+        vm.set12(fields::GUEST_ACTIVITY_STATE, 1);
+        let halted = !expected;
+        let entered = End::Other(Outcome::Entered { halted });
+        assert_eq!(
+            vm.run(Instruction::Vmlaunch),
+            entered,
+            "{status:#x} {vtpr:#x} {rflags:#x}"
+        );
+        assert_eq!(due(&mut vm), expected);
+        // The shadow of an STI before a HLT is over by then.
+        let sti = Interruptibility::BLOCKING_BY_STI.bits();
+        vm.vmcs
+            .l2
+            .preset(fields::GUEST_INTERRUPTIBILITY, sti.into());
+        assert_eq!(due(&mut vm), expected);
+    }
+}
+
+#[test]
+fn qualifications_of_the_apics_exits_are_copied() {
+    let mut vm = Vm::running();
+    for (number, qualification) in [(44, 0x1080), (45, 0x61), (56, 0x300)] {
+        if !vm.nested.is_guest() {
+            assert_eq!(vm.run(Instruction::Vmresume), ENTERED);
+        }
+        let _ = vm.exit(BasicReason::Cpuid, 0);
+        vm.ask_for_apic(SHADOW | ACCESSES | DELIVERY | 1 << 8, 0);
+        assert_eq!(vm.run(Instruction::Vmresume), ENTERED);
+        let handled = vm.exit(BasicReason::from_number(number), qualification);
+        assert!(matches!(handled, Handled::L1(_)));
+        assert_eq!(vm.get12(fields::EXIT_REASON), u64::from(number));
+        assert_eq!(vm.get12(fields::EXIT_QUALIFICATION), qualification);
+    }
+}
+
+/// Where the processor reports another event than the virtual interrupt whose delivery an exit interrupted, which Bochs
+/// does: the interrupt is lost unless L0 delivers it.
+#[test]
+fn a_virtual_interrupt_that_meets_an_ept_violation_is_delivered_again() {
+    for (misreports, rflags, status, expected) in [
+        (true, 0x202, 0x6100, 0x8000_0061),
+        (true, 0x202, 0x3100, 0x8000_0B0E),
+        (true, 0x002, 0x6100, 0x8000_0B0E),
+        (false, 0x202, 0x6100, 0x8000_0B0E),
+    ] {
+        let mut vm = Vm::ready();
+        vm.nested.misreports_virtual_interrupts = misreports;
+        vm.ask_for_apic(SHADOW | DELIVERY, 0x3161 << 16);
+        let activate = vm.get12(fields::SECONDARY_CONTROLS);
+        let ept = u64::from(SecondaryControls::ENABLE_EPT.bits());
+        vm.set12(fields::SECONDARY_CONTROLS, activate | ept);
+        vm.set12(fields::EPT_POINTER, 0x5000 | 3 << 3 | 6);
+        assert_eq!(vm.run(Instruction::Vmlaunch), ENTERED);
+        vm.stage.answer = Some(EptHandled::Resolved);
+        vm.vmcs.l2.preset(fields::GUEST_INTERRUPT_STATUS, status);
+        vm.vmcs.l2.preset(fields::GUEST_RFLAGS, rflags);
+        vm.vmcs
+            .l2
+            .preset(fields::IDT_VECTORING_INFORMATION, 0x8000_0B0E);
+        assert_eq!(vm.exit(BasicReason::EptViolation, 0x181), Handled::Resume);
+        assert_eq!(l2(&vm, fields::ENTRY_INTERRUPTION_INFORMATION), expected);
+    }
+}
