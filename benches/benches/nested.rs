@@ -72,7 +72,7 @@ impl svm::SecondStage for Ready {
     fn fault(&mut self, fault: testudo_svm::exit::NestedPageFault) -> svm::NestedFault {
         svm::NestedFault::Reflect(fault)
     }
-    fn translate(&mut self, gpa: Gpa) -> Option<Gpa> {
+    fn translate(&mut self, gpa: Gpa, _: bool) -> Option<Gpa> {
         Some(gpa)
     }
 }

@@ -50,7 +50,7 @@ impl svm::SecondStage for Stage {
             _ => svm::NestedFault::Reflect(fault),
         }
     }
-    fn translate(&mut self, gpa: Gpa) -> Option<Gpa> {
+    fn translate(&mut self, gpa: Gpa, _: bool) -> Option<Gpa> {
         Some(gpa)
     }
 }
@@ -68,7 +68,7 @@ impl vmx::SecondStage for Stage {
             _ => vmx::EptHandled::Violation(fault.qualification),
         }
     }
-    fn translate(&mut self, gpa: Gpa) -> Option<Gpa> {
+    fn translate(&mut self, gpa: Gpa, _: bool) -> Option<Gpa> {
         Some(gpa)
     }
 }

@@ -88,6 +88,9 @@ impl<'a, V: Vcpu, M: GuestMemory> GuestCpu<'a, V, M> {
     /// Writes back what the instruction changed beyond the general registers; `false` if it has
     /// to be tried again, whatever the emulator said.
     pub(crate) fn finish(self) -> bool {
+        if self.contended {
+            self.vcpu.settle_refusal();
+        }
         if self.rflags != self.system.rflags {
             self.vcpu.set_rflags(self.rflags);
         }
@@ -123,7 +126,7 @@ impl<V: Vcpu, M: GuestMemory> Reach for GuestCpu<'_, V, M> {
     }
 
     fn find(&mut self, address: Gva, access: Access) -> Result<Gpa, Miss> {
-        let stage = |gpa| self.vcpu.translate(gpa);
+        let stage = |gpa, access| self.vcpu.translate(gpa, &access);
         linear::walk(self.memory, &self.paging, address, access, stage)
     }
 

@@ -6,6 +6,7 @@ use core::sync::atomic::AtomicU32;
 use testudo_arch::regs::SystemRegisters;
 use testudo_arch::{Event, Gpa, Gprs, Gva, Msr};
 
+use crate::emulate::linear::StageAccess;
 use crate::irq::ApicState;
 use crate::stats::Settled;
 
@@ -341,9 +342,13 @@ pub trait Vcpu {
     /// Where a guest-physical address of what runs lies in the machine: itself, unless a guest of
     /// the guest's runs on nested paging. `None` if it has no translation at present, so that the
     /// instruction is to be tried again.
-    fn translate(&mut self, gpa: Gpa) -> Option<Gpa> {
+    fn translate(&mut self, gpa: Gpa, _access: &StageAccess) -> Option<Gpa> {
         Some(gpa)
     }
+
+    /// What [`translate`](Self::translate) had no translation for ends the turn of the guest's guest, if its
+    /// hypervisor's tables do not allow it.
+    fn settle_refusal(&mut self) {}
 
     /// Has [`run`](Self::run) end with [`VmExit::Interrupted`] soon after the host's time-stamp counter
     /// has reached `tsc`; `None` takes that back. False from a vCPU that needs the host's timer for

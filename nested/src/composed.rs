@@ -259,11 +259,13 @@ pub(crate) mod tests {
             stage.fault(npt_fault(0x123, B::WRITE)),
             NestedFault::Resolved
         );
-        assert_eq!(stage.translate(Gpa(0x123)), Some(Gpa(0x9123)));
+        assert_eq!(stage.translate(Gpa(0x123), false), Some(Gpa(0x9123)));
         // Not present; not writable; not L0's memory; reserved bits.
         let absent = npt_fault(0x5000, B::empty());
         assert_eq!(stage.fault(absent), NestedFault::Reflect(absent));
         let denied = npt_fault(0x1000, B::WRITE);
+        assert_eq!(stage.translate(denied.gpa, true), None);
+        assert!(stage.translate(denied.gpa, false).is_some());
         let NestedFault::Reflect(seen) = stage.fault(denied) else {
             panic!("{denied:?}")
         };
@@ -286,7 +288,7 @@ pub(crate) mod tests {
             stage.fault(npt_fault(0x123, B::WRITE)),
             NestedFault::Resolved
         );
-        assert_eq!(stage.translate(Gpa(0x123)), Some(Gpa(0xB123)));
+        assert_eq!(stage.translate(Gpa(0x123), false), Some(Gpa(0xB123)));
         stage.destroy();
     }
 
@@ -402,7 +404,7 @@ pub(crate) mod tests {
             qualification,
         };
         assert_eq!(stage.fault(fault(0x10, 0x181)), EptHandled::Resolved);
-        assert_eq!(stage.translate(Gpa(0x10)), Some(Gpa(0x9010)));
+        assert_eq!(stage.translate(Gpa(0x10), false), Some(Gpa(0x9010)));
         assert_eq!(
             stage.fault(fault(0x5000, 0x181)),
             EptHandled::Violation(0x181)

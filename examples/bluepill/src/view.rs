@@ -5,7 +5,7 @@ use testudo_arch::memory::GuestRam;
 use testudo_arch::regs::{CpuMode, SegmentRegister, SystemRegisters};
 use testudo_arch::{Cr4Flags, Gpa, Gprs, GuestMemory, Gva, PageSize, RFlags, Segment};
 use testudo_ept::walk::{Access, PagingState};
-use testudo_machine::emulate::linear::{self, Miss, Reach};
+use testudo_machine::emulate::linear::{self, Miss, Reach, StageAccess};
 use testudo_machine::emulate::{Cpu, Fault, Intent};
 
 use crate::apic::{self, Command};
@@ -14,8 +14,8 @@ use crate::sleep::SleepControl;
 
 /// The table that the addresses of the guest's own guest go through.
 pub(crate) trait Translate {
-    /// Where the guest has this address of its guest's.
-    fn translate(&mut self, gpa: Gpa) -> Option<Gpa>;
+    /// Where the guest has this address of its guest's, for writing too if that is to be done.
+    fn translate(&mut self, gpa: Gpa, write: bool) -> Option<Gpa>;
 }
 
 /// Whatever runs, the guest or a guest of its own, and what its instructions can reach.
@@ -63,8 +63,8 @@ impl Reach for View<'_> {
 
     fn find(&mut self, address: Gva, access: Access) -> Result<Gpa, Miss> {
         let paging = self.paging();
-        let stage = |gpa| match &mut self.stage {
-            Some(stage) => stage.translate(gpa),
+        let stage = |gpa, access: StageAccess| match &mut self.stage {
+            Some(stage) => stage.translate(gpa, access.write),
             None => Some(gpa),
         };
         linear::walk(self.memory, &paging, address, access, stage)

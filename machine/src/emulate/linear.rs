@@ -4,7 +4,7 @@
 use testudo_arch::regs::{CpuMode, SystemRegisters};
 use testudo_arch::{Gpa, GuestMemory, Gva, PAGE_SIZE, PageSize};
 use testudo_ept::walk::{
-    Access, AccessKind, PageFaultCode, PagingState, Privilege, WalkError, walk_nested,
+    Access, AccessKind, PageFaultCode, PagingState, Privilege, TableUse, WalkError, walk_nested,
 };
 
 use super::{Fault, Intent};
@@ -19,6 +19,19 @@ pub enum Miss {
     Fault(Fault),
     /// The walk gave up, because the tables kept changing or the second stage has no translation at present.
     Later,
+}
+
+/// An access that goes through a second stage.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StageAccess {
+    /// The linear address that it is for.
+    pub linear: Gva,
+    /// Whether it writes.
+    pub write: bool,
+    /// Whether it fetches an instruction.
+    pub fetch: bool,
+    /// Whether it is to an entry of a table on the way.
+    pub table: bool,
 }
 
 /// What linear addresses lead to. The functions of this module are accesses to it.
@@ -57,11 +70,25 @@ pub fn walk(
     paging: &PagingState,
     address: Gva,
     access: Access,
-    mut second_stage: impl FnMut(Gpa) -> Option<Gpa>,
+    mut second_stage: impl FnMut(Gpa, StageAccess) -> Option<Gpa>,
 ) -> Result<Gpa, Miss> {
-    let stage = |gpa, _| second_stage(gpa).ok_or(());
+    let own = StageAccess {
+        linear: address,
+        write: access.kind == AccessKind::Write,
+        fetch: access.kind == AccessKind::Fetch,
+        table: false,
+    };
+    let stage = |gpa, table| {
+        let of_table = StageAccess {
+            write: table == TableUse::Update,
+            fetch: false,
+            table: true,
+            ..own
+        };
+        second_stage(gpa, of_table).ok_or(())
+    };
     match walk_nested(memory, paging, address, access, stage) {
-        Ok(found) => second_stage(found.gpa).ok_or(Miss::Later),
+        Ok(found) => second_stage(found.gpa, own).ok_or(Miss::Later),
         Err(error) => Err(missed(address, access, error)),
     }
 }

@@ -226,8 +226,10 @@ where
         }
     }
 
-    fn translate(&mut self, gpa: Gpa) -> Option<Gpa> {
-        let page = self.outer()?.translate(gpa, Rights::READ).ok()?;
+    fn translate(&mut self, gpa: Gpa, write: bool) -> Option<Gpa> {
+        let mut rights = Rights::READ;
+        rights.set(Rights::WRITE, write);
+        let page = self.outer()?.translate(gpa, rights).ok()?;
         Some(page.gpa)
     }
 

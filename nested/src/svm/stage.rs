@@ -49,9 +49,9 @@ pub trait SecondStage {
     /// Handles a nested page fault of L2 under the current composition.
     fn fault(&mut self, fault: NestedPageFault) -> NestedFault;
 
-    /// Where an address of L2's lies in L1, by L1's current table: for L0 to read L2's code and
-    /// operands. `None` if L1 does not map it.
-    fn translate(&mut self, gpa: Gpa) -> Option<Gpa>;
+    /// Where an address of L2's lies in L1, by L1's current table: for L0 to make accesses of L2's.
+    /// `None` if L1 does not map it, or not for writing if that is to be done.
+    fn translate(&mut self, gpa: Gpa, write: bool) -> Option<Gpa>;
 }
 
 /// For an L1 that is not offered nested paging: it shadows its guests' page tables itself.
@@ -69,7 +69,7 @@ impl SecondStage for NoSecondStage {
         NestedFault::Reflect(fault)
     }
 
-    fn translate(&mut self, gpa: Gpa) -> Option<Gpa> {
+    fn translate(&mut self, gpa: Gpa, _: bool) -> Option<Gpa> {
         Some(gpa)
     }
 }

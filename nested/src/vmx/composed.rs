@@ -156,9 +156,11 @@ where
             .flush(|key| eptp.is_none_or(|eptp| (eptp ^ key) & !0xFFF == 0));
     }
 
-    fn translate(&mut self, gpa: Gpa) -> Option<Gpa> {
+    fn translate(&mut self, gpa: Gpa, write: bool) -> Option<Gpa> {
+        let mut rights = Rights::READ;
+        rights.set(Rights::WRITE, write);
         let (outer, _) = self.outer()?;
-        let page = outer.translate(gpa, Rights::READ).ok()?;
+        let page = outer.translate(gpa, rights).ok()?;
         Some(page.gpa)
     }
 

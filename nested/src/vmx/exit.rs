@@ -1,6 +1,6 @@
 //! VM exits to L1: what the processor would save, and what it would load (SDM vol. 3C, chapter 30).
 
-use testudo_arch::{Cr4Flags, EferFlags, Exception, Gpa, GuestMemory};
+use testudo_arch::{Cr4Flags, EferFlags, Exception, Gpa, GuestMemory, Gva};
 use testudo_vmx::controls::{
     ActivityState, EntryControls, ExitControls, Interruptibility, PinControls, PrimaryControls,
     SecondaryControls,
@@ -326,6 +326,36 @@ impl NestedVmx {
         let reason = BasicReason::ExceptionOrNmi;
         self.exit_with(reason, address.unwrap_or(0), (information, code), cx)
             .map(Some)
+    }
+
+    /// Makes L2 exit to L1 by an EPT violation or misconfiguration that L0 met while it emulated an
+    /// instruction of L2, in an access that was for this linear address.
+    ///
+    /// # Errors
+    ///
+    /// L0's own access to a VMCS failed.
+    pub fn exit_by_ept<P, M, S, R>(
+        &mut self,
+        reason: BasicReason,
+        fault: EptFault,
+        linear: Gva,
+        cx: &mut Context<'_, P, M, S, R>,
+    ) -> Result<Handled, AccessError>
+    where
+        P: VmcsPair,
+        M: GuestMemory,
+        R: Msrs,
+    {
+        if self.is_guest {
+            let image = &mut self.vmcs12.image;
+            guest_fields::set(
+                image,
+                fields::GUEST_PHYSICAL_ADDRESS.encoding(),
+                fault.gpa.0,
+            )?;
+            guest_fields::set(image, fields::GUEST_LINEAR_ADDRESS.encoding(), linear.0)?;
+        }
+        self.exit_with(reason, fault.qualification, (0, 0), cx)
     }
 
     /// As [`Self::exit_to_l1`], with the error code of an exception.

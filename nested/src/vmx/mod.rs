@@ -121,9 +121,9 @@ pub trait SecondStage {
     /// Handles an EPT violation or misconfiguration of L2 under the current composition.
     fn fault(&mut self, fault: EptFault) -> EptHandled;
 
-    /// Where an address of L2's lies in L1, by L1's current table: for L0 to read L2's code and
-    /// operands. `None` if L1 does not map it.
-    fn translate(&mut self, gpa: Gpa) -> Option<Gpa>;
+    /// Where an address of L2's lies in L1, by L1's current table: for L0 to make accesses of L2's.
+    /// `None` if L1 does not map it, or not for writing if that is to be done.
+    fn translate(&mut self, gpa: Gpa, write: bool) -> Option<Gpa>;
 
     /// The frame behind this page of L1's memory, for the processor to read and write while L2 runs; `None` if
     /// L1 has no memory there. It is L1's alone, and stays so until L0 has
@@ -174,7 +174,7 @@ impl SecondStage for NoSecondStage {
         EptHandled::Violation(fault.qualification)
     }
 
-    fn translate(&mut self, gpa: Gpa) -> Option<Gpa> {
+    fn translate(&mut self, gpa: Gpa, _: bool) -> Option<Gpa> {
         Some(gpa)
     }
 }

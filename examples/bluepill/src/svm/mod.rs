@@ -90,8 +90,8 @@ pub(crate) struct Guest<'a> {
 }
 
 impl Translate for Stage {
-    fn translate(&mut self, gpa: Gpa) -> Option<Gpa> {
-        SecondStage::translate(self, gpa)
+    fn translate(&mut self, gpa: Gpa, write: bool) -> Option<Gpa> {
+        SecondStage::translate(self, gpa, write)
     }
 }
 

@@ -42,8 +42,8 @@ pub(super) struct Nested {
 }
 
 impl Translate for Stage {
-    fn translate(&mut self, gpa: Gpa) -> Option<Gpa> {
-        SecondStage::translate(self, gpa)
+    fn translate(&mut self, gpa: Gpa, write: bool) -> Option<Gpa> {
+        SecondStage::translate(self, gpa, write)
     }
 }
 

@@ -338,11 +338,18 @@ impl<M: GuestMemory, S: SecondStage, P: Processor> SvmVcpu<'_, M, S, P> {
         let memory = self.memory;
         while have < code.len() {
             let at = Gva(linear).wrapping_add(have as u64);
-            let stage = |gpa, _| self.translate(gpa).ok_or(());
+            // It has been fetched: what its tables allow is settled.
+            let mut second = |gpa| match &mut self.nested {
+                Some(nested) if nested.state.is_nested_paging() => {
+                    nested.stage.translate(gpa, false)
+                }
+                _ => Some(gpa),
+            };
+            let stage = |gpa, _| second(gpa).ok_or(());
             let Ok(found) = walk_nested(memory, &paging, at, access, stage) else {
                 break;
             };
-            let Some(gpa) = self.translate(found.gpa) else {
+            let Some(gpa) = second(found.gpa) else {
                 break;
             };
             let room = (PAGE_SIZE - at.offset_in(PageSize::Size4K)) as usize;

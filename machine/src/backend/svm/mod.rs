@@ -40,6 +40,7 @@ use testudo_svm::vmcb::{InterruptState, NestedControl, VintrFlags, VirtualInterr
 use super::mode::Mode;
 use super::{is_valid_pat, is_valid_xcr0};
 use crate::code_cache::CodeCache;
+use crate::emulate::linear::StageAccess;
 use crate::paging::Gate;
 use crate::stats::Settled;
 use crate::vcpu::{AwaitedInterrupt, InitSignal, NestedStateError, Vcpu, VcpuError, VmExit};
@@ -577,11 +578,12 @@ impl<M: GuestMemory, S: SecondStage, P: Processor> Vcpu for SvmVcpu<'_, M, S, P>
         self.is_l2()
     }
 
-    fn translate(&mut self, gpa: Gpa) -> Option<Gpa> {
-        match &mut self.nested {
-            Some(nested) if nested.state.is_nested_paging() => nested.stage.translate(gpa),
-            _ => Some(gpa),
-        }
+    fn translate(&mut self, gpa: Gpa, access: &StageAccess) -> Option<Gpa> {
+        self.translate_nested(gpa, access)
+    }
+
+    fn settle_refusal(&mut self) {
+        self.exit_by_refusal();
     }
 
     fn memory_written(&mut self, gpa: Gpa, len: usize) {

@@ -7,10 +7,10 @@ use alloc::vec::Vec;
 
 use testudo_arch::{Event, Exception, Gpa, GuestMemory};
 use testudo_nested::svm::{
-    Acceptance, Context, Handled, Instruction, NestedSvm, Outcome, PageFaultOf, PhysicalEvent,
-    PredictorBarrier, RestoreError, SavedSvm, SecondStage,
+    Acceptance, Context, Handled, Instruction, NestedFault, NestedSvm, Outcome, PageFaultOf,
+    PhysicalEvent, PredictorBarrier, RestoreError, SavedSvm, SecondStage,
 };
-use testudo_svm::exit::{ExitCode, NestedPageFault};
+use testudo_svm::exit::{ExitCode, NestedFaultBits, NestedPageFault};
 use testudo_svm::hw::VmcbFrame;
 use testudo_svm::hw::instructions::ibpb;
 use testudo_svm::intercept::Misc1;
@@ -20,6 +20,7 @@ use testudo_svm::{Exit, Vmcb};
 use super::exit::{hide_lme, memory_exit, show_lme};
 use super::{Processor, SVME, SvmVcpu};
 pub use crate::backend::flusher::Flusher;
+use crate::emulate::linear::StageAccess;
 use crate::stats::Settled;
 use crate::vcpu::{AwaitedInterrupt, InitSignal, NestedStateError, Vcpu, VmExit};
 
@@ -47,6 +48,8 @@ pub(super) struct Nested<S> {
     /// An INIT waits, and an NMI: both may be due as soon as GIF is set.
     pub(super) init_waits: bool,
     pub(super) nmi_waits: bool,
+    /// What L1's table has refused to an instruction of L2's that is emulated.
+    pub(super) refused: Option<NestedPageFault>,
     counts: Counts,
 }
 
@@ -84,6 +87,7 @@ impl<'a, M: GuestMemory, S: SecondStage, P: Processor> SvmVcpu<'a, M, S, P> {
             interrupted: false,
             init_waits: false,
             nmi_waits: false,
+            refused: None,
             counts: Counts::default(),
         });
         self
@@ -286,6 +290,42 @@ impl<'a, M: GuestMemory, S: SecondStage, P: Processor> SvmVcpu<'a, M, S, P> {
         }
     }
 
+    /// Where an address of L2's lies in L1, for an access that L1's table must allow.
+    pub(super) fn translate_nested(&mut self, gpa: Gpa, access: &StageAccess) -> Option<Gpa> {
+        let nested = self.nested.as_mut();
+        let Some(nested) = nested.filter(|nested| nested.state.is_nested_paging()) else {
+            return Some(gpa);
+        };
+        let found = nested.stage.translate(gpa, access.write);
+        if found.is_none() {
+            // "Nested page faults are always user faults" but for the guest's own tables (APM vol. 2,
+            // 15.25.6).
+            let mut bits = NestedFaultBits::USER;
+            bits.set(NestedFaultBits::WRITE, access.write);
+            bits.set(NestedFaultBits::FETCH, access.fetch);
+            bits |= match access.table {
+                true => NestedFaultBits::TABLE_WALK,
+                false => NestedFaultBits::FINAL,
+            };
+            nested.refused = Some(NestedPageFault { gpa, bits });
+        }
+        found
+    }
+
+    /// L2 leaves with the nested page fault that the access would have met, if L1's table refuses it still.
+    pub(super) fn exit_by_refusal(&mut self) {
+        let refused = self.nested.as_mut().and_then(|nested| {
+            let refused = nested.refused.take()?;
+            match nested.stage.fault(refused) {
+                NestedFault::Reflect(fault) => Some(fault),
+                NestedFault::Resolved | NestedFault::Host(_) => None,
+            }
+        });
+        if let Some(NestedPageFault { gpa, bits }) = refused {
+            self.l2_leaves(ExitCode::NPF, bits.bits(), gpa.0);
+        }
+    }
+
     /// L2 leaves with an exception that arose while L0 executed an instruction for it, if L1
     /// intercepts that one. `address` is that of a page fault, which then does not reach CR2 (APM
     /// vol. 2, 15.12.15).
@@ -301,12 +341,20 @@ impl<'a, M: GuestMemory, S: SecondStage, P: Processor> SvmVcpu<'a, M, S, P> {
 
     /// L2 leaves with this exit, which the processor did not report, if L1 intercepts it.
     pub(super) fn l2_exits(&mut self, code: ExitCode, info1: u64, info2: u64) -> bool {
-        let Some(nested) = &mut self.nested else {
-            return false;
-        };
-        if !nested.state.is_guest() || !nested.state.vmcb12().intercepts().contains(code) {
-            return false;
+        let nested = self.nested.as_ref();
+        let wanted = nested.is_some_and(|nested| {
+            nested.state.is_guest() && nested.state.vmcb12().intercepts().contains(code)
+        });
+        if wanted {
+            self.l2_leaves(code, info1, info2);
         }
+        wanted
+    }
+
+    fn l2_leaves(&mut self, code: ExitCode, info1: u64, info2: u64) {
+        let Some(nested) = &mut self.nested else {
+            return;
+        };
         let mut context = Context {
             gprs: &mut self.registers.gprs,
             vmcb01: &mut self.vmcb01,
@@ -317,7 +365,6 @@ impl<'a, M: GuestMemory, S: SecondStage, P: Processor> SvmVcpu<'a, M, S, P> {
         nested.counts.exits += 1;
         self.has_left_for_l1(barrier);
         self.apply_window();
-        true
     }
 
     /// Whether a HLT of L2's ends as soon as it begins: L1 has a virtual interrupt for it, which the

@@ -611,7 +611,7 @@ impl<'a, P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'a, P, M, S> {
         if self.level == Level::L1 {
             return read_pdptes(&self.memory, cr3);
         }
-        let table = self.translate_nested(Gpa(cr3 & 0xFFFF_FFE0));
+        let table = self.find_nested(Gpa(cr3 & 0xFFFF_FFE0));
         core::array::from_fn(|i| {
             let at = table.map(|table| table.wrapping_add(8 * i as u64));
             at.and_then(|at| self.memory.load_u64(at).ok())

@@ -9,16 +9,17 @@ use alloc::vec::Vec;
 use core::num::NonZeroU32;
 use core::ops::ControlFlow;
 
-use testudo_arch::{Cr4Flags, Gpa, GuestMemory, Hpa};
+use testudo_arch::{Cr4Flags, Gpa, GuestMemory, Gva, Hpa};
 use testudo_nested::vmx::{
-    ControlRegisters, Handled, Instruction, NestedVmx, Outcome, PageFaultOf, PredictorBarrier,
-    RestoreError, SavedVmx, SecondStage,
+    ControlRegisters, EptFault, Handled, Instruction, NestedVmx, Outcome, PageFaultOf,
+    PredictorBarrier, RestoreError, SavedVmx, SecondStage,
 };
 use testudo_vmx::bitmap::MsrBitmap;
 use testudo_vmx::caps::Allowed;
 use testudo_vmx::clock::preemption_timer;
 use testudo_vmx::controls::{EntryControls, PinControls, PrimaryControls, SecondaryControls};
 use testudo_vmx::encoding::Area;
+use testudo_vmx::exit::EptQualification;
 use testudo_vmx::fields::FIELDS;
 use testudo_vmx::hw::instructions::{self, ibpb};
 use testudo_vmx::hw::{HostState, Vmcs};
@@ -28,6 +29,7 @@ use super::mode::{LMA, MCE, Mode};
 use super::processor::{Level, Pair};
 use super::{Controls, Processor, ThisProcessor, VmxTables, VmxVcpu, setup};
 pub use crate::backend::flusher::Flusher;
+use crate::emulate::linear::StageAccess;
 use crate::stats::Settled;
 use crate::vcpu::{NestedStateError, Vcpu, VcpuError, VmExit};
 
@@ -101,6 +103,8 @@ pub(super) struct Nested<S> {
     pub(super) interrupted: bool,
     /// An INIT waits for the end of VMX root operation.
     pub(super) init_waits: bool,
+    /// What L1's EPT has refused to an instruction of L2's that is emulated, at which linear address.
+    pub(super) refused: Option<(EptFault, Gva)>,
     pub(super) counts: Counts,
 }
 
@@ -238,6 +242,7 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
             delivery_due: false,
             interrupted: false,
             init_waits: false,
+            refused: None,
             counts: Counts::default(),
         });
         Ok(())
@@ -702,12 +707,34 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         }
     }
 
-    /// Where an address of whoever runs lies in the machine.
-    pub(super) fn translate_nested(&mut self, gpa: Gpa) -> Option<Gpa> {
+    /// Where an address of whoever runs lies in the machine, to read what is there.
+    pub(super) fn find_nested(&mut self, gpa: Gpa) -> Option<Gpa> {
         match &mut self.nested {
-            Some(nested) if nested.state.is_nested_paging() => nested.stage.translate(gpa),
+            Some(nested) if nested.state.is_nested_paging() => nested.stage.translate(gpa, false),
             _ => Some(gpa),
         }
+    }
+
+    /// As [`Self::find_nested`], for an access of an instruction of its that is emulated: if L1's EPT refuses
+    /// it, that is kept in mind.
+    pub(super) fn translate_nested(&mut self, gpa: Gpa, access: &StageAccess) -> Option<Gpa> {
+        use EptQualification as Q;
+        let nested = self.nested.as_mut();
+        let Some(nested) = nested.filter(|nested| nested.state.is_nested_paging()) else {
+            return Some(gpa);
+        };
+        let found = nested.stage.translate(gpa, access.write);
+        if found.is_none() {
+            let mut cause = Q::LINEAR_VALID;
+            cause.set(Q::READ, !access.write && !access.fetch);
+            cause.set(Q::WRITE, access.write);
+            cause.set(Q::FETCH, access.fetch);
+            cause.set(Q::TRANSLATED, !access.table);
+            let qualification = cause.bits();
+            let fault = EptFault { gpa, qualification };
+            nested.refused = Some((fault, access.linear));
+        }
+        found
     }
 }
 

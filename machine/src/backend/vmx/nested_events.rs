@@ -2,7 +2,7 @@
 //! exceptions of instructions that are executed for it.
 
 use testudo_arch::{Event, GuestMemory};
-use testudo_nested::vmx::{Acceptance, Handled, PhysicalEvent, SecondStage};
+use testudo_nested::vmx::{Acceptance, EptFault, EptHandled, Handled, PhysicalEvent, SecondStage};
 use testudo_vmx::event::InterruptionInformation;
 use testudo_vmx::exit::BasicReason;
 use testudo_vmx::{AccessError, fields};
@@ -145,6 +145,32 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
     /// L2's task priority is below the threshold: the memory that holds it was written by another.
     pub(super) fn l2_exits_below_threshold(&mut self) -> Result<(), VcpuError> {
         self.exit_to_l1(BasicReason::TprBelowThreshold, 0)
+    }
+
+    /// L2 leaves with the EPT violation that the access would have met, if L1's EPT refuses it still.
+    pub(super) fn exit_by_refusal(&mut self) -> Result<(), VcpuError> {
+        let Some(nested) = &mut self.nested else {
+            return Ok(());
+        };
+        let Some((fault, linear)) = nested.refused.take() else {
+            return Ok(());
+        };
+        let (reason, qualification) = match nested.stage.fault(fault) {
+            EptHandled::Resolved | EptHandled::Host(_) => return Ok(()),
+            EptHandled::Violation(qualification) => (BasicReason::EptViolation, qualification),
+            EptHandled::Misconfiguration => (BasicReason::EptMisconfiguration, 0),
+        };
+        self.prepare()?;
+        let Some(nested) = &mut self.nested else {
+            return Ok(());
+        };
+        let fault = EptFault {
+            qualification,
+            ..fault
+        };
+        let handled = layer!(self, nested, exit_by_ept(reason, fault, linear))?;
+        nested.counts.exits += 1;
+        self.has_left(handled)
     }
 
     fn exit_to_l1(&mut self, reason: BasicReason, information: u32) -> Result<(), VcpuError> {

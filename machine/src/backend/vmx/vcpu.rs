@@ -14,6 +14,7 @@ use super::cache::{self, Cached};
 use super::mode::GUEST_EFER;
 use super::{CPUID, Level, Processor, VmxVcpu};
 use crate::backend::{is_valid_pat, is_valid_xcr0};
+use crate::emulate::linear::StageAccess;
 use crate::irq::ApicState;
 use crate::stats::Settled;
 use crate::vcpu::{AwaitedInterrupt, InitSignal, NestedStateError, Vcpu, VcpuError, VmExit};
@@ -243,8 +244,14 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> Vcpu for VmxVcpu<'_, P, M, S>
         self.level != Level::L1
     }
 
-    fn translate(&mut self, gpa: Gpa) -> Option<Gpa> {
-        self.translate_nested(gpa)
+    fn translate(&mut self, gpa: Gpa, access: &StageAccess) -> Option<Gpa> {
+        self.translate_nested(gpa, access)
+    }
+
+    fn settle_refusal(&mut self) {
+        if let Err(error) = self.exit_by_refusal() {
+            self.remember(error);
+        }
     }
 
     fn settled(&self) -> Option<Settled> {

@@ -54,7 +54,7 @@ pub(super) struct Stage {
 }
 
 impl SecondStage for Stage {
-    fn translate(&mut self, gpa: Gpa) -> Option<Gpa> {
+    fn translate(&mut self, gpa: Gpa, _: bool) -> Option<Gpa> {
         Some(gpa)
     }
 

@@ -108,7 +108,7 @@ impl SecondStage for Stage {
         self.answer
             .unwrap_or(EptHandled::Violation(fault.qualification))
     }
-    fn translate(&mut self, gpa: Gpa) -> Option<Gpa> {
+    fn translate(&mut self, gpa: Gpa, _: bool) -> Option<Gpa> {
         Some(gpa)
     }
     fn frame(&mut self, page: Gpa) -> Option<Hpa> {

@@ -138,6 +138,9 @@ fn a_double_fault_of_l2s_is_its_hypervisors_to_see() {
 /// Where L2 has an FLD from an address of a device's, which the emulator does not know.
 const FLD: u64 = 0x3000;
 
+/// Where L2 has a MOVSD.
+const MOVS: u64 = 0x4000;
+
 /// What the machine's loop does with L2's exit: `l2` makes it, and L1 goes on afterwards with what is then
 /// in its control block. L1's processor shuts down at last.
 fn in_the_loop(
@@ -152,6 +155,8 @@ fn in_the_loop(
     // A page further in L1's memory.
     let fld = [0xD9, 0x05, 0, 0, 0, 0xC0];
     memory.write(Gpa(FLD + 0x1000), &fld).unwrap();
+    memory.write(Gpa(MOVS + 0x1000), &[0xA5]).unwrap();
+    memory.write(Gpa(READ_ONLY + 0x1000), &SECRET).unwrap();
     vcpu.will_enter();
     vcpu.will(l2);
     vcpu.will_exit(ExitCode::SHUTDOWN);
@@ -161,7 +166,37 @@ fn in_the_loop(
     };
     let (machine, lapic, _) = fake_machine::machine(memory.clone());
     let stop = VcpuLoop::new(&machine, vcpu, lapic, Some(&start)).run();
+    let secret: [u8; 4] = memory.read_value(Gpa(READ_ONLY + 0x1000)).unwrap();
+    assert_eq!(secret, SECRET);
     (stop.reason, memory.read_value(VMCB12).unwrap())
+}
+
+/// What L2 may read and not write.
+const SECRET: [u8; 4] = *b"mine";
+
+/// From a device's register to memory that L1 does not let L2 write to.
+#[test]
+fn what_is_emulated_for_l2_writes_nowhere_that_l2_could_not() {
+    use NestedFaultBits as B;
+    let (stop, block) = in_the_loop(
+        |_| {},
+        |vmcb, registers| {
+            vmcb.set_rip(MOVS);
+            registers.gprs.rsi = 0xC000_0000;
+            registers.gprs.rdi = READ_ONLY;
+            exit(
+                vmcb,
+                ExitCode::NPF,
+                (B::USER | B::FINAL).bits(),
+                0xC000_0000,
+            );
+        },
+    );
+    assert_eq!(stop, StopReason::TripleFault);
+    assert_eq!(ExitCode(block.exit_code()), ExitCode::NPF);
+    let bits = B::USER | B::WRITE | B::FINAL;
+    let told = (block.exit_info1(), block.exit_info2(), block.rip());
+    assert_eq!(told, (bits.bits(), READ_ONLY, MOVS));
 }
 
 #[test]

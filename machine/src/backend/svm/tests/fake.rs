@@ -52,6 +52,9 @@ impl Processor for FakeProcessor {
     }
 }
 
+/// A page of L2's that L1 does not let it write to.
+pub(super) const READ_ONLY: u64 = 0x7000;
+
 /// A second stage under which nothing of L2's memory is mapped: it is a page further in L1's.
 #[derive(Debug, Default)]
 pub(super) struct Shifted;
@@ -64,11 +67,15 @@ impl SecondStage for Shifted {
     fn flush(&mut self, _: Option<u32>) {}
 
     fn fault(&mut self, fault: NestedPageFault) -> NestedFault {
-        NestedFault::Host(fault.gpa.wrapping_add(0x1000))
+        match self.translate(fault.gpa, fault.bits.contains(NestedFaultBits::WRITE)) {
+            Some(gpa) => NestedFault::Host(gpa),
+            None => NestedFault::Reflect(fault),
+        }
     }
 
-    fn translate(&mut self, gpa: Gpa) -> Option<Gpa> {
-        Some(gpa.wrapping_add(0x1000))
+    fn translate(&mut self, gpa: Gpa, write: bool) -> Option<Gpa> {
+        let allowed = !write || gpa.0 >> 12 != READ_ONLY >> 12;
+        allowed.then(|| gpa.wrapping_add(0x1000))
     }
 }
 

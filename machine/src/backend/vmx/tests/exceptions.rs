@@ -4,9 +4,10 @@
 use testudo_vmx::controls::{ExceptionBitmap, PinControls};
 
 use super::nested::{
-    Hypervisor, NO_EXIT, NO_PIN, TABLES, hypervisor_on, prepare_memory, prepared_memory,
+    Hypervisor, NO_EXIT, NO_PIN, READ_ONLY, TABLES, hypervisor_on, prepare_memory, prepared_memory,
 };
 use super::*;
+use crate::emulate::linear::StageAccess;
 use crate::vcpu::MemoryAccess;
 
 const INTERRUPT: u32 = 0x8000_0031;
@@ -128,6 +129,37 @@ const NOWHERE: Gpa = Gpa(0x4000_0000);
 const NOWHERE_OF_L2: u64 = 0x20_0000;
 /// Where L2 has an FLD, which the emulator does not know.
 const FLD: u64 = 0x6000;
+
+/// What is emulated for L2 writes nowhere that L2 could not: from a device's register to memory that L1 does not
+/// let it write to.
+#[test]
+fn what_l1s_ept_refuses_to_an_emulated_instruction_is_told_to_l1() {
+    let mut vcpu = running_in(prepared_memory(), ExceptionBitmap::empty());
+    let access = StageAccess {
+        linear: Gva(0x1234_5008),
+        write: true,
+        fetch: false,
+        table: false,
+    };
+    let read = StageAccess {
+        write: false,
+        ..access
+    };
+    let at = Gpa(READ_ONLY + 8);
+    assert_eq!(vcpu.translate(at, &read), Some(Gpa(READ_ONLY + 0x1008)));
+    vcpu.settle_refusal();
+    assert_eq!(vcpu.level, Level::L2);
+    assert_eq!(vcpu.translate(at, &access), None);
+    vcpu.settle_refusal();
+    vcpu.assert_exited(BasicReason::EptViolation);
+    // A write, of a linear address, behind its translation.
+    assert_eq!(vcpu.vmread(fields::EXIT_QUALIFICATION), 0x182);
+    assert_eq!(vcpu.vmread(fields::GUEST_PHYSICAL_ADDRESS), at.0);
+    assert_eq!(vcpu.vmread(fields::GUEST_LINEAR_ADDRESS), 0x1234_5008);
+    // Told once.
+    vcpu.settle_refusal();
+    assert_eq!(vcpu.level, Level::L1);
+}
 
 /// The machine's loop meets L2's exit, and L1 goes on afterwards: it reads the interruption information of
 /// the exit that it got, before its processor shuts down.

@@ -7,6 +7,7 @@ use testudo_vmx::caps::Basic;
 use testudo_vmx::controls::{ExitControls, PinControls};
 
 use super::*;
+use crate::emulate::linear::StageAccess;
 use crate::vcpu::NestedStateError;
 
 pub(super) const TABLES: u64 = 0x1000;
@@ -20,6 +21,9 @@ pub(super) const NE: u64 = 1 << 5;
 pub(super) const HOST_RIP: u64 = 0xFFFF_8000_0000_1000;
 /// What every script ends with: an interrupt of the host's.
 const HOST: VmExit = VmExit::Interrupted;
+
+/// A page of L2's that L1 does not let it write to.
+pub(super) const READ_ONLY: u64 = 0xD000;
 
 /// A second stage under which nothing of L2's memory is mapped: it is a page further in L1's.
 #[derive(Debug, Default)]
@@ -36,11 +40,15 @@ impl SecondStage for Shifted {
     fn flush(&mut self, _: Option<u64>) {}
 
     fn fault(&mut self, fault: EptFault) -> EptHandled {
-        EptHandled::Host(fault.gpa.wrapping_add(0x1000))
+        match self.translate(fault.gpa, fault.qualification & 2 != 0) {
+            Some(gpa) => EptHandled::Host(gpa),
+            None => EptHandled::Violation(fault.qualification),
+        }
     }
 
-    fn translate(&mut self, gpa: Gpa) -> Option<Gpa> {
-        Some(gpa.wrapping_add(0x1000))
+    fn translate(&mut self, gpa: Gpa, write: bool) -> Option<Gpa> {
+        let allowed = !write || gpa.0 >> 12 != READ_ONLY >> 12;
+        allowed.then(|| gpa.wrapping_add(0x1000))
     }
 
     fn frame(&mut self, page: Gpa) -> Option<Hpa> {
@@ -569,10 +577,16 @@ fn a_device_that_l2_reaches_is_named_by_l1s_address() {
             table: false,
         })
     );
-    assert_eq!(vcpu.translate(Gpa(0x4000)), Some(Gpa(0x5000)));
+    let read = StageAccess {
+        linear: Gva(0),
+        write: false,
+        fetch: false,
+        table: false,
+    };
+    assert_eq!(vcpu.translate(Gpa(0x4000), &read), Some(Gpa(0x5000)));
     vcpu.will_exit(BasicReason::Cpuid, 0);
     vcpu.run_out();
-    assert_eq!(vcpu.translate(Gpa(0x4000)), Some(Gpa(0x4000)));
+    assert_eq!(vcpu.translate(Gpa(0x4000), &read), Some(Gpa(0x4000)));
 }
 
 /// The bitmaps name what L1 reads and writes; the rest still exits.
