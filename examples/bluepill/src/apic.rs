@@ -20,7 +20,9 @@ const EOI: u64 = 0xB0;
 const LOGICAL_DESTINATION: u64 = 0xD0;
 const DESTINATION_FORMAT: u64 = 0xE0;
 const SPURIOUS: u64 = 0xF0;
+const PROCESSOR_PRIORITY: u64 = 0xA0;
 const IN_SERVICE: u64 = 0x100;
+const REQUESTED: u64 = 0x200;
 const COMMAND_LOW: u64 = 0x300;
 const COMMAND_HIGH: u64 = 0x310;
 const TASK_PRIORITY: u64 = 0x80;
@@ -173,6 +175,28 @@ pub(crate) fn send_nmi(destination: u32) {
     write(COMMAND_HIGH, high);
 }
 
+/// Reads a register in either mode; 0 if this processor lacks it.
+fn get(offset: u64, x2apic: bool) -> u32 {
+    if x2apic {
+        let register = Msr::X2APIC_FIRST.0 + (offset >> 4) as u32;
+        msr::try_read(register).map_or(0, |value| value as u32)
+    } else {
+        read(offset)
+    }
+}
+
+/// Whether an interrupt waits that the processor would take if it took any (SDM vol. 3A, 11.8.3.1 and 11.8.4: its
+/// class is above the processor's priority).
+pub(crate) fn has_pending() -> bool {
+    let x2apic = is_x2apic();
+    let class = get(PROCESSOR_PRIORITY, x2apic) >> 4 & 0xF;
+    // A class is half a word of 32 vectors.
+    (class + 1..16).any(|class| {
+        let word = get(REQUESTED + u64::from(class / 2) * 0x10, x2apic);
+        word >> (class % 2 * 16) & 0xFFFF != 0
+    })
+}
+
 /// What INIT does to the local APIC (SDM vol. 3A, 11.4.7.3): everything as after reset but for its number.
 pub(crate) fn reset() {
     let x2apic = is_x2apic();
@@ -186,14 +210,6 @@ pub(crate) fn reset() {
             write(offset, value);
         }
     };
-    let get = |offset: u64| {
-        if x2apic {
-            let register = Msr::X2APIC_FIRST.0 + (offset >> 4) as u32;
-            msr::try_read(register).map_or(0, |value| value as u32)
-        } else {
-            read(offset)
-        }
-    };
     for offset in LVT.step_by(0x10) {
         put(offset, MASKED);
     }
@@ -201,7 +217,7 @@ pub(crate) fn reset() {
     put(TASK_PRIORITY, 0);
     // One interrupt in service for each of its bits at the most.
     for _ in 0..256 {
-        if (0..8).all(|word| get(IN_SERVICE + word * 0x10) == 0) {
+        if (0..8).all(|word| get(IN_SERVICE + word * 0x10, x2apic) == 0) {
             break;
         }
         put(EOI, 0);

@@ -14,8 +14,8 @@ use testudo_ept::format::ept::{Ept, EptFlags};
 use testudo_ept::{Format, PageTable, Rights};
 use testudo_machine::backend::vmx::{
     APIC_PAGE, ApicTables, Controls, Flusher, NestedParts, ShadowBitmaps, SwitchedMsrs,
-    ThisProcessor, Unsuitable, VmxPlace, VmxTables, VmxVcpu, offers_shadowing, open_direct_msrs,
-    open_x2apic_msrs,
+    ThisProcessor, Unsuitable, VmxPlace, VmxTables, VmxVcpu, ept_format, offers_shadowing,
+    open_direct_msrs, open_x2apic_msrs,
 };
 use testudo_machine::paged::{Managed, PagedError, PagedMemory, SharedPool, Shootdown};
 use testudo_machine::paging::Paging;
@@ -23,7 +23,7 @@ use testudo_machine::policy::cpuid::XCR0_ALLOWED;
 use testudo_machine::{Host, VcpuError};
 use testudo_nested::vmx::{ComposedParts, ComposedStage, Offer, offer, shadow_bitmaps};
 use testudo_vmx::bitmap::{FieldBitmap, MsrBitmap};
-use testudo_vmx::caps::{EptVpidCaps, NoVmx, Processor};
+use testudo_vmx::caps::{NoVmx, Processor};
 use testudo_vmx::hw::{
     EnableError, RegionFrame, ResidentRegisters, ResidentUnsupported, VmcsKind, Vmx,
 };
@@ -98,7 +98,7 @@ struct Apic {
 
 impl Apic {
     fn new(caps: &VmxCaps, ram: &GuestRam) -> Result<Self, VmxError> {
-        let format = format(caps);
+        let format = ept_format(caps);
         let table = map(format, ram)?;
         let access_page = Frames.alloc().ok_or(VmxError::NoMemory)?;
         let flags = format.flags(Rights::all()).unwrap_or(EptFlags::empty());
@@ -116,7 +116,7 @@ impl Apic {
 
     fn tables(&self, caps: &VmxCaps) -> ApicTables {
         ApicTables {
-            ept_pointer: format(caps).pointer(self.table.root()),
+            ept_pointer: ept_format(caps).pointer(self.table.root()),
             access_page: self.access_page,
             x2apic_msr_bitmap: address(&*self.msr_bitmap),
         }
@@ -147,7 +147,7 @@ impl VmxBackend {
             (None, Err(lack)) => (Controls::choose_shadow(&caps)?, Some(lack)),
         };
         let format = if controls.has_ept() {
-            format(&caps)
+            ept_format(&caps)
         } else {
             // Only software looks at the table.
             Ept::new(caps.processor.physical_address_bits)
@@ -222,8 +222,8 @@ impl VmxBackend {
             memory: ram,
             inner: self.table,
             frames: Frames,
-            format: format(&self.caps),
-            l1_format: format(caps),
+            format: ept_format(&self.caps),
+            l1_format: ept_format(caps),
             page_limit: (ram.size() / testudo_arch::PAGE_SIZE) as usize,
         };
         let bitmap = Box::new(MsrBitmap::all_exit());
@@ -378,18 +378,6 @@ impl VmxBackend {
             vcpu = unsafe { vcpu.with_nested(parts, vmcs02, shadow.as_mut())? };
         }
         Ok(work(vcpu))
-    }
-}
-
-/// Tables in the largest pages that the processor takes.
-fn format(caps: &VmxCaps) -> Ept {
-    let format = Ept::new(caps.processor.physical_address_bits);
-    if caps.ept_vpid.contains(EptVpidCaps::PAGE_1G) {
-        format
-    } else if caps.ept_vpid.contains(EptVpidCaps::PAGE_2M) {
-        format.with_largest_page(PageSize::Size2M)
-    } else {
-        format.with_largest_page(PageSize::Size4K)
     }
 }
 

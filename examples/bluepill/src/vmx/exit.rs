@@ -81,6 +81,7 @@ impl Guest<'_> {
                 let information = self.processor.get(fields::EXIT_INTERRUPTION_INFORMATION)?;
                 self.leave_inner(BasicReason::ExternalInterrupt, 0, information)
             }
+            Exit::PreemptionTimer => self.end_turn(),
             Exit::ControlRegister(access) => self.access_control_register(access),
             Exit::Xsetbv => self.set_xcr(),
             Exit::Invd => {

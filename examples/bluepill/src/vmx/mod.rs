@@ -33,7 +33,7 @@ use testudo_arch::mtrr::Mtrrs;
 use testudo_arch::regs::SystemRegisters;
 use testudo_arch::segment::SegmentAttributes;
 use testudo_arch::{Cr0Flags, EferFlags, Event, FrameAlloc, Hpa, Msr, PageSize};
-use testudo_machine::backend::vmx::{Level, Processor, ThisProcessor};
+use testudo_machine::backend::vmx::{Level, Processor, ThisProcessor, ept_format};
 use testudo_machine::boot::BootState;
 use testudo_nested::vmx::{Acceptance, ComposedStage, PhysicalEvent};
 use testudo_rt as rt;
@@ -187,7 +187,7 @@ impl Guest<'_> {
         vmcs.set(fields::SECONDARY_CONTROLS, controls.secondary.bits())?;
         vmcs.set(fields::EXIT_CONTROLS, controls.exit.bits())?;
         vmcs.set(fields::ENTRY_CONTROLS, controls.entry.bits())?;
-        let pointer = tables::format(&tables.caps).pointer(tables.ept.root());
+        let pointer = ept_format(&tables.caps).pointer(tables.ept.root());
         vmcs.set(fields::EPT_POINTER, pointer)?;
         vmcs.set(fields::MSR_BITMAPS, address(&*tables.msr_bitmap).0)?;
         let ports = address(&*tables.io_bitmap);

@@ -7,22 +7,23 @@
 
 use alloc::boxed::Box;
 
-use testudo_arch::{Gpa, Hpa};
-use testudo_machine::backend::vmx::{Level, Pair, Processor};
+use testudo_arch::{Gpa, Hpa, RFlags};
+use testudo_machine::backend::vmx::{Level, Pair, Processor, ept_format, longest_turn};
 use testudo_nested::vmx::{
     Acceptance, ComposedParts, ComposedStage, Context, Handled, Instruction, NestedVmx, Outcome,
     PhysicalEvent, PredictorBarrier, SecondStage,
 };
 use testudo_vmx::bitmap::MsrBitmap;
 use testudo_vmx::controls::{ActivityState, SecondaryControls};
+use testudo_vmx::event::InterruptionInformation;
 use testudo_vmx::exit::{BasicReason, ExitReason};
 use testudo_vmx::hw::Vmcs;
 use testudo_vmx::hw::instructions::ibpb;
-use testudo_vmx::{VmcsWrite, VmxCaps, fields};
+use testudo_vmx::{VmcsRead, VmcsWrite, VmxCaps, fields};
 
 use super::msr::OpenMsrs;
-use super::tables::format;
 use super::{Guest, Stage, VPID_L2, VmxError, address};
+use crate::apic;
 use crate::counts::{self, Reason};
 use crate::nesting::{Flusher, PAGE_LIMIT};
 use crate::processors;
@@ -39,6 +40,9 @@ pub(super) struct Nested {
     /// The shadow VMCS, if there is one, and whether the guest's VMREAD and VMWRITE reach it now.
     shadow: Option<Hpa>,
     shadowing: bool,
+    /// The guest's guest runs with RFLAGS.IF set for an interrupt that is to end its turn, although it has
+    /// cleared it.
+    lent_if: bool,
 }
 
 impl Translate for Stage {
@@ -90,19 +94,24 @@ impl<'a> Guest<'a> {
             memory: &self.pill.territory.ram,
             inner: &tables.ept,
             frames: Frames,
-            format: format(&tables.caps),
-            l1_format: format(caps),
+            format: ept_format(&tables.caps),
+            l1_format: ept_format(caps),
             page_limit: PAGE_LIMIT,
         };
         let bitmap = Box::new(MsrBitmap::all_exit());
         let bitmap_at = address(&*bitmap);
         let own = &tables.msr_bitmap;
+        let mut state = NestedVmx::new(caps.clone(), &tables.caps, own, bitmap, bitmap_at);
+        if let Some(turn) = longest_turn(&tables.caps) {
+            state = state.with_turns(turn);
+        }
         self.nested = Some(Nested {
-            state: NestedVmx::new(caps.clone(), &tables.caps, own, bitmap, bitmap_at),
+            state,
             stage: ComposedStage::new(parts, flusher.clone()),
             flusher,
             shadow: at,
             shadowing: false,
+            lent_if: false,
         });
         Ok(())
     }
@@ -165,6 +174,11 @@ impl Guest<'_> {
         let Some(nested) = &mut self.nested else {
             return Ok(());
         };
+        if core::mem::take(&mut nested.lent_if) {
+            let flags = self.processor.get(fields::GUEST_RFLAGS)?;
+            let flags = flags & !RFlags::INTERRUPT_FLAG.bits();
+            self.processor.set(fields::GUEST_RFLAGS, flags)?;
+        }
         match layer!(self, nested, exited())? {
             Handled::Resume => Ok(()),
             Handled::L1(barrier) => self.return_by(barrier),
@@ -174,6 +188,32 @@ impl Guest<'_> {
             }
             Handled::Abort => self.end("a VMX abort"),
         }
+    }
+
+    /// The turn of the guest's guest ends where interrupts do not always end it. If one waits that the guest wants
+    /// to exit for, RFLAGS.IF lets the processor see it, and the entry exits before the first instruction.
+    pub(super) fn end_turn(&mut self) -> Result<(), VmxError> {
+        let Some(nested) = &mut self.nested else {
+            return Ok(());
+        };
+        let taken = nested.state.interception(PhysicalEvent::Interrupt)?;
+        if !matches!(taken, Some(Acceptance::Exit { .. })) || !apic::has_pending() {
+            return Ok(());
+        }
+        let flags = self.processor.get(fields::GUEST_RFLAGS)?;
+        let event = self.processor.get(fields::ENTRY_INTERRUPTION_INFORMATION)?;
+        // What comes before an interrupt would see the flag.
+        let before = self.processor.get(fields::GUEST_INTERRUPTIBILITY)?
+            | self.processor.get(fields::GUEST_ACTIVITY_STATE)?;
+        if flags & RFlags::INTERRUPT_FLAG.bits() == 0
+            && before == 0
+            && !InterruptionInformation(event).is_valid()
+        {
+            let flags = flags | RFlags::INTERRUPT_FLAG.bits();
+            self.processor.set(fields::GUEST_RFLAGS, flags)?;
+            nested.lent_if = true;
+        }
+        Ok(())
     }
 
     /// Gives the guest an exit of its guest.

@@ -7,7 +7,9 @@ use testudo_arch::mtrr::{MemoryType, Mtrrs};
 use testudo_arch::{Cr0Flags, Cr4Flags, Msr, PageSize};
 use testudo_ept::format::ept::{Ept, EptFlags};
 use testudo_ept::{Format, PageTable, Rights};
-use testudo_machine::backend::vmx::{Unsuitable, flush, grant_secondary, offers_shadowing};
+use testudo_machine::backend::vmx::{
+    Unsuitable, ept_format, flush, grant_secondary, offers_shadowing,
+};
 use testudo_nested::vmx::{Offer, offer, shadow_bitmaps};
 use testudo_rt::msr;
 use testudo_vmx::bitmap::{FieldBitmap, IoBitmap, MsrBitmap};
@@ -255,18 +257,6 @@ const EXITS: PrimaryControls = PrimaryControls::INTERRUPT_WINDOW_EXITING
     .union(PrimaryControls::MONITOR_EXITING)
     .union(PrimaryControls::PAUSE_EXITING);
 
-/// Tables in the largest pages that the processor, or what the guest is told of it, takes.
-pub(super) fn format(caps: &VmxCaps) -> Ept {
-    let format = Ept::new(caps.processor.physical_address_bits);
-    if caps.ept_vpid.contains(EptVpidCaps::PAGE_1G) {
-        format
-    } else if caps.ept_vpid.contains(EptVpidCaps::PAGE_2M) {
-        format.with_largest_page(PageSize::Size2M)
-    } else {
-        format.with_largest_page(PageSize::Size4K)
-    }
-}
-
 /// The EPT. The range registers do not count for a guest on EPT (SDM vol. 3C, 31.3.7): the entries have the
 /// types that they give, and what the guest's page attributes make of them is as without a hypervisor.
 fn table(
@@ -274,7 +264,7 @@ fn table(
     mtrrs: Option<&Mtrrs>,
     territory: &Territory,
 ) -> Result<PageTable<Ept, Frames>, VmxError> {
-    let format = format(caps);
+    let format = ept_format(caps);
     let mut end = (1 << caps.processor.physical_address_bits).min(FOUR_LEVELS);
     if !caps.ept_vpid.contains(EptVpidCaps::PAGE_1G) {
         end = end.min(MODEST);

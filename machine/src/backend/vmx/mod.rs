@@ -83,10 +83,12 @@ use nested::Nested;
 use timer::PreemptionTimer;
 pub use unsupported::UnsupportedExit;
 
-pub use nested::{Flusher, NestedParts, ShadowBitmaps, offers_shadowing};
+pub use nested::{Flusher, NestedParts, ShadowBitmaps, longest_turn, offers_shadowing};
 pub use processor::{Level, Pair, Processor, ResidentMsrs, ThisProcessor};
 pub use refusal::{Refusal, RefusalCause};
-pub use setup::{Controls, Unsuitable, VmxTables, flush, grant_secondary, open_direct_msrs};
+pub use setup::{
+    Controls, Unsuitable, VmxTables, ept_format, flush, grant_secondary, open_direct_msrs,
+};
 use shadow::Shadow;
 pub use switched::SwitchedMsrs;
 pub use task::{Switched, switch_tasks};

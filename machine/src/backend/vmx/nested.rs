@@ -83,6 +83,15 @@ const VMXE: u64 = Cr4Flags::VIRTUAL_MACHINE_EXTENSIONS.bits();
 /// waits for what it interrupts on another processor goes on so late at the latest.
 const TURN: u64 = 1 << 20;
 
+/// After how many units of the preemption timer L2's turn ends at the latest; `None` where interrupts end it anyway,
+/// or there is no such timer.
+pub fn longest_turn(caps: &VmxCaps) -> Option<NonZeroU32> {
+    let holds_back = Defects::of(caps).contains(Defects::HOLDS_INTERRUPTS_BACK);
+    let has_timer = caps.pin.allows(PinControls::ACTIVATE_PREEMPTION_TIMER);
+    let turn = preemption_timer(TURN, caps.misc.preemption_timer_shift());
+    NonZeroU32::new(turn).filter(|_| holds_back && has_timer)
+}
+
 /// Secondary controls with which a hypervisor gives its guests an instruction or a mode.
 const GRANTS: SecondaryControls = SecondaryControls::ENABLE_RDTSCP
     .union(SecondaryControls::ENABLE_INVPCID)
@@ -224,13 +233,8 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         if parts.enlightened {
             state = state.with_enlightened_vmcs();
         }
-        if Defects::of(self.caps).contains(Defects::HOLDS_INTERRUPTS_BACK)
-            && self.caps.pin.allows(PinControls::ACTIVATE_PREEMPTION_TIMER)
-        {
-            let shift = self.caps.misc.preemption_timer_shift();
-            if let Some(turn) = NonZeroU32::new(preemption_timer(TURN, shift)) {
-                state = state.with_turns(turn);
-            }
+        if let Some(turn) = longest_turn(self.caps) {
+            state = state.with_turns(turn);
         }
         self.nested = Some(Nested {
             state,

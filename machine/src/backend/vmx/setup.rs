@@ -1,6 +1,7 @@
 //! Which controls a vCPU runs with, and the VMCS as it is before the first entry.
 
-use testudo_arch::{Hpa, Msr};
+use testudo_arch::{Hpa, Msr, PageSize};
+use testudo_ept::format::ept::Ept;
 use testudo_vmx::bitmap::MsrBitmap;
 use testudo_vmx::caps::{EptVpidCaps, ForcedControls, UnsupportedControls};
 use testudo_vmx::controls::{
@@ -247,6 +248,18 @@ pub fn grant_secondary(
         granted -= SecondaryControls::ENABLE_VPID;
     }
     Ok(granted)
+}
+
+/// EPT in the largest pages that a processor takes, or that a guest hypervisor is told it takes.
+pub fn ept_format(caps: &VmxCaps) -> Ept {
+    let format = Ept::new(caps.processor.physical_address_bits);
+    if caps.ept_vpid.contains(EptVpidCaps::PAGE_1G) {
+        format
+    } else if caps.ept_vpid.contains(EptVpidCaps::PAGE_2M) {
+        format.with_largest_page(PageSize::Size2M)
+    } else {
+        format.with_largest_page(PageSize::Size4K)
+    }
 }
 
 /// How the translations of a guest with this VPID are dropped, which runs with these controls; `None` without

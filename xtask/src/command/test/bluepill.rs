@@ -59,6 +59,14 @@ pub(super) fn run(tally: &mut Tally, full: bool) -> Result<()> {
                 "2",
             )
         });
+        tally.check("bluepill::kvm_runs_linux_on_two_processors_on_vmx", || {
+            let machine = ["--backend", "vmx", "--kvm", "--processors", "2"];
+            status_of(
+                &[&machine[..], &["--run", "nproc; exit 9"]].concat(),
+                9,
+                "2",
+            )
+        });
         tally.check("bluepill::linux_has_the_machine_on_vmx", || {
             status_of(
                 &[
