@@ -13,6 +13,7 @@ use core::convert::Infallible;
 use core::fmt;
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
+use arrayvec::ArrayVec;
 use testudo_arch::cpuid::Cpuid;
 use testudo_arch::memory::GuestRam;
 use testudo_arch::{Cr4Flags, FrameAlloc, FrameMem, Gpa, GuestMemory, Gva};
@@ -135,6 +136,36 @@ pub struct Gate {
     passes: AtomicU32,
     /// Its cached translations are to be dropped before it enters.
     stale: AtomicBool,
+    /// What was changed in the second stage since the vCPU last asked.
+    changes: spin::Mutex<Changes>,
+}
+
+/// How many places of a second stage are told apart.
+const PLACES: usize = 256;
+
+/// Where a second stage was changed.
+#[derive(Debug, Default)]
+pub(crate) struct Changes {
+    places: ArrayVec<(Gpa, u64), PLACES>,
+    /// There were too many.
+    everywhere: bool,
+}
+
+impl Changes {
+    /// The places with their lengths; `None` if it may be anywhere.
+    pub(crate) fn places(&self) -> Option<&[(Gpa, u64)]> {
+        (!self.everywhere).then_some(&self.places)
+    }
+
+    fn add(&mut self, start: Gpa, len: u64) {
+        if let Some((last, extent)) = self.places.last_mut()
+            && last.0.checked_add(*extent) == Some(start.0)
+        {
+            *extent += len;
+        } else if self.places.try_push((start, len)).is_err() {
+            self.everywhere = true;
+        }
+    }
 }
 
 impl Gate {
@@ -151,6 +182,17 @@ impl Gate {
     #[inline]
     pub fn leave(&self) {
         self.passes.fetch_add(1, Ordering::Release);
+    }
+
+    /// Says where the second stage has been changed: after the change, and before the vCPU is told to drop its
+    /// translations. What it has made of the second stage elsewhere, for a guest of the guest's, it may keep.
+    pub(crate) fn note_change(&self, start: Gpa, len: u64) {
+        self.changes.lock().add(start, len);
+    }
+
+    /// What was noted since the last call; for the vCPU, outside of the gate.
+    pub(crate) fn take_changes(&self) -> Changes {
+        core::mem::take(&mut self.changes.lock())
     }
 
     /// Has the vCPU drop its translations before it enters again.

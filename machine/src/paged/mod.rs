@@ -395,6 +395,7 @@ impl<F: Format<Input = Gpa> + 'static, A: GuestFrames + 'static> PagedMemory<F, 
         let mut limbo = self.limbo.lock();
         // No frame is left to split a large page: everything stays.
         let token = self.table.unmap_into(gpa, len, Vec::new()).ok()?;
+        self.shootdown.note_change(gpa, len);
         let id = limbo.id();
         let (mut taken, mut own) = (0, 0);
         for page in numbers {

@@ -360,6 +360,7 @@ impl<F: Format<Input = Gpa> + 'static, A: GuestFrames + 'static> PagedMemory<F, 
             }
         }
         slot.store(frame.0 | PROTECTED, Ordering::Release);
+        self.shootdown.note_change(at, PAGE_SIZE);
         true
     }
 
@@ -435,6 +436,7 @@ impl<F: Format<Input = Gpa> + 'static, A: GuestFrames + 'static> PagedMemory<F, 
                 .table
                 .redirect_page(flush, self.gpa(page), frame, target)
         {
+            self.shootdown.note_change(self.gpa(page), PAGE_SIZE);
             return Some((group, target));
         }
         self.leave(sharing, group);
@@ -519,6 +521,7 @@ impl<F: Format<Input = Gpa> + 'static, A: GuestFrames + 'static> PagedMemory<F, 
                     self.table.frames().free(own);
                     return None;
                 }
+                self.shootdown.note_change(at, PAGE_SIZE);
                 let number = self.shootdown.begin();
                 self.shootdown.expel();
                 shares.depart(page, Change { number, token });

@@ -87,6 +87,14 @@ impl Shootdown {
         self.gates.get(vcpu)
     }
 
+    /// Notes where the guest's table was changed, before its vCPUs are told of it by [`begin`](Self::begin) or
+    /// [`expel`](Self::expel).
+    pub(crate) fn note_change(&self, start: Gpa, len: u64) {
+        for gate in &self.gates {
+            gate.note_change(start, len);
+        }
+    }
+
     /// Has all vCPUs out of the guest, none of which enters again before it has dropped its translations.
     /// They must go through their gates.
     pub(crate) fn expel(&self) {

@@ -226,6 +226,10 @@ where
         }
     }
 
+    fn forget(&mut self, start: Gpa, len: u64) {
+        self.forget_inner(start, len);
+    }
+
     fn translate(&mut self, gpa: Gpa, write: bool) -> Option<Gpa> {
         let mut rights = Rights::READ;
         rights.set(Rights::WRITE, write);

@@ -46,6 +46,13 @@ pub trait SecondStage {
     /// the tables already.
     fn flush(&mut self, asid: Option<u32>);
 
+    /// L0 changed its own table at these addresses of L1's: what was derived from it there is to be derived
+    /// anew.
+    fn forget(&mut self, start: Gpa, len: u64) {
+        let _ = (start, len);
+        self.flush(None);
+    }
+
     /// Handles a nested page fault of L2 under the current composition.
     fn fault(&mut self, fault: NestedPageFault) -> NestedFault;
 

@@ -156,6 +156,10 @@ where
             .flush(|key| eptp.is_none_or(|eptp| (eptp ^ key) & !0xFFF == 0));
     }
 
+    fn forget(&mut self, start: Gpa, len: u64) {
+        self.forget_inner(start, len);
+    }
+
     fn translate(&mut self, gpa: Gpa, write: bool) -> Option<Gpa> {
         let mut rights = Rights::READ;
         rights.set(Rights::WRITE, write);

@@ -118,6 +118,13 @@ pub trait SecondStage {
     /// L1 flushed what was derived from the table behind this EPT pointer, or from all of them.
     fn flush(&mut self, eptp: Option<u64>);
 
+    /// L0 changed its own table at these addresses of L1's: what was derived from it there is to be derived
+    /// anew.
+    fn forget(&mut self, start: Gpa, len: u64) {
+        let _ = (start, len);
+        self.flush(None);
+    }
+
     /// Handles an EPT violation or misconfiguration of L2 under the current composition.
     fn fault(&mut self, fault: EptFault) -> EptHandled;
 

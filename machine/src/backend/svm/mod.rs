@@ -41,7 +41,7 @@ use super::mode::Mode;
 use super::{is_valid_pat, is_valid_xcr0};
 use crate::code_cache::CodeCache;
 use crate::emulate::linear::StageAccess;
-use crate::paging::Gate;
+use crate::paging::{Changes, Gate};
 use crate::stats::Settled;
 use crate::vcpu::{AwaitedInterrupt, InitSignal, NestedStateError, Vcpu, VcpuError, VmExit};
 
@@ -268,8 +268,17 @@ impl<'a, M: GuestMemory, S: SecondStage, P: Processor> SvmVcpu<'a, M, S, P> {
     fn drop_translations(&mut self) {
         self.is_quiet = false;
         self.l1_asid.flush();
+        let changes = self.gate.map(Gate::take_changes);
         if let Some(nested) = &mut self.nested {
-            nested.stage.flush(None);
+            // What L1's tables were composed to elsewhere is as it was.
+            match changes.as_ref().and_then(Changes::places) {
+                Some(places) => {
+                    for &(start, len) in places {
+                        nested.stage.forget(start, len);
+                    }
+                }
+                None => nested.stage.flush(None),
+            }
             nested.state.flush_translations();
         }
     }

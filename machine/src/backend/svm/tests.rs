@@ -18,6 +18,7 @@ use testudo_svm::permission::IoPermissionMap;
 mod exceptions;
 mod fake;
 mod init;
+mod memory;
 
 use fake::*;
 

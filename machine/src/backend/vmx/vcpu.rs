@@ -16,6 +16,7 @@ use super::{CPUID, Level, Processor, VmxVcpu};
 use crate::backend::{is_valid_pat, is_valid_xcr0};
 use crate::emulate::linear::StageAccess;
 use crate::irq::ApicState;
+use crate::paging::{Changes, Gate};
 use crate::stats::Settled;
 use crate::vcpu::{AwaitedInterrupt, InitSignal, NestedStateError, Vcpu, VcpuError, VmExit};
 
@@ -217,8 +218,17 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> Vcpu for VmxVcpu<'_, P, M, S>
     }
 
     fn forget_memory(&mut self) -> Result<(), VcpuError> {
+        let changes = self.gate.map(Gate::take_changes);
         if let Some(nested) = &mut self.nested {
-            nested.stage.flush(None);
+            // What L1's EPT was composed to elsewhere is as it was.
+            match changes.as_ref().and_then(Changes::places) {
+                Some(places) => {
+                    for &(start, len) in places {
+                        nested.stage.forget(start, len);
+                    }
+                }
+                None => nested.stage.flush(None),
+            }
             nested.state.forget_frames();
         }
         let forgotten = self.processor.forget_ept();

@@ -150,6 +150,58 @@ fn a_frame_is_not_free_before_all_vcpus_have_forgotten_it() {
     assert_eq!(all.frames.count(), before + 64);
 }
 
+/// A guest hypervisor's tables are composed with the guest's own table, and of that composition a vCPU forgets only
+/// the places that its gate names.
+#[test]
+fn what_was_made_of_the_table_elsewhere_is_true_still() {
+    let all = Guests::new(6, 2, BLOCK);
+    let [guest, other] = [&all.guests[0], &all.guests[1]];
+    for page in 0..200 {
+        guest.fill(page, 1000 + page % 50);
+        other.fill(page, 1000 + page);
+    }
+    let gate = guest.shootdown.gate(0).unwrap();
+    let mut composed = BTreeMap::new();
+    let (mut kept, mut everywhere) = (0, 0);
+    for turn in 0..60 {
+        for page in 0..512 {
+            if let Some(found) = guest.table.translate(at(page)) {
+                let writable = found.leaf.flags.contains(NptFlags::WRITABLE);
+                composed.insert(page, (found.address, writable));
+            }
+        }
+        match turn % 5 {
+            0 => guest.ram.store_u64(at(turn * 3), turn).unwrap(),
+            1 => assert!(guest.memory.reclaim(at(turn), 2 * PAGE_SIZE) > 0),
+            2 => other.scan_all(),
+            _ => guest.memory.share(64),
+        }
+        match gate.take_changes().places() {
+            Some(places) => composed.retain(|&page, _| {
+                let gone =
+                    |(start, len): &(Gpa, u64)| (start.0..start.0 + len).contains(&at(page).0);
+                !places.iter().any(gone)
+            }),
+            None => {
+                composed.clear();
+                everywhere += 1;
+            }
+        }
+        for (&page, &(frame, writable)) in &composed {
+            assert_eq!(guest.frame(at(page)), frame, "page {page} in turn {turn}");
+            assert!(
+                !writable || guest.is_writable(at(page)),
+                "page {page} in turn {turn}"
+            );
+        }
+        kept += composed.len();
+        guest.forget();
+    }
+    assert!(all.stats().merged > 200, "{:?}", all.stats());
+    assert_eq!(everywhere, 0);
+    assert!(kept > 60 * 300, "{kept}");
+}
+
 /// A device on another vCPU found the page before it lost the write right, and writes after that.
 #[test]
 fn a_write_that_began_before_is_not_lost() {

@@ -57,14 +57,24 @@ pub(super) const READ_ONLY: u64 = 0x7000;
 
 /// A second stage under which nothing of L2's memory is mapped: it is a page further in L1's.
 #[derive(Debug, Default)]
-pub(super) struct Shifted;
+pub(super) struct Shifted {
+    /// What it was told to forget.
+    pub(super) forgotten: Vec<(Gpa, u64)>,
+    pub(super) flushes: usize,
+}
 
 impl SecondStage for Shifted {
     fn activate(&mut self, _: NestedTable) -> Option<Hpa> {
         Some(Hpa(0x6000))
     }
 
-    fn flush(&mut self, _: Option<u32>) {}
+    fn flush(&mut self, _: Option<u32>) {
+        self.flushes += 1;
+    }
+
+    fn forget(&mut self, start: Gpa, len: u64) {
+        self.forgotten.push((start, len));
+    }
 
     fn fault(&mut self, fault: NestedPageFault) -> NestedFault {
         match self.translate(fault.gpa, fault.bits.contains(NestedFaultBits::WRITE)) {
@@ -136,7 +146,7 @@ pub(super) fn hypervisor_in(memory: &'static GuestRam) -> Hypervisor {
     let state = NestedSvm::new(&host, Pages::new().unwrap(), Hpa(0xA000)).unwrap();
     let mut vcpu: Hypervisor = vcpu.with_nested(NestedParts {
         state,
-        stage: Shifted,
+        stage: Shifted::default(),
         flusher: Flusher::default(),
     });
     // Nested paging can only be given by somebody who has paging (APM vol. 2, 15.25.3).
