@@ -153,6 +153,7 @@ pub(crate) struct Changes {
 
 impl Changes {
     /// The places with their lengths; `None` if it may be anywhere.
+    #[cfg(any(test, feature = "svm", feature = "vmx"))]
     pub(crate) fn places(&self) -> Option<&[(Gpa, u64)]> {
         (!self.everywhere).then_some(&self.places)
     }
@@ -191,6 +192,7 @@ impl Gate {
     }
 
     /// What was noted since the last call; for the vCPU, outside of the gate.
+    #[cfg(any(test, feature = "svm", feature = "vmx"))]
     pub(crate) fn take_changes(&self) -> Changes {
         core::mem::take(&mut self.changes.lock())
     }
