@@ -47,6 +47,10 @@ pub(super) fn run(tally: &mut Tally, full: bool) -> Result<()> {
         tally.check("nested::two_kvms_on_different_paging", || {
             status_of("kvm", &["--guests", "2", "--paging", "nested,shadow"])
         });
+        tally.check("nested::two_kvms_share_pages", || {
+            let shared = ["--share-pages", "--guests", "2", "--vcpus", "2"];
+            status_of("kvm", &shared)
+        });
         // Instructions are time on Bochs in any case, and it takes minutes.
         let on_vtx = ["--backend", "vmx"];
         tally.check("nested::kvm_runs_linux_on_vtx", || {
@@ -61,6 +65,10 @@ pub(super) fn run(tally: &mut Tally, full: bool) -> Result<()> {
         tally.check("nested::state_is_saved_and_restored_on_vtx", || {
             renewed(&on_vtx, "1800")
         });
+        tally.check(
+            "nested::state_on_shadow_paging_is_saved_and_restored_on_vtx",
+            || renewed(&["--backend", "vmx", "--paging", "shadow"], "1800"),
+        );
         // Its end needs a guest of the guest's to leave that has its interrupts off for good.
         tally.check("nested::kvm_with_two_processors_runs_linux_on_vtx", || {
             status_by(&on_vtx, "kvm", "3600", &["--vcpus", "2"]).map(drop)
