@@ -12,13 +12,13 @@ use criterion::{Criterion, criterion_group, criterion_main};
 use testudo_arch::memory::GuestRam;
 use testudo_arch::{Gpa, Gpr, Gprs, GuestMemory as _, Hpa, Msr};
 use testudo_nested::{svm, vmx};
-use testudo_svm::Vmcb;
 use testudo_svm::caps::SvmCaps;
 use testudo_svm::check::{Outside, check_vmrun};
 use testudo_svm::exit::ExitCode;
 use testudo_svm::intercept::{Misc1, Misc2};
 use testudo_svm::permission::{IoPermissionMap, MsrAccess, MsrPermissionMap};
 use testudo_svm::vmcb::{CleanBits, NestedControl, VintrFlags, VirtualInterrupts};
+use testudo_svm::{Defects, Vmcb};
 use testudo_vmx::bitmap::MsrBitmap;
 use testudo_vmx::caps::{VmxCaps, fixtures};
 use testudo_vmx::check::{check_entry, samples};
@@ -117,6 +117,7 @@ impl SvmVcpu {
             l1_caps: &l1_caps,
             msr_permissions: &msr_permissions,
             io_permissions: &IoPermissionMap::intercept_all(),
+            defects: Defects::empty(),
         };
         let pages = svm::Pages::new().unwrap();
         let mut nested = svm::NestedSvm::new(&host, pages, Hpa(0x10_0000)).unwrap();

@@ -4,7 +4,7 @@
 use testudo_arch::memory::GuestRam;
 use testudo_arch::{Gpa, Gprs, GuestMemory, Hpa, Msr};
 use testudo_nested::{svm, vmx};
-use testudo_svm::Vmcb;
+use testudo_svm::{Defects, Vmcb};
 use testudo_svm::caps::{Features, SvmCaps};
 use testudo_svm::check::{Outside, check_vmrun};
 use testudo_svm::exit::{ExitCode, NestedPageFault};
@@ -123,6 +123,7 @@ fn svm_in(ram: &GuestRam, input: &mut Input<'_>) {
         l1_caps: &l1_caps,
         msr_permissions: &msr_permissions,
         io_permissions: &IoPermissionMap::intercept_all(),
+        defects: Defects::empty(),
     };
     let Some(mut nested) =
         svm::Pages::new().and_then(|pages| svm::NestedSvm::new(&host, pages, PAGES))

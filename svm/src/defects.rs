@@ -21,6 +21,12 @@ bitflags! {
         /// QEMU loads CR0 before CR4 and EFER, and takes the host's CR0.PG for an illegal step of
         /// the guest's into long mode, which it ignores.
         const LOSES_CR0 = 2;
+        /// A page walk in PAE paging sets bit 5 of the page-directory-pointer entry, where other entries
+        /// have their accessed bit. There VMRUN's check of these entries must let it pass, or a guest
+        /// hypervisor that shadows its guest's tables fails at its own.
+        ///
+        /// QEMU's `mmu_translate` marks the entries of all levels.
+        const MARKS_PDPES = 4;
     }
 }
 
@@ -30,7 +36,9 @@ impl Defects {
     pub const fn of(signature: Option<&[u8; 12]>) -> Self {
         match signature {
             // Seen in version 7.2, the first also in the sources of later ones.
-            Some(b"TCGTCGTCGTCG") => Self::REPEATS_INTERRUPTS.union(Self::LOSES_CR0),
+            Some(b"TCGTCGTCGTCG") => Self::REPEATS_INTERRUPTS
+                .union(Self::LOSES_CR0)
+                .union(Self::MARKS_PDPES),
             _ => Self::empty(),
         }
     }

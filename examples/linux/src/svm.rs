@@ -195,6 +195,7 @@ impl SvmBackend {
             l1_caps,
             msr_permissions: &self.msr_permissions,
             io_permissions: &self.io_permissions,
+            defects: defects(),
         };
         let pages = Pages::new().ok_or(SvmError::NoMemory)?;
         let at = address(&*pages);
@@ -249,7 +250,7 @@ impl SvmBackend {
             number: number as u32,
             xcr0_valid: (u64::from(high) << 32 | u64::from(low)) & XCR0_ALLOWED,
             has_predictor_barrier: cpuid.query(0x8000_0008, 0)[1] & 1 << 12 != 0,
-            defects: Defects::of(hypervisor_signature().as_ref()),
+            defects: defects(),
         };
         // SAFETY: `new` made the tables, which reach `ram` only, and this value keeps them; each
         // vCPU has its processor to itself.
@@ -265,6 +266,11 @@ impl SvmBackend {
         }
         Ok(work(vcpu))
     }
+}
+
+/// What the processor does otherwise than the manual says.
+fn defects() -> Defects {
+    Defects::of(hypervisor_signature().as_ref())
 }
 
 fn address<T>(place: &T) -> Hpa {

@@ -94,7 +94,7 @@ impl NestedSvm {
             return self.refuse(cx);
         }
         // Where no memory is, the pointers read as ones, with all reserved bits set.
-        if check_pdpes(&self.vmcb12, &self.l1_caps, cx.memory) != Ok(None) {
+        if check_pdpes(&self.vmcb12, &self.l1_caps, self.defects, cx.memory) != Ok(None) {
             return self.refuse(cx);
         }
         if !self.select_translation(unchanged, cx) {

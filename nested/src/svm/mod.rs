@@ -31,7 +31,7 @@
 //! use testudo_nested::svm::*;
 //! use testudo_svm::intercept::Misc2;
 //! use testudo_svm::permission::{IoPermissionMap, MsrPermissionMap};
-//! use testudo_svm::{SvmCaps, Vmcb};
+//! use testudo_svm::{Defects, SvmCaps, Vmcb};
 //!
 //! let mut bytes = vec![0u64; 0x2000];
 //! let mut memory = GuestRam::new();
@@ -45,6 +45,7 @@
 //!     l1_caps: &l1_caps,
 //!     msr_permissions: &MsrPermissionMap::intercept_all(),
 //!     io_permissions: &IoPermissionMap::intercept_all(),
+//!     defects: Defects::empty(),
 //! };
 //! let pages = Pages::new().expect("memory");
 //! let mut nested = NestedSvm::new(&host, pages, Hpa(0x10_0000)).expect("memory");
@@ -108,7 +109,7 @@ use crate::open_words::OpenWords;
 use testudo_svm::asid::AsidSlot;
 use testudo_svm::caps::{Features, SvmCaps, VmCr};
 use testudo_svm::permission::{IoPermissionMap, MsrPermissionMap};
-use testudo_svm::{Vmcb, event::RawEvent, vmcb::VirtualInterrupts};
+use testudo_svm::{Defects, Vmcb, event::RawEvent, vmcb::VirtualInterrupts};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
 pub use caps::{leaf_8000_000a, offer};
@@ -148,6 +149,8 @@ pub struct Host<'a> {
     pub msr_permissions: &'a MsrPermissionMap,
     /// The I/O permission map that L1 runs with.
     pub io_permissions: &'a IoPermissionMap,
+    /// What the processor does otherwise than the manual says.
+    pub defects: Defects,
 }
 
 /// What a call works on besides the nested state itself.
@@ -176,6 +179,7 @@ pub struct NestedSvm {
     is_cached: bool,
     features: Features,
     l1_caps: SvmCaps,
+    defects: Defects,
     open_msrs: OpenWords,
     open_ports: OpenWords,
     asids: asid::Asids,
@@ -213,6 +217,7 @@ impl NestedSvm {
             is_cached: false,
             features,
             l1_caps: *host.l1_caps,
+            defects: host.defects,
             open_msrs: OpenWords::of(host.msr_permissions.as_bytes()),
             open_ports: OpenWords::of(host.io_permissions.as_bytes()),
             asids: asid::Asids::default(),

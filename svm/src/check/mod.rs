@@ -40,6 +40,7 @@ use testudo_arch::segment::SegmentAttributes;
 use testudo_arch::{Cr0Flags, Cr4Flags, EferFlags, Gpa, RFlags};
 
 use crate::caps::{Features, SvmCaps};
+use crate::defects::Defects;
 use crate::event::EventType;
 use crate::intercept::{Misc1, Misc2};
 use crate::permission::{IoPermissionMap, MsrPermissionMap};
@@ -134,6 +135,9 @@ const CET: u64 = 1 << 23;
 const SVME: u64 = EferFlags::SECURE_VIRTUAL_MACHINE_ENABLE.bits();
 const LME: u64 = EferFlags::LONG_MODE_ENABLE.bits();
 const LMA: u64 = EferFlags::LONG_MODE_ACTIVE.bits();
+
+/// The accessed bit of the entries that have one.
+const ACCESSED: u64 = 1 << 5;
 
 /// The bits that AMD defines in S_CET and U_CET: SH_STK_EN and WR_SHSTK_EN.
 const CET_DEFINED: u64 = 0b11;
@@ -307,7 +311,8 @@ fn check_interrupts(vmcb: &Vmcb, caps: &SvmCaps, found: &mut Violations) {
 
 /// Checks the four page-directory pointers that VMRUN reads for a guest in PAE paging without
 /// nested paging: "setting any reserved bits in the PDPEs also causes a #VMEXIT" (APM vol. 2,
-/// 15.5.1). The violation's value is the pointer.
+/// 15.5.1). The violation's value is the pointer. What the processor puts there itself, by one of
+/// these `defects`, is none.
 ///
 /// # Errors
 ///
@@ -315,6 +320,7 @@ fn check_interrupts(vmcb: &Vmcb, caps: &SvmCaps, found: &mut Violations) {
 pub fn check_pdpes(
     vmcb: &Vmcb,
     caps: &SvmCaps,
+    defects: Defects,
     memory: &impl GuestMemory,
 ) -> Result<Option<Violation>, MemoryFault> {
     let paging = vmcb.cr0() & (PG | PE) == PG | PE;
@@ -324,7 +330,10 @@ pub fn check_pdpes(
         return Ok(None);
     }
     // Bits 2:1 and 8:5, and those beyond the physical address (APM vol. 2, figure 5-10).
-    let reserved = 0b1_1110_0110 | !(caps.physical_limit() - 1);
+    let mut reserved = 0b1_1110_0110 | !(caps.physical_limit() - 1);
+    if defects.contains(Defects::MARKS_PDPES) {
+        reserved &= !ACCESSED;
+    }
     let table = Gpa(vmcb.cr3() & 0xFFFF_FFE0);
     for index in 0..4 {
         let value = memory.load_u64(table.wrapping_add(8 * index))?;

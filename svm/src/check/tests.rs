@@ -1,4 +1,5 @@
 use super::*;
+use crate::defects::Defects;
 use crate::event::RawEvent;
 use crate::intercept::Intercepts;
 use crate::vmcb::{AvicPhysicalTable, VirtualInterrupts};
@@ -349,13 +350,18 @@ fn page_directory_pointers() {
     vmcb.set_cr4(PAE);
     vmcb.set_cr3(0x1FE0);
     let caps = caps();
-    let check = |vmcb: &Vmcb| check_pdpes(vmcb, &caps, &memory).map(|v| v.map(|v| v.value));
+    let on = |vmcb: &Vmcb, defects| {
+        check_pdpes(vmcb, &caps, defects, &memory).map(|v| v.map(|v| v.value))
+    };
+    let check = |vmcb: &Vmcb| on(vmcb, Defects::empty());
     assert_eq!(check(&vmcb), Ok(None));
     for reserved in [1 << 1, 1 << 2, 1 << 5, 1 << 8, 1 << 48, 1 << 63] {
         memory.store_u64(Gpa(0x1FF8), reserved).unwrap();
         assert_eq!(check(&vmcb), Ok(None), "not present");
         memory.store_u64(Gpa(0x1FF8), reserved | 1).unwrap();
         assert_eq!(check(&vmcb), Ok(Some(reserved | 1)));
+        let marked = (reserved != ACCESSED).then_some(reserved | 1);
+        assert_eq!(on(&vmcb, Defects::MARKS_PDPES), Ok(marked));
     }
     let mut long = vmcb.clone();
     long.set_efer(LME);

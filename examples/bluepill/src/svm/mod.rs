@@ -20,6 +20,7 @@ mod tables;
 use alloc::boxed::Box;
 use core::convert::Infallible;
 
+use testudo_arch::cpuid::hypervisor_signature;
 use testudo_arch::memory::GuestRam;
 use testudo_arch::regs::SystemRegisters;
 use testudo_arch::{EferFlags, Event, FrameAlloc, Gpa, Hpa, Msr, PAGE_SIZE, RFlags};
@@ -29,7 +30,6 @@ use testudo_nested::svm::{
     ComposedParts, ComposedStage, Context, Host, NestedSvm, Pages, SecondStage,
 };
 use testudo_rt as rt;
-use testudo_svm::Vmcb;
 use testudo_svm::asid::{AsidPool, AsidSlot};
 use testudo_svm::caps::VmCr;
 use testudo_svm::exit::ExitCode;
@@ -38,6 +38,7 @@ use testudo_svm::hw::{
 };
 use testudo_svm::intercept::{Misc1, Misc2};
 use testudo_svm::vmcb::{InterruptState, NestedControl, VintrFlags};
+use testudo_svm::{Defects, Vmcb};
 
 use crate::Pill;
 use crate::apic;
@@ -138,6 +139,7 @@ pub(crate) fn run(
         l1_caps: tables.guest_caps.as_ref().unwrap_or(&tables.caps),
         msr_permissions: &tables.msr_permissions,
         io_permissions: &tables.io_permissions,
+        defects: Defects::of(hypervisor_signature().as_ref()),
     };
     let nested = NestedSvm::new(&host, pages, pages_at).ok_or(SvmError::NoMemory)?;
     let flusher = Flusher::default();

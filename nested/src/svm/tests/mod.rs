@@ -4,6 +4,7 @@ use std::boxed::Box;
 use std::vec::Vec;
 
 use testudo_arch::{DescriptorTable, Gpa, Gprs, GuestMemory, Hpa, Msr};
+use testudo_svm::Defects;
 use testudo_svm::caps::{Features, SvmCaps};
 use testudo_svm::exit::{ExitCode, NestedPageFault};
 use testudo_svm::intercept::{ExceptionIntercepts, Misc1, Misc2};
@@ -139,6 +140,11 @@ pub(super) fn set_state(vmcb: &mut Vmcb, seed: u64) {
 impl Vm {
     /// On a processor with these capabilities, all of which L1 was told of.
     pub(super) fn new(caps: SvmCaps) -> Self {
+        Self::with_defects(caps, Defects::empty())
+    }
+
+    /// The same on a processor with these defects.
+    pub(super) fn with_defects(caps: SvmCaps, defects: Defects) -> Self {
         let mut msr = MsrPermissionMap::intercept_all();
         for open in [Msr::FS_BASE, Msr::STAR, Msr::SYSENTER_CS, Msr::TSC_AUX] {
             msr.set(open, MsrAccess::empty());
@@ -155,6 +161,7 @@ impl Vm {
             l1_caps: &l1_caps,
             msr_permissions: &msr,
             io_permissions: &io,
+            defects,
         };
         let mut nested = NestedSvm::new(&host, Pages::new().unwrap(), PAGES_AT).unwrap();
         let mut vmcb01 = Box::new(Vmcb::new());

@@ -11,10 +11,15 @@ const INTERRUPT: RawEvent = RawEvent(1 << 31 | 33);
 
 /// An L1 that is offered no nested paging, on an L0 that intercepts page faults.
 fn shadowing() -> Vm {
-    let mut vm = Vm::new(SvmCaps {
+    shadowing_on(Defects::empty())
+}
+
+fn shadowing_on(defects: Defects) -> Vm {
+    let caps = SvmCaps {
         features: Features::all() - Features::NP,
         ..full_caps()
-    });
+    };
+    let mut vm = Vm::with_defects(caps, defects);
     vm.vmcb01.set_nested_control(NestedControl::empty());
     let exceptions = vm.vmcb01.intercept_exceptions() | ExceptionIntercepts::PF;
     vm.vmcb01.set_intercept_exceptions(exceptions);
@@ -154,4 +159,9 @@ fn without_nested_paging_page_directory_pointers_are_checked() {
         assert_eq!(vm.execute(Instruction::Vmrun), Outcome::Refused);
         assert_eq!(vm.vmcb12().exit_code(), ExitCode::INVALID.0);
     }
+    // L2 ran on QEMU with this table before, so its walks have marked the entry.
+    let mut vm = shadowing_on(Defects::MARKS_PDPES);
+    pae(&vm);
+    vm.memory.store_u64(Gpa(0x9008), 0xA001 | 1 << 5).unwrap();
+    vm.enter();
 }
