@@ -14,6 +14,9 @@ use crate::format::{Format, Rights};
 use crate::guest_table::{GuestTable, TableFault};
 use crate::{EditError, Flush, MapError, PageTable};
 
+/// What an instruction fetch needs.
+const FETCHES: Rights = Rights::EXECUTE.union(Rights::USER_EXECUTE);
+
 /// A table that holds the product of two stages.
 ///
 /// To change the inner table: edit it, call [`Self::forget_inner`] for the range, and only then
@@ -115,7 +118,8 @@ impl<F: Format<Input = Gpa>, M: FrameAlloc + FrameMem> Composed<F, M> {
     /// `access`. A page that is there already with fewer rights, or of another origin, is replaced.
     ///
     /// The write right is withheld while the outer table has not marked the page dirty, so that its
-    /// dirty bit is set when the first write faults.
+    /// dirty bit is set when the first write faults. In a format whose executable pages must be
+    /// smaller than others, a page lacks the right to fetch until the first fetch faults.
     ///
     /// # Errors
     ///
@@ -153,9 +157,14 @@ impl<F: Format<Input = Gpa>, M: FrameAlloc + FrameMem> Composed<F, M> {
             rights -= Rights::WRITE;
         }
         rights = format.floor(rights);
-        let flags = format.with_rights(second.leaf.flags, rights);
-        let flags = flags.filter(|_| rights.contains(access)).ok_or(denied)?;
-        let level = format.largest_level(flags);
+        let with = |rights: Rights| {
+            let flags = format.with_rights(second.leaf.flags, rights)?;
+            let level = format.largest_level(flags);
+            rights.contains(access).then_some((rights, flags, level))
+        };
+        let whole = with(rights).ok_or(denied)?;
+        // Where executable pages must be small, one stays large until the first fetch from it.
+        let data = with(format.floor(rights - FETCHES));
         let shift = first.shift.min(second.leaf.shift);
 
         if self.pages.len() >= self.limit {
@@ -163,9 +172,14 @@ impl<F: Format<Input = Gpa>, M: FrameAlloc + FrameMem> Composed<F, M> {
         }
         let mut flush = self.table.token(());
         let sizes = PageSize::ALL.into_iter().rev();
-        let fitting =
-            sizes.filter(|size| size.shift() <= shift && crate::format::level_of(*size) <= level);
-        for size in fitting {
+        let fitting = sizes
+            .filter(|size| size.shift() <= shift)
+            .filter_map(|size| {
+                let fits = |made: &(_, _, u8)| crate::format::level_of(size) <= made.2;
+                let made = Some(whole).filter(fits).or(data.filter(fits))?;
+                Some((size, made))
+            });
+        for (size, (rights, flags, _)) in fitting {
             let start = address.align_down(size);
             let frame = second.address.align_down(size);
             match self.table.put(&mut flush, start, size, frame, flags) {

@@ -148,6 +148,33 @@ fn large_pages_stay_where_both_stages_have_them() {
     setup.check(0x4000_0000);
 }
 
+/// CVE-2018-12207: a page that a guest's guest fetches from is small, whatever its hypervisor says, and others
+/// stay large.
+#[test]
+fn a_page_becomes_small_by_the_first_fetch() {
+    let (level1, pool) = (Level1::new(64), FramePool::new(64));
+    let mut setup = Setup::new(&level1, &pool, Ept::new(46), 100);
+    let format = Ept::new(46).without_large_executable();
+    setup.composed = Composed::new(format, &pool, 100).unwrap();
+    setup.map_outer(0, 0x4000_0000, 0x80_0000, ALL);
+    setup.map_inner(0x4000_0000, 0x8000_0000, 0x80_0000, ALL);
+    let rights = |setup: &Setup<'_>, at| {
+        let found = setup.composed.table().translate(Gpa(at));
+        found.map(|found| format.rights(found.leaf.flags))
+    };
+    assert_eq!(setup.fill(0x1234, WRITE), Ok(PageSize::Size2M));
+    assert_eq!(rights(&setup, 0x1234), Some(WRITE));
+    assert_eq!(setup.fill(0x1234, Rights::EXECUTE), Ok(PageSize::Size4K));
+    assert_eq!(rights(&setup, 0x1234), Some(ALL));
+    // The rest of the large page is gone, and its pieces need no second fault.
+    assert_eq!(rights(&setup, 0x2000), None);
+    assert_eq!(setup.fill(0x2000, READ), Ok(PageSize::Size4K));
+    assert_eq!(rights(&setup, 0x2000), Some(ALL));
+    assert_eq!(setup.fill(0x20_0000, Rights::EXECUTE), Ok(PageSize::Size4K));
+    assert_eq!(setup.fill(0x40_0000, READ), Ok(PageSize::Size2M));
+    setup.check(0x80_0000);
+}
+
 #[test]
 fn a_large_page_comes_back_after_small_ones_have_gone() {
     let (level1, pool) = (Level1::new(64), FramePool::new(64));

@@ -335,6 +335,7 @@ pub fn exits(data: &[u8]) {
         memory: MIN_RAM,
         nested: false,
         hyperv: false,
+        pschange_mc_no: false,
         time_limit: Some(TIME_LIMIT),
         start_time: 0,
     };

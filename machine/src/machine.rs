@@ -41,6 +41,11 @@ pub struct MachineConfig {
     /// Whether it finds Hyper-V's interface ([`policy::hyperv`](crate::policy::hyperv)), on a backend
     /// that offers it enlightened VMCSs.
     pub hyperv: bool,
+    /// Whether a guest that is a hypervisor is told that its guests cause no machine check by a change of
+    /// a page's size (IA32_ARCH_CAPABILITIES, IF_PSCHANGE_MC_NO): none does on this processor, or the
+    /// tables that they run on have executable pages of 4 KiB only. Otherwise the guest hypervisor sees to
+    /// that, with many more exits.
+    pub pschange_mc_no: bool,
     /// How long the machine may run, in nanoseconds: then it stops with
     /// [`StopReason::TimeIsUp`](crate::StopReason::TimeIsUp).
     pub time_limit: Option<u64>,
@@ -95,6 +100,7 @@ pub struct Machine<M> {
     /// When the time is up, in the host's nanoseconds.
     pub(crate) end: Option<u64>,
     pub(crate) physical_bits: u8,
+    pub(crate) pschange_mc_no: bool,
     console: Arc<spin::Mutex<Uart>>,
     rsdp: Gpa,
     layout: Layout,
@@ -174,6 +180,7 @@ impl<M: GuestMemory> Machine<M> {
             vcpus: vcpus as u32,
             nested: config.nested,
             hyperv: config.hyperv,
+            arch_capabilities: config.pschange_mc_no,
         };
         let end = config
             .time_limit
@@ -193,6 +200,7 @@ impl<M: GuestMemory> Machine<M> {
             shootdown: None,
             end,
             physical_bits,
+            pschange_mc_no: config.pschange_mc_no,
             console: board.console,
             rsdp,
             layout,

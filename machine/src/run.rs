@@ -100,12 +100,16 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
             }
             None => Activity::WaitsForStartup,
         };
+        let mut msrs = MsrPolicy::new(u32::from(machine.physical_bits));
+        if machine.pschange_mc_no {
+            msrs = msrs.with_pschange_mc_no();
+        }
         Self {
             index: lapic.id() as usize,
             machine,
             vcpu,
             lapic,
-            msrs: MsrPolicy::new(u32::from(machine.physical_bits)),
+            msrs,
             activity,
             attention: true,
             nmi: false,

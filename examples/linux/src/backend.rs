@@ -83,6 +83,15 @@ impl Backend {
         }
     }
 
+    /// Whether a guest hypervisor may be told that no change of a page's size causes a machine check.
+    pub(crate) fn pschange_mc_no(&self) -> bool {
+        match self {
+            // The processors that it does are Intel's.
+            Self::Svm(_) => false,
+            Self::Vmx(vmx) => vmx.pschange_mc_no(),
+        }
+    }
+
     /// Why shadow paging takes the place of nested paging, though nobody asked for it.
     pub(crate) fn lack(&self) -> Option<String> {
         match self {

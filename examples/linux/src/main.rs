@@ -156,6 +156,7 @@ fn prepare(
         memory: args.memory_mib << 20,
         nested: args.nested,
         hyperv: args.enlightened,
+        pschange_mc_no: args.nested && backend.pschange_mc_no(),
         time_limit: args
             .timeout_s
             .map(|seconds| seconds.saturating_mul(1_000_000_000)),

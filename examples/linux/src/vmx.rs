@@ -9,7 +9,7 @@ use core::ptr::NonNull;
 use testudo_arch::apic::ApicPage;
 use testudo_arch::cpuid::Cpuid;
 use testudo_arch::memory::GuestRam;
-use testudo_arch::{FrameAlloc, Gpa, Hpa, PAGE_SIZE, PageSize};
+use testudo_arch::{FrameAlloc, Gpa, Hpa, Msr, PAGE_SIZE, PageSize};
 use testudo_ept::format::ept::{Ept, EptFlags};
 use testudo_ept::{Format, PageTable, Rights};
 use testudo_machine::backend::vmx::{
@@ -20,8 +20,10 @@ use testudo_machine::backend::vmx::{
 use testudo_machine::paged::{Managed, PagedError, PagedMemory, SharedPool, Shootdown};
 use testudo_machine::paging::Paging;
 use testudo_machine::policy::cpuid::XCR0_ALLOWED;
+use testudo_machine::policy::msr::IF_PSCHANGE_MC_NO;
 use testudo_machine::{Host, VcpuError};
 use testudo_nested::vmx::{ComposedParts, ComposedStage, Offer, offer, shadow_bitmaps};
+use testudo_rt::msr;
 use testudo_vmx::bitmap::{FieldBitmap, MsrBitmap};
 use testudo_vmx::caps::{NoVmx, Processor};
 use testudo_vmx::hw::{
@@ -222,7 +224,7 @@ impl VmxBackend {
             memory: ram,
             inner: self.table,
             frames: Frames,
-            format: ept_format(&self.caps),
+            format: composed_format(&self.caps),
             l1_format: ept_format(caps),
             page_limit: (ram.size() / testudo_arch::PAGE_SIZE) as usize,
         };
@@ -256,6 +258,12 @@ impl VmxBackend {
         } else {
             Paging::Shadow
         }
+    }
+
+    /// Whether a guest hypervisor may be told that no change of a page's size causes a machine check:
+    /// [`composed_format`] sees to it.
+    pub(crate) fn pschange_mc_no(&self) -> bool {
+        self.controls.has_ept()
     }
 
     /// Why shadow paging takes the place of nested paging, though nobody asked for it.
@@ -379,6 +387,25 @@ impl VmxBackend {
         }
         Ok(work(vcpu))
     }
+}
+
+/// Tables for guests of guests: executable pages are small, for otherwise such a guest could stop the machine by a
+/// change of its pages' size (CVE-2018-12207).
+fn composed_format(caps: &VmxCaps) -> Ept {
+    if has_pschange_mc_no() {
+        ept_format(caps)
+    } else {
+        ept_format(caps).without_large_executable()
+    }
+}
+
+/// Whether the processor says that no change of a page's size causes a machine check.
+fn has_pschange_mc_no() -> bool {
+    const ARCH_CAPABILITIES: u32 = 1 << 29;
+    let [_, _, _, edx] = Cpuid::of_this_processor().query(7, 0);
+    // SAFETY: CPL 0, and CPUID says that the register is there.
+    edx & ARCH_CAPABILITIES != 0
+        && unsafe { msr::read(Msr::ARCH_CAPABILITIES.0) } & IF_PSCHANGE_MC_NO != 0
 }
 
 /// A frame for the processor's use.

@@ -45,6 +45,7 @@ pub(super) fn machine(memory: GuestRam) -> (Machine<GuestRam>, Lapic, Arc<FakeHo
         memory: MEMORY as u64,
         nested: false,
         hyperv: false,
+        pschange_mc_no: false,
         time_limit: None,
         start_time: 0,
     };

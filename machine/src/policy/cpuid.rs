@@ -33,6 +33,8 @@ pub struct CpuidConfig {
     pub nested: bool,
     /// Whether Hyper-V's interface takes the place of ours and KVM's ([`hyperv`]).
     pub hyperv: bool,
+    /// Whether there is an IA32_ARCH_CAPABILITIES.
+    pub arch_capabilities: bool,
 }
 
 /// Leaf 1, ECX: what a guest may see.
@@ -102,6 +104,7 @@ const LEAF7_ECX: u32 = 1 << 1
 const LEAF7_ECX_OSPKE: u32 = 1 << 4;
 /// Leaf 7.0, EDX: AVX512 4VNNIW and 4FMAPS, fast short REP MOV, VP2INTERSECT, SERIALIZE.
 const LEAF7_EDX: u32 = 1 << 2 | 1 << 3 | 1 << 4 | 1 << 8 | 1 << 14;
+const LEAF7_EDX_ARCH_CAPABILITIES: u32 = 1 << 29;
 
 /// XCR0 components that the world switch carries: x87, SSE, AVX, AVX-512, PKRU.
 pub const XCR0_ALLOWED: u64 = 0x2E7;
@@ -190,6 +193,9 @@ fn keep(entry: &mut CpuidEntry, config: CpuidConfig) -> bool {
             *ebx = (*ebx & LEAF7_EBX) | LEAF7_EBX_TSC_ADJUST;
             *ecx &= LEAF7_ECX;
             *edx &= LEAF7_EDX;
+            if config.arch_capabilities {
+                *edx |= LEAF7_EDX_ARCH_CAPABILITIES;
+            }
         }
         (0xD, 0) => {
             *eax &= XCR0_ALLOWED as u32;
@@ -414,6 +420,7 @@ mod tests {
         vcpus: 2,
         nested: false,
         hyperv: false,
+        arch_capabilities: false,
     };
 
     #[test]
@@ -430,6 +437,14 @@ mod tests {
             "speculation control"
         );
         assert_eq!(guest.query(7, 1), [0; 4]);
+        // That of the processor would tell of flaws that the hypervisor may have removed or brought.
+        assert_eq!(guest.query(7, 0)[3] & LEAF7_EDX_ARCH_CAPABILITIES, 0);
+        let told = CpuidConfig {
+            arch_capabilities: true,
+            ..CONFIG
+        };
+        let told = for_guest(&rich(), told).query(7, 0)[3] ^ guest.query(7, 0)[3];
+        assert_eq!(told, LEAF7_EDX_ARCH_CAPABILITIES);
         let nested = for_guest(
             &rich(),
             CpuidConfig {

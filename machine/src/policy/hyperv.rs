@@ -201,6 +201,7 @@ mod tests {
             _ => [0; 4],
         });
         let config = CpuidConfig {
+            arch_capabilities: false,
             vcpus: 2,
             nested: true,
             hyperv: true,

@@ -24,6 +24,10 @@ const LEGACY_COUNTERS: RangeInclusive<u32> = 0xC001_0000..=0xC001_0007;
 /// A microcode revision that no guest tries to replace.
 const MICROCODE_REVISION: u64 = 0xFFFF_FFFF << 32;
 
+/// IA32_ARCH_CAPABILITIES: "the processor is not susceptible to a machine check error due to modifying the size of
+/// a code page without TLB invalidation" (SDM vol. 4, table 2-2).
+pub const IF_PSCHANGE_MC_NO: u64 = 1 << 6;
+
 /// A register's answer to RDMSR or WRMSR.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0} refuses: #GP(0)")]
@@ -37,6 +41,7 @@ pub struct MsrPolicy {
     mtrr_fixed: [u64; FIXED_RANGES.len()],
     mtrr_variable: [(u64, u64); VARIABLE_RANGES],
     misc_enable: u64,
+    arch_capabilities: Option<u64>,
 }
 
 impl MsrPolicy {
@@ -51,7 +56,16 @@ impl MsrPolicy {
             mtrr_variable: [(0, 0); VARIABLE_RANGES],
             // Fast strings; performance monitoring and debug store unavailable.
             misc_enable: 1 | 1 << 11 | 1 << 12,
+            arch_capabilities: None,
         }
+    }
+
+    /// With an IA32_ARCH_CAPABILITIES that says no more than that a change of a page's size causes no machine
+    /// check.
+    #[must_use]
+    pub fn with_pschange_mc_no(mut self) -> Self {
+        self.arch_capabilities = Some(IF_PSCHANGE_MC_NO);
+        self
     }
 
     /// RDMSR.
@@ -65,6 +79,7 @@ impl MsrPolicy {
             }
             Msr::MISC_ENABLE => self.misc_enable,
             Msr::BIOS_SIGN_ID => MICROCODE_REVISION,
+            Msr::ARCH_CAPABILITIES => self.arch_capabilities.ok_or(Refused(msr))?,
             _ if reads_as_zero(msr) => 0,
             _ => match fixed_range(msr) {
                 Some(range) => self.mtrr_fixed[range],
@@ -186,6 +201,16 @@ mod tests {
         assert_eq!(msrs.write(Msr(0xC001_0007), 0xFFFF), Ok(()));
         assert_eq!(msrs.read(Msr(0xC001_0007)), Ok(0));
         assert_eq!(msrs.read(Msr(0xC001_0008)), Err(Refused(Msr(0xC001_0008))));
+    }
+
+    #[test]
+    fn arch_capabilities_are_read_where_they_are() {
+        let refused = Err(Refused(Msr::ARCH_CAPABILITIES));
+        let without = MsrPolicy::new(48);
+        assert_eq!(without.read(Msr::ARCH_CAPABILITIES), refused);
+        let mut with = without.with_pschange_mc_no();
+        assert_eq!(with.read(Msr::ARCH_CAPABILITIES), Ok(1 << 6));
+        assert_eq!(with.write(Msr::ARCH_CAPABILITIES, 0), refused.map(drop));
     }
 
     proptest! {

@@ -142,6 +142,7 @@ pub(super) fn hypervisor_in(memory: &'static GuestRam) -> Hypervisor {
         l1_caps: &l1_caps,
         msr_permissions: &MsrPermissionMap::intercept_all(),
         io_permissions: &IoPermissionMap::intercept_all(),
+        defects: Defects::empty(),
     };
     let state = NestedSvm::new(&host, Pages::new().unwrap(), Hpa(0xA000)).unwrap();
     let mut vcpu: Hypervisor = vcpu.with_nested(NestedParts {
