@@ -69,6 +69,9 @@ pub(super) fn run(tally: &mut Tally, full: bool) -> Result<()> {
             "nested::state_on_shadow_paging_is_saved_and_restored_on_vtx",
             || renewed(&["--backend", "vmx", "--paging", "shadow"], "1800"),
         );
+        tally.check("nested::xen_runs_linux_on_vtx", || {
+            status_by(&on_vtx, "xen", "3600", &[]).map(drop)
+        });
         // Its end needs a guest of the guest's to leave that has its interrupts off for good.
         tally.check("nested::kvm_with_two_processors_runs_linux_on_vtx", || {
             status_by(&on_vtx, "kvm", "3600", &["--vcpus", "2"]).map(drop)
