@@ -13,19 +13,19 @@
 //!
 //! The same kernel, RAM disk, command line and memory in different places, counted from the first
 //! instruction of the unpacked kernel to the first one of its first process. Nothing in a guest counts:
-//! the emulator stops at the two addresses and says how many instructions were executed, whoever's. Bochs
-//! does not, so there are no boots on VT-x.
+//! the emulator stops at the two addresses and says how many instructions were executed, whoever's.
 //!
 //! | figure | the kernel is the guest of |
 //! | --- | --- |
 //! | `boot_l1` | our hypervisor |
-//! | `boot_l1_kvm` | KVM with QEMU, on the machine itself |
+//! | `boot_l1_kvm` | KVM with QEMU, on the machine itself (on AMD-V) |
 //! | `boot_l2` | KVM with QEMU, on our hypervisor |
 //! | `boot_l2_shadow` | the same, with shadow page tables of KVM's on our nested ones |
+//! | `boot_l2_shadow_on_shadow` | the same, with ours made from them |
 //!
 //! `boot_ratio` is `boot_l2` to `boot_l1`: the same kernel one level deeper. Its devices are then QEMU's, with
 //! QEMU's costs, and no longer ours. `boot_ratio_below_kvm` compares what differs in one thing only, what is
-//! below KVM: `boot_l2` to `boot_l1_kvm`. `boot_ratio_shadow` is `boot_l2_shadow` to `boot_l1`.
+//! below KVM: `boot_l2` to `boot_l1_kvm`. `boot_ratio_shadow` is `boot_l2_shadow` to `boot_l1`, and so on.
 
 use std::fs;
 use std::path::PathBuf;
@@ -34,10 +34,10 @@ use anyhow::{Context, Result, bail};
 
 use super::{LinuxBoots, PATIENCE, figures_of, ratio};
 use crate::bare::{self, Payload};
-use crate::command::boot::{Backend, HYPERVISOR, machine_memory};
+use crate::command::boot::{Backend, HYPERVISOR, Paging, machine_memory};
 use crate::command::nested::{self, System};
 use crate::debian::{self, Kernel};
-use crate::emulator::{Cpu, Kind, Machine, Program, linux_clock};
+use crate::emulator::{Cpu, Image, Kind, Machine, Program, linux_clock};
 use crate::initrd::Initrd;
 use crate::run;
 use crate::workplace::RunFolder;
@@ -66,8 +66,8 @@ pub(super) fn figures(backend: Backend, peer: Option<Peer>, boots: bool) -> Resu
     if peer.is_some() {
         figures.extend(meter.under_kvm()?);
     }
-    if boots && backend == Backend::Svm {
-        figures.extend(Boots::new()?.figures()?);
+    if boots {
+        figures.extend(Boots::new(backend)?.figures()?);
     }
     Ok(figures)
 }
@@ -238,8 +238,13 @@ pub(super) const KERNEL_START: u64 = 0x100_0000;
 /// The address of the kernel is the same in each place.
 pub(super) const COUNTED_WORDS: &str = " nokaslr";
 
+/// Bochs's clock for boots: as on QEMU, an instruction takes a nanosecond. On a slower processor the timers'
+/// interrupts would be a larger part of all.
+const CLOCK_ON_BOCHS: &str = "cpu: ips=1000000000";
+
 /// The boots that are compared.
 struct Boots {
+    backend: Backend,
     kernel: Kernel,
     /// Where the first process starts.
     end: u64,
@@ -247,9 +252,10 @@ struct Boots {
 }
 
 impl Boots {
-    fn new() -> Result<Self> {
+    fn new(backend: Backend) -> Result<Self> {
         let first = bare::build("exit-port")?;
         Ok(Self {
+            backend,
             kernel: debian::kernel()?,
             end: entry_of(&fs::read(first)?).context("the first process is no ELF file")?,
             folder: RunFolder::new()?,
@@ -257,25 +263,32 @@ impl Boots {
     }
 
     fn figures(&self) -> Result<Figures> {
-        let system = |depth, shadow| self.system(depth, shadow);
-        let l1 = self.under_us(&system(1, false)?, 1, "")?;
-        let nested = system(2, false)?;
-        let l1_kvm = self.directly(&nested, 2)?;
+        let l1 = self.under_us(&self.system(1, false)?, 1, "")?;
+        let (nested, shadow) = (self.system(2, false)?, self.system(2, true)?);
+        let on_shadow = " nested".to_owned() + Paging::Shadow.word();
         let l2 = self.under_us(&nested, 2, " nested")?;
-        let l2_shadow = self.under_us(&system(2, true)?, 2, " nested")?;
-        let mut figures = vec![
-            ("boot_ratio".to_owned(), ratio(l2, l1)),
-            ("boot_ratio_below_kvm".to_owned(), ratio(l2, l1_kvm)),
-            ("boot_ratio_shadow".to_owned(), ratio(l2_shadow, l1)),
+        let l2_shadow = self.under_us(&shadow, 2, " nested")?;
+        let l2_on_shadow = self.under_us(&shadow, 2, &on_shadow)?;
+        let mut ratios = vec![
+            ("boot_ratio", ratio(l2, l1)),
+            ("boot_ratio_shadow", ratio(l2_shadow, l1)),
+            ("boot_ratio_shadow_on_shadow", ratio(l2_on_shadow, l1)),
         ];
-        let counts = [
+        let mut counts = vec![
             ("boot_l1", l1),
-            ("boot_l1_kvm", l1_kvm),
             ("boot_l2", l2),
             ("boot_l2_shadow", l2_shadow),
+            ("boot_l2_shadow_on_shadow", l2_on_shadow),
         ];
-        figures.extend(counts.iter().map(|(n, v)| ((*n).to_owned(), v.to_string())));
-        Ok(figures)
+        if self.backend.emulator() == Kind::Qemu {
+            let l1_kvm = self.directly(&nested, 2)?;
+            ratios.push(("boot_ratio_below_kvm", ratio(l2, l1_kvm)));
+            counts.push(("boot_l1_kvm", l1_kvm));
+        }
+        let counts = counts.into_iter();
+        let counts = counts.map(|(name, count)| (name, count.to_string()));
+        let all = ratios.into_iter().chain(counts);
+        Ok(all.map(|(name, value)| (name.to_owned(), value)).collect())
     }
 
     /// Systems in one another, the innermost of which ends with its first process.
@@ -287,26 +300,34 @@ impl Boots {
 
     /// The instructions of the innermost boot of so many, with our hypervisor below all of them.
     fn under_us(&self, system: &System, boots: usize, words: &str) -> Result<u64> {
-        run::progress(format_args!("booting under the hypervisor: {boots} deep"));
+        run::progress(format_args!(
+            "booting under the hypervisor: {boots} deep{words}"
+        ));
+        let command_line = format!(
+            "memory={} vcpus=1{words} -- {}",
+            system.memory,
+            Self::command_line()
+        );
         let payload = Payload {
-            command_line: String::new(),
+            command_line: command_line.clone(),
             modules: vec![
                 ("kernel vmlinuz".into(), fs::read(&self.kernel.image)?),
                 ("initrd disk".into(), system.disk.clone()),
             ],
         };
+        let memory = machine_memory(1, system.memory, &payload);
+        let kernel = bare::build(HYPERVISOR)?;
+        if self.backend.emulator() == Kind::Bochs {
+            return self.count_on_bochs(memory, &Image::BareMetal(&kernel, &payload), boots);
+        }
         let modules = self.folder.file("modules");
         fs::write(&modules, payload.container(false))?;
         let program = Program {
-            kernel: bare::build(HYPERVISOR)?,
+            kernel,
             initrd: Some(modules),
-            command_line: format!(
-                "memory={} vcpus=1{words} -- {}",
-                system.memory,
-                Self::command_line()
-            ),
+            command_line,
         };
-        self.count(machine_memory(1, system.memory, &payload), &program, boots)
+        self.count(memory, &program, boots)
     }
 
     /// The same with the machine itself below.
@@ -327,15 +348,35 @@ impl Boots {
     }
 
     fn count(&self, memory: u64, program: &Program, boots: usize) -> Result<u64> {
+        let machine = LinuxBoots::machine(memory);
+        between(&machine.counts_at(program, &self.addresses(boots))?)
+    }
+
+    fn count_on_bochs(&self, memory: u64, image: &Image<'_>, boots: usize) -> Result<u64> {
+        let machine = Machine {
+            cpu: self.backend.cpu()?,
+            kind: Kind::Bochs,
+            extra: vec![CLOCK_ON_BOCHS.to_owned()],
+            ..LinuxBoots::machine(memory)
+        };
+        between(&machine.counts_at_on_bochs(image, &self.addresses(boots))?)
+    }
+
+    /// Where so many kernels start, and where the first process of the last one does.
+    fn addresses(&self, boots: usize) -> Vec<u64> {
         let mut addresses = vec![KERNEL_START; boots];
         addresses.push(self.end);
-        let counts = LinuxBoots::machine(memory).counts_at(program, &addresses)?;
-        let [.., start, end] = counts[..] else {
-            bail!("there are two addresses at least");
-        };
-        run::progress(format_args!("the kernel took {}", end - start));
-        Ok(end - start)
+        addresses
     }
+}
+
+/// What passed between the last two counts.
+fn between(counts: &[u64]) -> Result<u64> {
+    let [.., start, end] = counts[..] else {
+        bail!("there are two addresses at least");
+    };
+    run::progress(format_args!("the kernel took {}", end - start));
+    Ok(end - start)
 }
 
 /// The entry point of an ELF64 file.

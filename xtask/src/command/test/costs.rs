@@ -10,18 +10,22 @@ use crate::run;
 /// A run of `cargo xtask measure`, and the most that figures of it may be.
 struct Limits {
     test: &'static str,
+    /// It takes minutes: only with `--full`.
+    long: bool,
     arguments: &'static [&'static str],
     figures: &'static [(&'static str, f64)],
 }
 
-const LIMITS: [Limits; 4] = [
+const LIMITS: [Limits; 5] = [
     Limits {
         test: "costs::exits",
+        long: false,
         arguments: &["exits"],
         figures: &[("cpuid", 300.0)],
     },
     Limits {
         test: "costs::exits_on_vtx",
+        long: false,
         arguments: &["exits", "--backend", "vmx"],
         figures: &[("cpuid", 250.0)],
     },
@@ -29,6 +33,7 @@ const LIMITS: [Limits; 4] = [
     // its guest's exits: for that, and for the VMRUN.
     Limits {
         test: "costs::nested",
+        long: false,
         arguments: &["nested", "--no-boots"],
         figures: &[
             ("vmrun", 1200.0),
@@ -38,6 +43,7 @@ const LIMITS: [Limits; 4] = [
     },
     Limits {
         test: "costs::nested_on_vtx",
+        long: false,
         arguments: &["nested", "--no-boots", "--backend", "vmx"],
         figures: &[
             ("vmrun", 1200.0),
@@ -46,11 +52,18 @@ const LIMITS: [Limits; 4] = [
             ("accesses_per_l2_exit", 0.0),
         ],
     },
+    // A Linux in a guest's KVM against the same as our guest.
+    Limits {
+        test: "costs::nested_boot",
+        long: true,
+        arguments: &["nested"],
+        figures: &[("boot_ratio", 1.1)],
+    },
 ];
 
-pub(super) fn run(tally: &mut Tally) {
+pub(super) fn run(tally: &mut Tally, full: bool) {
     run::progress("costs of exits");
-    for limits in LIMITS {
+    for limits in LIMITS.into_iter().filter(|limits| full || !limits.long) {
         tally.check(limits.test, || measured(&limits));
     }
 }

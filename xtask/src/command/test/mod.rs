@@ -100,7 +100,7 @@ impl Test {
         if !self.quick {
             new_device::run(&mut tally);
             selftests::run(&mut tally, self.full)?;
-            costs::run(&mut tally);
+            costs::run(&mut tally, self.full);
             boots::run(&mut tally, self.full)?;
             virtio::run(&mut tally, self.full)?;
             sharing::run(&mut tally);
