@@ -387,6 +387,8 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
         }
         self.vcpu.set_nmi_window(self.nmi);
         if self.vcpu.delivers_interrupts() {
+            // An NMI can have ended a turn of the guest's guest; it has woken it too.
+            self.vcpu.take_interrupted();
             return self.let_deliver();
         }
         if self.lapic.has_interrupt()
@@ -399,6 +401,11 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
         self.vcpu.set_interrupt_window(self.lapic.awaited());
         if self.vcpu.take_interrupted() && self.activity == Activity::Halted {
             self.activity = Activity::Running;
+        }
+        if self.vcpu.virtualizes_apic()
+            && let Some(state) = self.lapic.take_state()
+        {
+            self.vcpu.set_apic(&state);
         }
     }
 

@@ -296,8 +296,13 @@ pub trait Vcpu {
         false
     }
 
-    /// Tells a processor that [delivers interrupts](Self::delivers_interrupts) what it must know of
-    /// the local APIC besides the page.
+    /// Whether it does so at some times, if not at present: then it hears of changes at all times.
+    fn virtualizes_apic(&self) -> bool {
+        self.delivers_interrupts()
+    }
+
+    /// Tells a processor that [virtualizes the local APIC](Self::virtualizes_apic) what it must know of it
+    /// besides the page.
     fn set_apic(&mut self, _state: &ApicState) {}
 
     /// How many exits the backend settled by itself, if it counts them.

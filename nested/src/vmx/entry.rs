@@ -167,7 +167,8 @@ impl NestedVmx {
         pdptes: &Pdptes,
         cx: &mut Context<'_, P, M, S, R>,
     ) -> Result<(), AccessError> {
-        let l0 = L0Controls::read(&cx.vmcs.l1())?;
+        let mut l0 = L0Controls::read(&cx.vmcs.l1())?;
+        l0.ept_pointer = self.ept_pointer.unwrap_or(l0.ept_pointer);
         if self.x2apic_open {
             self.close_x2apic();
         }

@@ -243,6 +243,8 @@ pub struct NestedVmx {
     x2apic_open: bool,
     /// The APIC-access page that `vmcs02` had last; 0 for none.
     access_page: u64,
+    /// What an L2 without an EPT of L1's runs on, if not on what L1 does.
+    ept_pointer: Option<u64>,
     /// The processor's defect.
     misreports_virtual_interrupts: bool,
     /// The interrupt that L2's virtual local APIC had in service when L2 was entered, where the processor delivers its
@@ -310,6 +312,7 @@ impl NestedVmx {
             l0_x2apic: apic::x2apic_bits(l0_msrs.as_bytes()),
             x2apic_open: false,
             access_page: 0,
+            ept_pointer: None,
             misreports_virtual_interrupts: Defects::of(processor)
                 .contains(Defects::MISREPORTS_VIRTUAL_INTERRUPTS),
             serving: None,
@@ -327,6 +330,14 @@ impl NestedVmx {
     #[must_use]
     pub fn with_turns(mut self, longest: NonZeroU32) -> Self {
         self.timer.turn = Some(longest);
+        self
+    }
+
+    /// Has an L2 without an EPT of L1's run on the tables behind this EPT pointer, on which L1 runs too, but for its local
+    /// APIC's page where that is virtual: L2's accesses there go to L1's APIC by software.
+    #[must_use]
+    pub fn with_ept_pointer(mut self, pointer: u64) -> Self {
+        self.ept_pointer = Some(pointer);
         self
     }
 

@@ -90,6 +90,8 @@ pub(super) struct VirtualApic {
     tables: ApicTables,
     access: Access,
     level: [u64; 4],
+    /// What is to be told when the guest itself runs again: its own guest has another VMCS.
+    waiting: Option<ApicState>,
 }
 
 const EOI_EXITS: [testudo_vmx::Field<u64>; 4] = [
@@ -116,7 +118,24 @@ impl VirtualApic {
             tables,
             access: Access::None,
             level: [0; 4],
+            waiting: None,
         })
+    }
+
+    /// Keeps what is to be told, while a guest of the guest's runs.
+    pub(super) fn put_off(&mut self, state: &ApicState) {
+        self.waiting = Some(*state);
+    }
+
+    /// Whether something is to be told before the guest runs.
+    #[inline(always)]
+    pub(super) fn is_behind(&self) -> bool {
+        self.waiting.is_some()
+    }
+
+    /// That.
+    pub(super) fn take_waiting(&mut self) -> Option<ApicState> {
+        self.waiting.take()
     }
 
     /// Tells the processor. `secondary` are the controls that the guest has whatever its APIC's mode.
@@ -127,6 +146,7 @@ impl VirtualApic {
         secondary: SecondaryControls,
         tables: &VmxTables,
     ) -> Result<(), AccessError> {
+        self.waiting = None;
         let status = u16::from(state.serving) << 8 | u16::from(state.requesting);
         vmcs.set(fields::GUEST_INTERRUPT_STATUS, status)?;
         if state.level != self.level {

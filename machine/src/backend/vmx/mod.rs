@@ -658,6 +658,8 @@ impl<'a, P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'a, P, M, S> {
         let (exiting, threshold) = match self.window {
             None => (false, 0),
             Some(AwaitedInterrupt::External) => (true, 0),
+            // The processor delivers it.
+            Some(AwaitedInterrupt::Vector(_)) if self.apic.is_some() => (false, 0),
             Some(AwaitedInterrupt::Vector(vector)) => {
                 // An entry with a threshold above the priority fails (SDM vol. 3C, 29.2.1.1).
                 let class = vector >> 4;

@@ -25,6 +25,7 @@ use testudo_vmx::hw::instructions::{self, ibpb};
 use testudo_vmx::hw::{HostState, Vmcs};
 use testudo_vmx::{AccessError, Defects, VmxCaps, fields};
 
+use super::apic::VirtualApic;
 use super::mode::{LMA, MCE, Mode};
 use super::processor::{Level, Pair};
 use super::{Controls, Processor, ThisProcessor, VmxTables, VmxVcpu, setup};
@@ -230,6 +231,7 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         processor.cr4.ones |= MCE;
         let (bitmap, at) = parts.msr_bitmap;
         let mut state = NestedVmx::new(caps, &processor, parts.l1_msr_bitmap, bitmap, at);
+        state = state.with_ept_pointer(parts.tables.ept_pointer);
         if parts.enlightened {
             state = state.with_enlightened_vmcs();
         }
@@ -388,6 +390,12 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         if self.shadow.is_some() {
             self.take_off_l1_shadow()?;
         }
+        // An interrupt that L1's processor has requested and not delivered, for instance since L1 enters its guest with
+        // interrupts off.
+        let mut requested = false;
+        if self.apic.is_some() && is_entry(instruction) {
+            requested = self.processor.get(fields::GUEST_INTERRUPT_STATUS)? & 0xFF != 0;
+        }
         let Some(nested) = &mut self.nested else {
             return Ok(Some(VmExit::Forbidden));
         };
@@ -422,7 +430,8 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
                 if self.shadow.is_some() {
                     self.note_l2_entry()?;
                 }
-                Ok(self.look_at_events(halted))
+                let events = self.look_at_events(halted);
+                Ok(events.or(requested.then_some(VmExit::InterruptWindow)))
             }
             Outcome::FailedEntry => {
                 self.follow_shadowing()?;
@@ -584,11 +593,31 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
             }
             self.put_on_l1_shadow()?;
         }
+        if self.apic.as_ref().is_some_and(VirtualApic::is_behind) {
+            self.tell_apic();
+        }
         let open = PrimaryControls::INTERRUPT_WINDOW_EXITING;
         if self.window.is_some() || self.tpr_threshold != 0 || self.primary.contains(open) {
             self.open_window();
         }
         Ok(())
+    }
+
+    /// What changed in L1's local APIC while L2 ran.
+    #[cold]
+    fn tell_apic(&mut self) {
+        let waiting = self.apic.as_mut().and_then(VirtualApic::take_waiting);
+        if let Some(state) = waiting {
+            self.set_apic(&state);
+        }
+    }
+
+    /// L1's secondary controls, whatever its local APIC's mode.
+    pub(super) fn l1_secondary(&self) -> SecondaryControls {
+        let shadowing = self.nested.as_ref().is_some_and(|nested| nested.shadowing);
+        let mut secondary = self.controls.secondary;
+        secondary.set(SHADOWING, shadowing);
+        secondary
     }
 
     #[inline(always)]
@@ -740,6 +769,10 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         }
         found
     }
+}
+
+const fn is_entry(instruction: Instruction) -> bool {
+    matches!(instruction, Instruction::Vmlaunch | Instruction::Vmresume)
 }
 
 /// The barrier between what L2 taught the branch predictor and L1.

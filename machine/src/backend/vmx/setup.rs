@@ -195,12 +195,11 @@ impl Controls {
         })
     }
 
-    /// The same without what processors do for one level only: a hypervisor's guest must come out for
-    /// what the machine has for the hypervisor.
+    /// The same without the preemption timer, by which a hypervisor's guest would not come out for what is due for the
+    /// hypervisor.
     #[must_use]
     pub fn for_hypervisors(self) -> Self {
         Self {
-            virtual_apic: false,
             preemption_timer: false,
             ..self
         }

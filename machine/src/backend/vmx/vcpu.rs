@@ -275,12 +275,20 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> Vcpu for VmxVcpu<'_, P, M, S>
 
     #[inline]
     fn delivers_interrupts(&self) -> bool {
+        self.apic.is_some() && self.level == Level::L1
+    }
+
+    #[inline]
+    fn virtualizes_apic(&self) -> bool {
         self.apic.is_some()
     }
 
     fn set_apic(&mut self, state: &ApicState) {
+        let secondary = self.l1_secondary();
         if let Some(apic) = &mut self.apic {
-            let secondary = self.controls.secondary;
+            if self.level != Level::L1 {
+                return apic.put_off(state);
+            }
             let set = apic.set(&mut self.processor, state, secondary, self.tables);
             self.or_zero(set);
         }

@@ -12,7 +12,7 @@ use crate::irq::{ApicMode, Lapic};
 
 const EPT: u64 = 0x5000 | 3 << 3 | 6;
 
-fn apic_tables() -> ApicTables {
+pub(super) fn apic_tables() -> ApicTables {
     ApicTables {
         ept_pointer: EPT,
         access_page: Hpa(0x6000),

@@ -101,13 +101,23 @@ pub(super) fn hypervisor_on(
     shadow: bool,
     enlightened: bool,
 ) -> Hypervisor {
+    hypervisor_by(caps, memory, (shadow, enlightened), None)
+}
+
+/// As [`hypervisor_on`], with its own local APIC virtualized by these tables or not.
+pub(super) fn hypervisor_by(
+    caps: VmxCaps,
+    memory: &'static GuestRam,
+    (shadow, enlightened): (bool, bool),
+    apic: Option<ApicTables>,
+) -> Hypervisor {
     let caps: &'static VmxCaps = Box::leak(Box::new(caps));
     let controls: &Controls =
         Box::leak(Box::new(Controls::choose(caps).unwrap().for_hypervisors()));
     let tables: &VmxTables = Box::leak(Box::new(VmxTables {
         ept_pointer: 0x1000 | 3 << 3 | 6,
         msr_bitmap: Hpa(0x2000),
-        apic: None,
+        apic,
     }));
     let parts = Parts {
         caps,

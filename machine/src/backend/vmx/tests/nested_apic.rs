@@ -2,8 +2,10 @@
 
 use testudo_vmx::controls::{PinControls, SecondaryControls};
 
-use super::nested::{Hypervisor, NO_EXIT, hypervisor};
+use super::apic::apic_tables;
+use super::nested::{Hypervisor, NO_EXIT, hypervisor, hypervisor_by, prepared_memory};
 use super::*;
+use crate::irq::{ApicMode, ApicState};
 
 const VIRTUAL_APIC: u64 = 0xC000;
 const VTPR: u64 = VIRTUAL_APIC + 0x80;
@@ -85,4 +87,72 @@ fn a_halt_of_l2_is_none_while_the_processor_has_an_interrupt_for_it() {
     vcpu.memory.store_u64(Gpa(VTPR), 0x60).unwrap();
     vcpu.will_exit(BasicReason::Hlt, 0);
     assert_eq!(vcpu.enter_once(), VmExit::Halt);
+}
+
+/// L1, in VMX operation, on a processor that virtualizes its own local APIC.
+fn with_its_own(shadow: bool) -> Hypervisor {
+    let (caps, memory) = (fixtures::skylake_sp(), prepared_memory());
+    let vcpu = hypervisor_by(caps, memory, (shadow, false), Some(apic_tables()));
+    vcpu.with_vmcs(PinControls::EXTERNAL_INTERRUPT_EXITING, NO_EXIT)
+}
+
+fn state(mode: ApicMode, requesting: u8) -> ApicState {
+    ApicState {
+        mode,
+        page: None,
+        requesting,
+        serving: 0x31,
+        level: [0; 4],
+    }
+}
+
+/// While L2 runs the processor delivers L1 nothing: what it has requested by then is the machine's to look at.
+#[test]
+fn an_interrupt_that_l1s_processor_has_requested_is_seen_when_l2_begins() {
+    let mut vcpu = with_its_own(false);
+    assert!(vcpu.delivers_interrupts());
+    vcpu.launch();
+    assert!(!vcpu.delivers_interrupts() && vcpu.virtualizes_apic());
+    assert!(!secondary(&vcpu).intersects(super::super::apic::NEEDED));
+    vcpu.will_exit(BasicReason::Cpuid, 0);
+    vcpu.run_out();
+    assert!(vcpu.delivers_interrupts());
+    vcpu.will(|vmcs, _| {
+        vmcs.preset(fields::GUEST_INTERRUPT_STATUS, 0x61);
+        exit(vmcs, BasicReason::Vmresume, 0);
+    });
+    assert_eq!(vcpu.enter_once(), VmExit::InterruptWindow);
+    assert_eq!(vcpu.level, Level::L2);
+}
+
+fn secondary(vcpu: &Hypervisor) -> SecondaryControls {
+    SecondaryControls::from_bits_retain(vcpu.hardware(fields::SECONDARY_CONTROLS))
+}
+
+#[test]
+fn what_changes_in_l1s_apic_while_l2_runs_l1s_vmcs_says_afterwards() {
+    let mode = SecondaryControls::VIRTUALIZE_X2APIC_MODE;
+    let shadowing = SecondaryControls::VMCS_SHADOWING;
+    // What the mode of the APIC decides leaves what nesting does.
+    let mut vcpu = with_its_own(true);
+    assert!(secondary(&vcpu).contains(shadowing));
+    vcpu.set_apic(&state(ApicMode::X2Apic, 0));
+    assert!(secondary(&vcpu).contains(shadowing | mode));
+    let mut vcpu = with_its_own(false);
+    vcpu.set_apic(&state(ApicMode::X2Apic, 0));
+    vcpu.launch();
+    let status = |vcpu: &Hypervisor| vcpu.hardware(fields::GUEST_INTERRUPT_STATUS);
+    let before = status(&vcpu);
+    vcpu.set_apic(&state(ApicMode::Disabled, 0x71));
+    vcpu.set_apic(&state(ApicMode::X2Apic, 0x81));
+    assert_eq!(status(&vcpu), before);
+    assert!(!secondary(&vcpu).contains(mode));
+    vcpu.will_exit(BasicReason::Cpuid, 0);
+    vcpu.run_out();
+    assert_eq!((vcpu.level, status(&vcpu)), (Level::L1, 0x3181));
+    assert!(secondary(&vcpu).contains(mode));
+    // A vector is the processor's to deliver, not to be told of when it can be.
+    vcpu.set_interrupt_window(Some(AwaitedInterrupt::Vector(0x81)));
+    let window = PrimaryControls::INTERRUPT_WINDOW_EXITING.bits();
+    assert_eq!(vcpu.hardware(fields::PRIMARY_CONTROLS) & window, 0);
 }
