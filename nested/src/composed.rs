@@ -365,6 +365,39 @@ pub(crate) mod tests {
         stage.destroy();
     }
 
+    /// The processor is given none that L0 has not mapped for L1 to read and write.
+    #[test]
+    fn a_frame_is_one_of_l1s_own_to_write() {
+        use vmx::SecondStage;
+        let (memory, pool, count) = (Memory::new(), FramePool::new(64), Cell::new(0));
+        memory.store_u64(Gpa(0x9000), 0x1234).unwrap();
+        let format = Ept::new(48);
+        let inner = PageTable::new(format, &pool).unwrap();
+        let flags = format.flags(Rights::all()).unwrap();
+        let mapped = inner.map(Gpa(0), MAPPED, Hpa(BACKING), flags);
+        mapped.unwrap();
+        let only = inner.protect(Gpa(0xA000), 0x1000, Rights::all() - Rights::WRITE);
+        only.unwrap().discharge(&mut Processor(&count));
+        let parts = vmx::ComposedParts {
+            memory: &memory,
+            inner: &inner,
+            frames: &pool,
+            format,
+            l1_format: format,
+            page_limit: 100,
+        };
+        let mut stage = vmx::ComposedStage::new(parts, Processor(&count));
+        assert_eq!(stage.frame(Gpa(0x9000)), Some(Hpa(BACKING + 0x9000)));
+        assert_eq!(memory.load_u64(Gpa(0x9000)), Ok(0x1234));
+        // Not writable in L0's table; not in it; no memory, though it is.
+        assert_eq!(stage.frame(Gpa(0xA000)), None);
+        assert_eq!(stage.frame(Gpa(MAPPED)), None);
+        memory.read_only_from.set(0x7_0000);
+        assert_eq!(stage.frame(Gpa(0x7_0000)), None);
+        assert_eq!(stage.frame(Gpa(0xFEE0_0000)), None);
+        stage.destroy();
+    }
+
     #[test]
     fn ept_faults_go_to_whom_they_belong() {
         use vmx::SecondStage;
