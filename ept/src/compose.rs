@@ -10,12 +10,14 @@ use alloc::collections::{BTreeMap, BTreeSet};
 
 use testudo_arch::{FrameAlloc, FrameMem, Gpa, GuestMemory, Hpa, PageSize};
 
-use crate::format::{Format, Rights};
+use crate::format::{Format, Rights, level_of};
 use crate::guest_table::{GuestTable, TableFault};
 use crate::{EditError, Flush, MapError, PageTable};
 
 /// What an instruction fetch needs.
 const FETCHES: Rights = Rights::EXECUTE.union(Rights::USER_EXECUTE);
+/// The pages of this size that are fetched from are there in pieces, where the format wants it.
+const WHOLE: PageSize = PageSize::Size2M;
 
 /// A table that holds the product of two stages.
 ///
@@ -37,12 +39,14 @@ pub struct Composed<F: Format<Input = Gpa>, M: FrameAlloc + FrameMem> {
 struct Origin {
     inner: u64,
     size: PageSize,
+    /// The table has it as all the smaller pages that it consists of.
+    in_pieces: bool,
 }
 
 /// A page that was put into a composed table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Filled {
-    /// The page's size: what both stages allow.
+    /// The page's size: what both stages and the format allow.
     pub size: PageSize,
     /// The address between the stages.
     pub middle: Gpa,
@@ -82,6 +86,10 @@ pub enum ComposeFault {
     /// The composed table could not take the page: no frames left. [`Composed::clear`] makes room.
     #[error(transparent)]
     Map(#[from] MapError),
+    /// The guest hypervisor has changed its table without saying so, where a page is there in pieces:
+    /// [`Composed::clear`] forgets what was before.
+    #[error("the outer table has changed at {0}")]
+    Stale(Gpa),
 }
 
 impl<F: Format<Input = Gpa>, M: FrameAlloc + FrameMem> Composed<F, M> {
@@ -102,7 +110,7 @@ impl<F: Format<Input = Gpa>, M: FrameAlloc + FrameMem> Composed<F, M> {
         &self.table
     }
 
-    /// The number of pages it holds.
+    /// The number of pages it holds. One that is there in pieces is one.
     #[inline]
     pub fn len(&self) -> usize {
         self.pages.len()
@@ -119,11 +127,12 @@ impl<F: Format<Input = Gpa>, M: FrameAlloc + FrameMem> Composed<F, M> {
     ///
     /// The write right is withheld while the outer table has not marked the page dirty, so that its
     /// dirty bit is set when the first write faults. In a format whose executable pages must be
-    /// smaller than others, a page lacks the right to fetch until the first fetch faults.
+    /// smaller than others, a page lacks the right to fetch until the first fetch faults; then all of it
+    /// is there in pieces, which a fetch from another of them finds.
     ///
     /// # Errors
     ///
-    /// Whose fault it is. The composed table is as before.
+    /// Whose fault it is. The composed table is as before, or, with [`ComposeFault::Map`], holds less.
     pub fn fill<G, V, N>(
         &mut self,
         outer: &GuestTable<'_, G, V>,
@@ -164,18 +173,63 @@ impl<F: Format<Input = Gpa>, M: FrameAlloc + FrameMem> Composed<F, M> {
         };
         let whole = with(rights).ok_or(denied)?;
         // Where executable pages must be small, one stays large until the first fetch from it.
-        let data = with(format.floor(rights - FETCHES));
+        let data = format.floor(rights - FETCHES);
         let shift = first.shift.min(second.leaf.shift);
 
         if self.pages.len() >= self.limit {
             return Err(ComposeFault::Full);
         }
+        let start = address.align_down(WHOLE);
+        let pieces = self.pages.get(&start.0).filter(|page| page.in_pieces);
+        let must_be_small = shift >= WHOLE.shift() && whole.2 < level_of(WHOLE);
+        let flags = format.with_rights(second.leaf.flags, data);
+        let flags = flags.filter(|flags| level_of(WHOLE) <= format.largest_level(*flags));
+        let inner = middle.align_down(WHOLE).0;
+        match (pieces, flags) {
+            // The rest of it would stay, and nobody know what of.
+            (Some(pieces), _) if !must_be_small || pieces.inner != inner => {
+                return Err(ComposeFault::Stale(address));
+            }
+            (Some(_), _) => {
+                let flush = self.table.protect(start, WHOLE.bytes(), rights);
+                let flush = flush.map_err(MapError::from)?;
+                return Ok(flush.map(|()| piece(second.address, middle, rights)));
+            }
+            (None, Some(flags)) if must_be_small && access.intersects(FETCHES) => {
+                let frame = second.address.align_down(WHOLE);
+                let mut flush = self.table.token(());
+                match self.table.put(&mut flush, start, WHOLE, frame, flags) {
+                    Ok(()) => {
+                        let origin = Origin {
+                            inner,
+                            size: WHOLE,
+                            in_pieces: false,
+                        };
+                        record(&mut self.pages, &mut self.origins, start, origin);
+                        // Small enough for these rights.
+                        let split = self.table.protect(start, WHOLE.bytes(), rights);
+                        flush.absorb(split.map_err(MapError::from)?);
+                        let origin = Origin {
+                            in_pieces: true,
+                            ..origin
+                        };
+                        self.pages.insert(start.0, origin);
+                        return Ok(flush.map(|()| piece(second.address, middle, rights)));
+                    }
+                    // Some of it is there alone.
+                    Err(MapError::Occupied(_)) => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            _ => {}
+        }
+        let data = with(data);
         let mut flush = self.table.token(());
         let sizes = PageSize::ALL.into_iter().rev();
         let fitting = sizes
             .filter(|size| size.shift() <= shift)
             .filter_map(|size| {
-                let fits = |made: &(_, _, u8)| crate::format::level_of(size) <= made.2;
+                let fits = |made: &(_, _, u8)| level_of(size) <= made.2;
                 let made = Some(whole).filter(fits).or(data.filter(fits))?;
                 Some((size, made))
             });
@@ -184,8 +238,12 @@ impl<F: Format<Input = Gpa>, M: FrameAlloc + FrameMem> Composed<F, M> {
             let frame = second.address.align_down(size);
             match self.table.put(&mut flush, start, size, frame, flags) {
                 Ok(()) => {
-                    let inner = middle.align_down(size).0;
-                    record(&mut self.pages, &mut self.origins, start, size, inner);
+                    let origin = Origin {
+                        inner: middle.align_down(size).0,
+                        size,
+                        in_pieces: false,
+                    };
+                    record(&mut self.pages, &mut self.origins, start, origin);
                     let filled = Filled {
                         size,
                         middle,
@@ -278,8 +336,7 @@ fn record(
     pages: &mut BTreeMap<u64, Origin>,
     origins: &mut BTreeSet<(PageSize, u64, u64)>,
     start: Gpa,
-    size: PageSize,
-    inner: u64,
+    origin: Origin,
 ) {
     // At the same address, or a larger page that held it.
     for larger in PageSize::ALL {
@@ -291,6 +348,17 @@ fn record(
             origins.remove(&(old.size, old.inner, base));
         }
     }
-    pages.insert(start.0, Origin { inner, size });
-    origins.insert((size, inner, start.0));
+    pages.insert(start.0, origin);
+    origins.insert((origin.size, origin.inner, start.0));
+}
+
+/// One of the pieces of a page, in which the access was.
+fn piece(address: Hpa, middle: Gpa, rights: Rights) -> Filled {
+    let size = PageSize::Size4K;
+    Filled {
+        size,
+        middle,
+        frame: address.align_down(size),
+        rights,
+    }
 }

@@ -85,10 +85,20 @@ struct Setup<'a> {
 
 impl<'a> Setup<'a> {
     fn new(level1: &'a Level1, pool: &'a FramePool, outer: Ept, limit: usize) -> Self {
+        Self::composed_as(Ept::new(46), level1, pool, outer, limit)
+    }
+
+    fn composed_as(
+        format: Ept,
+        level1: &'a Level1,
+        pool: &'a FramePool,
+        outer: Ept,
+        limit: usize,
+    ) -> Self {
         Self {
             outer: PageTable::new(outer, level1).unwrap(),
             inner: PageTable::new(Ept::new(46), pool).unwrap(),
-            composed: Composed::new(Ept::new(46), pool, limit).unwrap(),
+            composed: Composed::new(format, pool, limit).unwrap(),
             level1,
         }
     }
@@ -130,7 +140,42 @@ impl<'a> Setup<'a> {
                 assert!((outer & inner).contains(rights), "{start} {rights:?}");
             }
         }
-        assert_eq!(pages, self.composed.len());
+        let format = self.composed.table().format();
+        let executable = format.flags(ALL).unwrap();
+        if format.largest_level(executable) > 1 {
+            assert_eq!(pages, self.composed.len());
+        } else {
+            // What is there in pieces is one page.
+            assert!(pages >= self.composed.len());
+        }
+    }
+
+    /// No composed page leads to where the inner stage does not, whatever the outer one has become.
+    fn check_frames(&self, end: u64) {
+        let inner: std::collections::BTreeSet<u64> = self
+            .inner
+            .leaves(Gpa(0), end)
+            .unwrap()
+            .flat_map(|(_, leaf)| {
+                (0..leaf.bytes())
+                    .step_by(PAGE as usize)
+                    .map(move |at| leaf.frame.0 + at)
+            })
+            .collect();
+        for (_, leaf) in self.composed.table().leaves(Gpa(0), end).unwrap() {
+            for at in (0..leaf.bytes()).step_by(PAGE as usize) {
+                assert!(inner.contains(&(leaf.frame.0 + at)));
+            }
+        }
+    }
+
+    /// Of everything that is there it is known what it is made of.
+    fn check_origins(&mut self, end: u64) {
+        let gone = self.composed.forget_inner(Gpa(0), end);
+        gone.discharge(&mut NoHardware);
+        assert!(self.composed.is_empty());
+        let left = self.composed.table().leaves(Gpa(0), end).unwrap().count();
+        assert_eq!(left, 0);
     }
 }
 
@@ -153,9 +198,8 @@ fn large_pages_stay_where_both_stages_have_them() {
 #[test]
 fn a_page_becomes_small_by_the_first_fetch() {
     let (level1, pool) = (Level1::new(64), FramePool::new(64));
-    let mut setup = Setup::new(&level1, &pool, Ept::new(46), 100);
     let format = Ept::new(46).without_large_executable();
-    setup.composed = Composed::new(format, &pool, 100).unwrap();
+    let mut setup = Setup::composed_as(format, &level1, &pool, Ept::new(46), 100);
     setup.map_outer(0, 0x4000_0000, 0x80_0000, ALL);
     setup.map_inner(0x4000_0000, 0x8000_0000, 0x80_0000, ALL);
     let rights = |setup: &Setup<'_>, at| {
@@ -166,13 +210,53 @@ fn a_page_becomes_small_by_the_first_fetch() {
     assert_eq!(rights(&setup, 0x1234), Some(WRITE));
     assert_eq!(setup.fill(0x1234, Rights::EXECUTE), Ok(PageSize::Size4K));
     assert_eq!(rights(&setup, 0x1234), Some(ALL));
-    // The rest of the large page is gone, and its pieces need no second fault.
-    assert_eq!(rights(&setup, 0x2000), None);
-    assert_eq!(setup.fill(0x2000, READ), Ok(PageSize::Size4K));
-    assert_eq!(rights(&setup, 0x2000), Some(ALL));
+    // So can be all the rest of what was large.
+    assert_eq!(rights(&setup, 0x1F_F000), Some(ALL));
+    assert_eq!(setup.fill(0x2000, WRITE), Ok(PageSize::Size4K));
     assert_eq!(setup.fill(0x20_0000, Rights::EXECUTE), Ok(PageSize::Size4K));
+    assert_eq!(rights(&setup, 0x3F_F000), Some(ALL));
     assert_eq!(setup.fill(0x40_0000, READ), Ok(PageSize::Size2M));
+    assert_eq!(setup.composed.len(), 3);
     setup.check(0x80_0000);
+    // They go together, whichever stage changes.
+    let gone = setup.composed.forget_inner(Gpa(0x4000_5000), PAGE);
+    gone.discharge(&mut NoHardware);
+    assert_eq!(rights(&setup, 0x1F_F000), None);
+    let gone = setup.composed.forget_outer(Gpa(0x20_5000), PAGE);
+    gone.discharge(&mut NoHardware);
+    assert_eq!(rights(&setup, 0x3F_F000), None);
+    assert_eq!(setup.composed.len(), 1);
+}
+
+/// A page that is there in pieces is never left half known.
+#[test]
+fn pieces_do_not_outlive_a_change_that_nobody_told_of() {
+    let (level1, pool) = (Level1::new(64), FramePool::new(64));
+    let format = Ept::new(46).without_large_executable();
+    let mut setup = Setup::composed_as(format, &level1, &pool, Ept::new(46), 100);
+    setup.map_outer(0, 0x4000_0000, 0x20_0000, ALL);
+    setup.map_inner(0x4000_0000, 0x8000_0000, 0x40_0000, ALL);
+    assert_eq!(setup.fill(0x1234, Rights::EXECUTE), Ok(PageSize::Size4K));
+    // Elsewhere, smaller, without the right to fetch.
+    for (to, len, rights) in [
+        (0x4020_0000, 0x20_0000, ALL),
+        (0x4000_0000, PAGE, ALL),
+        (0x4000_0000, 0x20_0000, WRITE),
+    ] {
+        let gone = setup.outer.unmap(Gpa(0), 0x20_0000).unwrap();
+        gone.discharge(&mut NoHardware);
+        setup.map_outer(0, to, len, rights);
+        assert_eq!(setup.fill(0, WRITE), Err(ComposeFault::Stale(Gpa(0))));
+        setup.composed.clear().discharge(&mut NoHardware);
+        setup.fill(0, WRITE).unwrap();
+        setup.check(0x20_0000);
+        setup.composed.clear().discharge(&mut NoHardware);
+        let gone = setup.outer.unmap(Gpa(0), 0x20_0000).unwrap();
+        gone.discharge(&mut NoHardware);
+        setup.map_outer(0, 0x4000_0000, 0x20_0000, ALL);
+        setup.fill(0, Rights::EXECUTE).unwrap();
+    }
+    setup.check(0x20_0000);
 }
 
 #[test]
@@ -368,7 +452,7 @@ fn op() -> impl Strategy<Value = Op> {
     };
     let len = || prop_oneof![Just(PAGE), Just(8 * PAGE), Just(1 << 21), Just(2 << 21)];
     let rights = || prop::sample::select(vec![READ, WRITE, ALL]);
-    let access = prop::sample::select(vec![READ, WRITE]);
+    let access = prop::sample::select(vec![READ, WRITE, Rights::EXECUTE]);
     prop_oneof![
         3 => (at(), at(), len(), rights()).prop_map(|(at, to, len, rights)| Op::Outer { at, to, len, rights }),
         1 => (at(), len()).prop_map(|(at, len)| Op::OuterGone { at, len }),
@@ -381,12 +465,20 @@ fn op() -> impl Strategy<Value = Op> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 128, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn a_composed_table_is_the_product(ops in prop::collection::vec(op(), 1..60)) {
+    fn a_composed_table_is_the_product(
+        ops in prop::collection::vec(op(), 1..60),
+        small in any::<bool>(),
+        told in prop::bool::weighted(0.7),
+    ) {
         let (level1, pool) = (Level1::new(256), FramePool::new(256));
-        let mut s = Setup::new(&level1, &pool, Ept::new(46), 64);
+        let format = match small {
+            true => Ept::new(46).without_large_executable(),
+            false => Ept::new(46),
+        };
+        let mut s = Setup::composed_as(format, &level1, &pool, Ept::new(46), 64);
         let mut hardware = NoHardware;
         for op in ops {
             match op {
@@ -396,11 +488,15 @@ proptest! {
                 }
                 Op::OuterGone { at, len } => {
                     s.outer.unmap(Gpa(at), len).unwrap().discharge(&mut hardware);
-                    s.composed.forget_outer(Gpa(at), len).discharge(&mut hardware);
+                    if told {
+                        s.composed.forget_outer(Gpa(at), len).discharge(&mut hardware);
+                    }
                 }
                 Op::OuterProtect { at, len, rights } => {
                     s.outer.protect(Gpa(at), len, rights).unwrap().discharge(&mut hardware);
-                    s.composed.forget_outer(Gpa(at), len).discharge(&mut hardware);
+                    if told {
+                        s.composed.forget_outer(Gpa(at), len).discharge(&mut hardware);
+                    }
                 }
                 Op::Inner { at, to, len, rights } => {
                     let flags = s.inner.format().flags(rights).unwrap();
@@ -425,14 +521,18 @@ proptest! {
                     });
                     match s.fill(at, access) {
                         Ok(_) => prop_assert!(allowed),
-                        Err(ComposeFault::Full) => s.composed.clear().discharge(&mut hardware),
+                        Err(ComposeFault::Full | ComposeFault::Stale(_)) => s.composed.clear().discharge(&mut hardware),
                         Err(_) => prop_assert!(!allowed),
                     }
                 }
             }
-            s.check(WINDOW * 2);
+            if told {
+                s.check(WINDOW * 2);
+            }
+            s.check_frames(WINDOW * 2);
             let tables = s.inner.table_frames() + s.composed.table().table_frames();
             prop_assert_eq!(pool.free_frames() + tables, 256);
         }
+        s.check_origins(WINDOW * 2);
     }
 }
