@@ -16,7 +16,7 @@ struct Limits {
     figures: &'static [(&'static str, f64)],
 }
 
-const LIMITS: [Limits; 5] = [
+const LIMITS: [Limits; 6] = [
     Limits {
         test: "costs::exits",
         long: false,
@@ -57,6 +57,12 @@ const LIMITS: [Limits; 5] = [
         test: "costs::nested_boot",
         long: true,
         arguments: &["nested"],
+        figures: &[("boot_ratio", 1.1)],
+    },
+    Limits {
+        test: "costs::nested_boot_on_vtx",
+        long: true,
+        arguments: &["nested", "--backend", "vmx"],
         figures: &[("boot_ratio", 1.1)],
     },
 ];
