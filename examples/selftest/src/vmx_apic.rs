@@ -165,6 +165,10 @@ impl Rig<'_> {
         unsafe { ((self.page + u64::from(offset)) as *mut u32).write_volatile(value) };
     }
 
+    fn get<W: testudo_vmx::encoding::Width>(&mut self, field: testudo_vmx::Field<W>) -> W::Value {
+        self.vmcs.get(field).expect("the field exists")
+    }
+
     fn set<W: testudo_vmx::encoding::Width>(
         &mut self,
         field: testudo_vmx::Field<W>,
@@ -365,9 +369,9 @@ fn task_priority(rig: &mut Rig<'_>) -> Outcome {
     check_eq!(rig.turn(), Said(5));
     check_eq!(rig.turn(), Said(9));
     // Both kinds of access, as the hypervisor wants.
-    let stores = rig.vmcs.get(fields::PRIMARY_CONTROLS).unwrap_or(0)
-        | PrimaryControls::CR8_STORE_EXITING.bits();
-    rig.set(fields::PRIMARY_CONTROLS, stores);
+    let primary = rig.get(fields::PRIMARY_CONTROLS);
+    let stores = PrimaryControls::CR8_STORE_EXITING.bits();
+    rig.set(fields::PRIMARY_CONTROLS, primary | stores);
     for _ in 0..2 {
         let turn = rig.turn();
         check!(matches!(turn, Left(Exit::ControlRegister(_))), "{turn:?}");

@@ -3,9 +3,11 @@
 use alloc::sync::Arc;
 use std::boxed::Box;
 
-use testudo_arch::Gpa;
 use testudo_arch::cpuid::{Cpuid, CpuidEntry};
 use testudo_arch::memory::GuestRam;
+use testudo_arch::regs::SystemRegisters;
+use testudo_arch::segment::SegmentAttributes;
+use testudo_arch::{Gpa, Segment};
 
 use crate::irq::Lapic;
 use crate::irq::fake::FakeHost;
@@ -53,4 +55,20 @@ pub(super) fn machine(memory: GuestRam) -> (Machine<GuestRam>, Lapic, Arc<FakeHo
     let made = Machine::new(config, memory, host.clone(), &cpuid, console);
     let (machine, lapics) = made.unwrap();
     (machine, lapics.into_iter().next().unwrap(), host)
+}
+
+/// Flat 32-bit protected mode without paging, as PVH kernels begin.
+pub(super) fn protected_mode(rip: u64) -> SystemRegisters {
+    let data = Segment::flat(0x18, SegmentAttributes::DATA);
+    SystemRegisters {
+        cs: Segment::flat(0x10, SegmentAttributes::CODE32),
+        ss: data,
+        ds: data,
+        es: data,
+        fs: data,
+        gs: data,
+        cr0: 0x11,
+        rip,
+        ..SystemRegisters::reset()
+    }
 }

@@ -6,9 +6,8 @@ use std::boxed::Box;
 use std::collections::VecDeque;
 use std::vec::Vec;
 
+use testudo_arch::Exception;
 use testudo_arch::memory::GuestRam;
-use testudo_arch::segment::SegmentAttributes;
-use testudo_arch::{Exception, Segment};
 use testudo_nested::svm::{Host, NestedFault, NestedSvm, NestedTable, Pages, offer};
 use testudo_svm::check::{Outside, check_vmrun};
 use testudo_svm::event::RawEvent;

@@ -1,7 +1,7 @@
 //! A processor that is none, and a hypervisor as the guest on it.
 
 use super::*;
-use crate::backend::fake_machine::ram;
+use crate::backend::fake_machine::{protected_mode, ram};
 
 type Script = Box<dyn FnOnce(&mut Vmcb, &mut GuestRegisters)>;
 
@@ -90,22 +90,6 @@ impl SecondStage for Shifted {
 }
 
 pub(super) type Hypervisor = SvmVcpu<'static, GuestRam, Shifted, FakeProcessor>;
-
-/// 32-bit code and data without paging.
-fn protected_mode(rip: u64) -> SystemRegisters {
-    let data = Segment::flat(0x18, SegmentAttributes::DATA);
-    SystemRegisters {
-        cs: Segment::flat(0x10, SegmentAttributes::CODE32),
-        ss: data,
-        ds: data,
-        es: data,
-        fs: data,
-        gs: data,
-        cr0: 0x11,
-        rip,
-        ..SystemRegisters::reset()
-    }
-}
 
 /// A vCPU whose guest has SVM on.
 pub(super) fn hypervisor() -> Hypervisor {

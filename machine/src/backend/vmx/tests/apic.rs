@@ -25,22 +25,11 @@ fn vcpu_with(lapic: &Lapic) -> Fake {
     let caps: &'static VmxCaps = Box::leak(Box::new(fixtures::skylake_sp()));
     let controls = Box::leak(Box::new(Controls::choose(caps).unwrap()));
     assert!(controls.virtual_apic);
-    let tables = Box::leak(Box::new(VmxTables {
-        ept_pointer: 0x1000 | 3 << 3 | 6,
-        msr_bitmap: Hpa(0x2000),
-        apic: Some(apic_tables()),
-    }));
+    let tables = Box::leak(Box::new(tables_with(Some(apic_tables()))));
     let page: &'static Arc<ApicPage> = Box::leak(Box::new(lapic.page().clone()));
     let parts = Parts {
-        caps,
-        controls,
-        tables,
         apic_page: (page, Hpa(0x3000)),
-        vpid: 1,
-        xcr0_valid: 7,
-        shadow: None,
-        gate: None,
-        switched: None,
+        ..parts(caps, controls, tables)
     };
     let memory = Box::leak(Box::new(ram(0x2000)));
     VmxVcpu::on(FakeProcessor::new(caps), &parts, memory).unwrap()

@@ -169,15 +169,22 @@ impl Processor for FakeProcessor {
 
 pub(super) type Fake = VmxVcpu<'static, FakeProcessor, GuestRam>;
 
-pub(super) fn vcpu_on(caps: &VmxCaps) -> Fake {
-    let caps: &'static VmxCaps = Box::leak(Box::new(caps.clone()));
-    let controls = Box::leak(Box::new(Controls::choose(caps).unwrap()));
-    let tables = Box::leak(Box::new(VmxTables {
+/// Where a vCPU's tables would be, if a processor looked.
+pub(super) fn tables_with(apic: Option<ApicTables>) -> VmxTables {
+    VmxTables {
         ept_pointer: 0x1000 | 3 << 3 | 6,
         msr_bitmap: Hpa(0x2000),
-        apic: None,
-    }));
-    let parts = Parts {
+        apic,
+    }
+}
+
+/// What a vCPU on nested paging is made of.
+pub(super) fn parts<'a>(
+    caps: &'a VmxCaps,
+    controls: &'a Controls,
+    tables: &'a VmxTables,
+) -> Parts<'a> {
+    Parts {
         caps,
         controls,
         tables,
@@ -187,7 +194,14 @@ pub(super) fn vcpu_on(caps: &VmxCaps) -> Fake {
         shadow: None,
         gate: None,
         switched: None,
-    };
+    }
+}
+
+pub(super) fn vcpu_on(caps: &VmxCaps) -> Fake {
+    let caps: &'static VmxCaps = Box::leak(Box::new(caps.clone()));
+    let controls = Box::leak(Box::new(Controls::choose(caps).unwrap()));
+    let tables = Box::leak(Box::new(tables_with(None)));
+    let parts = parts(caps, controls, tables);
     let memory = Box::leak(Box::new(ram(0x2000)));
     VmxVcpu::on(FakeProcessor::new(caps), &parts, memory).unwrap()
 }

@@ -114,22 +114,8 @@ pub(super) fn hypervisor_by(
     let caps: &'static VmxCaps = Box::leak(Box::new(caps));
     let controls: &Controls =
         Box::leak(Box::new(Controls::choose(caps).unwrap().for_hypervisors()));
-    let tables: &VmxTables = Box::leak(Box::new(VmxTables {
-        ept_pointer: 0x1000 | 3 << 3 | 6,
-        msr_bitmap: Hpa(0x2000),
-        apic,
-    }));
-    let parts = Parts {
-        caps,
-        controls,
-        tables,
-        apic_page: (Box::leak(Box::default()), Hpa(0x3000)),
-        vpid: 1,
-        xcr0_valid: 7,
-        shadow: None,
-        gate: None,
-        switched: None,
-    };
+    let tables: &VmxTables = Box::leak(Box::new(tables_with(apic)));
+    let parts = parts(caps, controls, tables);
     let mut vcpu: Hypervisor = VmxVcpu::on(FakeProcessor::new(caps), &parts, memory).unwrap();
     vcpu.processor.has_shadow = shadow;
     let all = Offer {

@@ -9,6 +9,7 @@ use testudo_vmx::controls::ExitControls;
 use testudo_vmx::structures::MsrEntry;
 
 use super::*;
+use crate::backend::fake_machine::protected_mode;
 use crate::paging::{ShadowPaging, allowed_cr4};
 
 const MEMORY: usize = 0x10_0000;
@@ -68,36 +69,13 @@ pub(super) fn shadow_parts<'a>(
 ) -> Parts<'a> {
     let paging = ShadowPaging::new(pool, 32, memory, Contiguous, FakeHost::new(), 1);
     Parts {
-        caps,
-        controls,
-        tables,
-        apic_page: (Box::leak(Box::default()), Hpa(0x3000)),
-        vpid: 1,
-        xcr0_valid: 7,
         shadow: Some(ShadowPlace {
             tables: Box::leak(Box::new(paging)),
             vcpu: 0,
             cr4: allowed_cr4(&Cpuid::default()),
             physical_bits: 40,
         }),
-        gate: None,
-        switched: None,
-    }
-}
-
-/// Flat 32-bit protected mode without paging, as PVH kernels begin.
-fn protected() -> SystemRegisters {
-    let data = Segment::flat(0x18, SegmentAttributes::DATA);
-    SystemRegisters {
-        cs: Segment::flat(0x10, SegmentAttributes::CODE32),
-        ss: data,
-        ds: data,
-        es: data,
-        fs: data,
-        gs: data,
-        cr0: 0x11,
-        rip: 0x1000,
-        ..SystemRegisters::reset()
+        ..parts(caps, controls, tables)
     }
 }
 
@@ -135,11 +113,11 @@ fn real_mode_is_emulated_until_the_processor_takes_the_guest() {
     vcpu.set_segments(&segments);
     assert_eq!(vcpu.enter_once(), VmExit::Emulate(None));
     assert!(!vcpu.can_take_interrupt() && !vcpu.can_take_nmi());
-    vcpu.set_segments(&protected());
+    vcpu.set_segments(&protected_mode(0x1000));
     vcpu.run_out();
     assert_eq!(vcpu.system().cr0, 0x11);
     let cs = *vcpu.system().segment(SegmentRegister::Cs);
-    assert_eq!(cs, protected().cs);
+    assert_eq!(cs, protected_mode(0x1000).cs);
 }
 
 #[test]
@@ -157,7 +135,7 @@ fn an_interrupt_waits_for_the_instruction_behind_an_emulated_sti() {
 #[test]
 fn a_guest_without_paging_runs_with_it() {
     let (mut vcpu, _, pool) = shadowed();
-    vcpu.set_system(&protected());
+    vcpu.set_system(&protected_mode(0x1000));
     vcpu.will(|vmcs, _| {
         exception(vmcs, PAGE_FAULT, 0x5123);
         vmcs.preset(fields::EXIT_INTERRUPTION_ERROR_CODE, 0);
@@ -190,7 +168,7 @@ fn a_guest_without_paging_runs_with_it() {
 #[test]
 fn the_guests_tables_decide_once_it_has_paging() {
     let (mut vcpu, memory, pool) = shadowed();
-    vcpu.set_system(&protected());
+    vcpu.set_system(&protected_mode(0x1000));
     // Legacy tables: linear page 5 is physical page 9, and page 6 is absent.
     memory.store_u32(Gpa(0x2000), 0x3007).unwrap();
     memory.store_u32(Gpa(0x3014), 0x9067).unwrap();
@@ -274,7 +252,7 @@ fn without_fields_for_efer_and_pat_lists_switch_them() {
         assert_eq!(vcpu.hardware(count), 2);
         assert_eq!(vcpu.hardware(address), LISTS.0 + list * 32);
     }
-    vcpu.set_segments(&protected());
+    vcpu.set_segments(&protected_mode(0x1000));
     assert!(vcpu.set_control_register(0, 0x11));
     assert_eq!(vcpu.write_msr(Msr::EFER, 0x801), Some(true));
     vcpu.run_out();
