@@ -207,8 +207,9 @@ impl VmxBackend {
         };
         self.enlightened = enlightened;
         self.controls = self.controls.for_hypervisors();
-        self.nested_caps = Some(Box::new(offer(&self.caps, l1, wanted)));
-        self.shadowing = offers_shadowing(&self.caps).then(|| Box::new(shadow_bitmaps()));
+        let offered = offer(&self.caps, l1, wanted);
+        self.shadowing = offers_shadowing(&self.caps).then(|| Box::new(shadow_bitmaps(&offered)));
+        self.nested_caps = Some(Box::new(offered));
         Ok(())
     }
 

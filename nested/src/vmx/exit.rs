@@ -641,7 +641,7 @@ pub(super) fn save_governed(
     }
     if delivers_interrupts {
         let status = vmcs02.get(fields::GUEST_INTERRUPT_STATUS)?;
-        image.set(fields::GUEST_INTERRUPT_STATUS, status)?;
+        note!(image, *misses; GUEST_INTERRUPT_STATUS = status.into());
     }
     Ok(())
 }

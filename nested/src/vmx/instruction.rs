@@ -10,7 +10,7 @@ use testudo_vmx::state::read_system_registers;
 use testudo_vmx::{AccessError, InstructionError, VmFail, VmcsRead, VmcsWrite, fields};
 
 use super::operand::{Fault, Operands};
-use super::shadow::ALL_SHADOWED;
+use super::shadow::{all_shadowed, shadowed};
 use super::vmcs12::{self, LaunchState, REVISION};
 use super::{Context, Msrs, NestedVmx, SecondStage, VmcsPair, guest_fields, visible};
 
@@ -385,7 +385,7 @@ impl NestedVmx {
                 return Ok(Err(VmFail::Valid(InstructionError::VmptrldWrongRevision)));
             }
             self.current = Some(at);
-            self.shadow_misses = ALL_SHADOWED;
+            self.shadow_misses = all_shadowed(&self.caps);
             self.rare_dirty = true;
             self.in_vmcs02 = None;
         }
@@ -466,15 +466,22 @@ impl NestedVmx {
                 u64::from_le_bytes(bytes)
             }
         };
-        // This one each entry loads, and no check looks at it.
-        if field.full() != fields::GUEST_INTERRUPT_STATUS.encoding() {
+        let is_status = field.full() == fields::GUEST_INTERRUPT_STATUS.encoding();
+        if is_status {
+            // Each entry loads it, and no check looks at it. But VMREAD is to find it.
+            self.shadow_misses |= const { shadowed(fields::GUEST_INTERRUPT_STATUS.encoding()) };
+        } else {
             self.settled = None;
         }
         if guest_fields::is_rare(field) || guest_fields::is_pdpte(field) {
             self.fetch_rare(cx)?;
             self.rare_dirty = true;
         }
-        Ok(self.vmcs12.image.write_raw(field, value))
+        let written = self.vmcs12.image.write_raw(field, value);
+        if is_status {
+            self.give_to_shadow(cx)?;
+        }
+        Ok(written)
     }
 
     /// Writes the current VMCS back to L1's memory, and then there is none, nor an enlightened one.

@@ -32,7 +32,7 @@ use testudo_vmx::{AccessError, VmcsRead, VmcsWrite, fields};
 
 use super::apic::Frames;
 use super::join::L1Controls;
-use super::shadow::ALL_SHADOWED;
+use super::shadow::all_shadowed;
 use super::vmcs12::LaunchState;
 use super::{Context, NestedVmx, SecondStage, VmcsPair, kvm_layout};
 use crate::kvm::{self, FormatError};
@@ -282,7 +282,7 @@ impl NestedVmx {
         if self.is_guest {
             let l1 = L1Controls::read(&self.vmcs12.image)?;
             self.save_guest(&l1, cx)?;
-            self.shadow_misses = ALL_SHADOWED;
+            self.shadow_misses = all_shadowed(&self.caps);
             // What is on its way into L2, which an exit would report instead.
             let vmcs02 = cx.vmcs.l2();
             let image = &mut *self.vmcs12.image;
@@ -354,7 +354,7 @@ impl NestedVmx {
         self.in_vmcs02 = None;
         self.rare_dirty = true;
         self.rare_missing = false;
-        self.shadow_misses = ALL_SHADOWED;
+        self.shadow_misses = all_shadowed(&self.caps);
         self.settled = None;
         self.host_loaded = false;
         self.joined = None;

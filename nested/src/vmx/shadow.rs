@@ -7,9 +7,9 @@
 //! that it changed.
 
 use testudo_vmx::bitmap::FieldBitmap;
-use testudo_vmx::{AccessError, Encoding, VmcsRead, fields as f};
+use testudo_vmx::{AccessError, Encoding, VmcsRead, VmxCaps, fields as f};
 
-use super::guest_fields::{Slot, slots};
+use super::guest_fields::{Slot, slot, slots};
 use super::{Context, NestedVmx, VmcsPair, guest_fields};
 
 /// What L1 reads at nearly every exit and can not write.
@@ -25,6 +25,10 @@ const READ_ONLY: [Slot; 10] = slots([
     f::GUEST_LINEAR_ADDRESS.encoding(),
     f::GUEST_PHYSICAL_ADDRESS.encoding(),
 ]);
+
+/// What L1 reads at each entry if L2's virtual local APIC delivers interrupts, and seldom writes: only its VMREAD is
+/// without an exit. Not every processor has it.
+const STATUS: Slot = slot(f::GUEST_INTERRUPT_STATUS.encoding());
 
 /// The fields of [`READ_WRITE`] that every processor has, for a macro: in parts of which a processor's registers
 /// hold all values.
@@ -52,14 +56,25 @@ macro_rules! slots_of {
 const READ_WRITE: [Slot; 24] = with_read_write!(slots_of!());
 
 /// The shadowed fields for which a set stands; its bits are in the order of [`READ_WRITE`] and then
-/// [`READ_ONLY`].
+/// [`READ_ONLY`], and [`STATUS`] is last.
 pub(super) type ShadowedFields = u64;
 
 /// How many there are.
-const COUNT: usize = READ_WRITE.len() + READ_ONLY.len();
+const COUNT: usize = READ_WRITE.len() + READ_ONLY.len() + 1;
 
-/// All shadowed fields.
-pub(super) const ALL_SHADOWED: ShadowedFields = (1 << COUNT) - 1;
+/// All shadowed fields that every processor has.
+pub(super) const ALL_SHADOWED: ShadowedFields = (1 << (COUNT - 1)) - 1;
+
+/// All shadowed fields that a processor with these capabilities has.
+pub(super) fn all_shadowed(caps: &VmxCaps) -> ShadowedFields {
+    let status = shadowed(STATUS.field);
+    ALL_SHADOWED | if has_status(caps) { status } else { 0 }
+}
+
+fn has_status(caps: &VmxCaps) -> bool {
+    let info = STATUS.field.info();
+    info.is_some_and(|info| info.exists(caps))
+}
 
 /// Those that tell of an exit.
 pub(super) const EXIT_INFORMATION: ShadowedFields = ALL_SHADOWED & !((1 << READ_WRITE.len()) - 1);
@@ -83,8 +98,10 @@ const SHADOWED: [Slot; COUNT] = {
     while i < COUNT {
         all[i] = if i < READ_WRITE.len() {
             READ_WRITE[i]
-        } else {
+        } else if i < COUNT - 1 {
             READ_ONLY[i - READ_WRITE.len()]
+        } else {
+            STATUS
         };
         i += 1;
     }
@@ -124,8 +141,8 @@ macro_rules! note {
 }
 pub(super) use note;
 
-/// The bitmaps for VMREAD and VMWRITE of L1: what exits all the same.
-pub fn shadow_bitmaps() -> (FieldBitmap, FieldBitmap) {
+/// The bitmaps for VMREAD and VMWRITE of an L1 that is shown these capabilities: what exits all the same.
+pub fn shadow_bitmaps(caps: &VmxCaps) -> (FieldBitmap, FieldBitmap) {
     let (mut reads, mut writes) = (FieldBitmap::all_exit(), FieldBitmap::all_exit());
     for field in READ_ONLY.map(|slot| slot.field) {
         reads.pass_through(field);
@@ -133,6 +150,9 @@ pub fn shadow_bitmaps() -> (FieldBitmap, FieldBitmap) {
     for field in READ_WRITE.map(|slot| slot.field) {
         reads.pass_through(field);
         writes.pass_through(field);
+    }
+    if has_status(caps) {
+        reads.pass_through(STATUS.field);
     }
     (reads, writes)
 }
@@ -180,6 +200,9 @@ impl NestedVmx {
 mod tests {
     use std::vec::Vec;
 
+    use testudo_vmx::caps::{Allowed, fixtures};
+    use testudo_vmx::controls::SecondaryControls;
+
     use super::*;
 
     #[test]
@@ -190,8 +213,13 @@ mod tests {
         let all = READ_WRITE.iter().chain(&READ_ONLY);
         let each: Vec<_> = all.map(|slot| shadowed(slot.field)).collect();
         assert_eq!(each.iter().fold(0, |set, bit| set ^ bit), ALL_SHADOWED);
+        let mut caps = fixtures::skylake_sp();
+        assert_eq!(all_shadowed(&caps), ALL_SHADOWED | shadowed(STATUS.field));
+        assert_eq!(all_shadowed(&caps).count_ones() as usize, COUNT);
         assert_eq!(shadowed(f::GUEST_DS_BASE.encoding()), 0);
-        let (reads, writes) = shadow_bitmaps();
+        let (reads, writes) = shadow_bitmaps(&caps);
+        let status = u64::from(STATUS.field.0);
+        assert!(!reads.exits(status) && writes.exits(status));
         for field in READ_ONLY.map(|slot| slot.field) {
             let encoding = u64::from(field.0);
             assert!(!reads.exits(encoding) && writes.exits(encoding), "{field}");
@@ -200,5 +228,14 @@ mod tests {
         assert!(!reads.exits(rip) && !writes.exits(rip));
         let ds = u64::from(f::GUEST_DS_BASE.encoding().0);
         assert!(reads.exits(ds) && writes.exits(ds));
+        // An L1 without the field is told that there is none.
+        let without = SecondaryControls::all() - SecondaryControls::VIRTUAL_INTERRUPT_DELIVERY;
+        caps.secondary = Allowed::new(
+            caps.secondary.must_be_one(),
+            caps.secondary.may_be_one() & without,
+        );
+        assert_eq!(all_shadowed(&caps), ALL_SHADOWED);
+        let (reads, writes) = shadow_bitmaps(&caps);
+        assert!(reads.exits(status) && writes.exits(status));
     }
 }

@@ -116,7 +116,10 @@ impl Tables {
             offered.cr4.may &= !Cr4Flags::SAFER_MODE_EXTENSIONS.bits();
             Box::new(offered)
         });
-        let shadowing = nesting && offers_shadowing(&caps);
+        let shadowing = guest_caps
+            .as_deref()
+            .filter(|_| offers_shadowing(&caps))
+            .map(|offered| Box::new(shadow_bitmaps(offered)));
         let mtrrs = Mtrrs::read_from(
             |msr| msr::try_read(msr.0),
             caps.processor.physical_address_bits,
@@ -132,7 +135,7 @@ impl Tables {
         Ok(Self {
             ept: table(&caps, mtrrs.as_ref(), territory)?,
             feature_control: caps.feature_control & !own | FEATURE_CONTROL_LOCKED | vmx,
-            shadowing: shadowing.then(|| Box::new(shadow_bitmaps())),
+            shadowing,
             caps,
             guest_caps,
             controls,

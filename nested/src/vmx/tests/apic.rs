@@ -134,6 +134,35 @@ fn the_interrupt_status_goes_to_l2_and_comes_back() {
 }
 
 #[test]
+fn l1_reads_the_interrupt_status_without_an_exit() {
+    let mut vm = Vm::ready();
+    vm.ask_for_apic(SHADOW | DELIVERY, 0x0031_0000);
+    vm.vmcs.shadow = Some(FakeVmcs::with_caps(&vm.processor));
+    let seen = |vm: &Vm| {
+        let shadow = vm.vmcs.shadow.as_ref().unwrap();
+        shadow.get(fields::GUEST_INTERRUPT_STATUS)
+    };
+    let image = vm.nested.vmcs12.image.clone();
+    fill(vm.vmcs.shadow.as_mut().unwrap(), &image);
+    assert_eq!(vm.pointer(Instruction::Vmclear, REGION.0), End::Succeed);
+    // Becoming current fills it.
+    vm.vmcs.shadow = Some(FakeVmcs::with_caps(&vm.processor));
+    assert_eq!(vm.pointer(Instruction::Vmptrld, REGION.0), End::Succeed);
+    assert_eq!(seen(&vm), Ok(0x31));
+    assert_eq!(vm.run(Instruction::Vmlaunch), ENTERED);
+    vm.vmcs.l2.preset(fields::GUEST_INTERRUPT_STATUS, 0x3141);
+    let _ = vm.exit(BasicReason::Cpuid, 0);
+    assert_eq!(seen(&vm), Ok(0x3141));
+    // A write exits, and is read without one.
+    vm.gprs.rbx = 0x51;
+    let field = fields::GUEST_INTERRUPT_STATUS.encoding().0;
+    assert_eq!(vm.field(Instruction::Vmwrite, field.into()), End::Succeed);
+    assert_eq!(seen(&vm), Ok(0x51));
+    assert_eq!(vm.run(Instruction::Vmresume), ENTERED);
+    assert_eq!(l2(&vm, fields::GUEST_INTERRUPT_STATUS), 0x51);
+}
+
+#[test]
 fn a_halt_ends_at_once_by_an_interrupt_that_is_due() {
     const ENABLED: u64 = 0x202;
     let due = |vm: &mut Vm| {
