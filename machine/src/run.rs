@@ -391,12 +391,19 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
             self.vcpu.take_interrupted();
             return self.let_deliver();
         }
-        if self.lapic.has_interrupt()
+        while self.lapic.has_interrupt()
             && self.vcpu.can_take_interrupt()
             && let Some(vector) = self.lapic.acknowledge()
         {
-            self.activity = Activity::Running;
-            self.vcpu.inject(Event::Interrupt(vector));
+            let Some(wakes) = self.vcpu.take_notification(vector) else {
+                self.activity = Activity::Running;
+                self.vcpu.inject(Event::Interrupt(vector));
+                break;
+            };
+            self.lapic.end_of_interrupt();
+            if wakes && self.activity == Activity::Halted {
+                self.activity = Activity::Running;
+            }
         }
         self.vcpu.set_interrupt_window(self.lapic.awaited());
         if self.vcpu.take_interrupted() && self.activity == Activity::Halted {

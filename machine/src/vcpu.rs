@@ -301,6 +301,14 @@ pub trait Vcpu {
         self.delivers_interrupts()
     }
 
+    /// Takes an interrupt that the local APIC has acknowledged, if it only notifies the guest's guest, which runs, of
+    /// interrupts that are posted to it: the local APIC is to be told of its end. The inner value says that these
+    /// end a halt.
+    fn take_notification(&mut self, vector: u8) -> Option<bool> {
+        let _ = vector;
+        None
+    }
+
     /// Tells a processor that [virtualizes the local APIC](Self::virtualizes_apic) what it must know of it
     /// besides the page.
     fn set_apic(&mut self, _state: &ApicState) {}

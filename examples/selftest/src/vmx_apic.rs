@@ -17,7 +17,7 @@ use testudo_ept::format::ept::Ept;
 use testudo_ept::{PageTable, Rights};
 use testudo_rt::irq::{self, TrapFrame};
 use testudo_rt::memory::{self, Frames};
-use testudo_rt::msr;
+use testudo_rt::{apic, msr};
 use testudo_vmx::bitmap::MsrBitmap;
 use testudo_vmx::controls::{
     EntryControls, ExitControls, PinControls, PrimaryControls, SecondaryControls as S,
@@ -52,6 +52,10 @@ pub(crate) const CASES: &[Case] = &[
     Case {
         name: "vmx::apic_interrupts_by_msrs",
         run: |_| on_rig(MSRS, interrupts_by_msrs),
+    },
+    Case {
+        name: "vmx::apic_posted_interrupts",
+        run: |_| on_rig(PAGE | S::VIRTUAL_INTERRUPT_DELIVERY, posted_interrupts),
     },
     Case {
         name: "vmx::apic_interrupt_ends_a_halt",
@@ -134,12 +138,9 @@ fn msr_write(msr: Msr, value: u64) {
     }
 }
 
-/// The guest takes what interrupts there are.
+/// The guest takes what interrupts there are, and says how many it has had.
 fn with_interrupts() {
-    irq::enable();
-    // SAFETY: the shadow of STI is over behind it.
-    unsafe { asm!("nop", "nop", options(nomem, nostack)) };
-    irq::disable();
+    let_interrupts_in();
     say(INTERRUPTS.load(Ordering::Relaxed));
 }
 
@@ -528,6 +529,64 @@ fn interrupts_by_msrs(rig: &mut Rig<'_>) -> Outcome {
     check_eq!(rig.turn(), Said(3));
     rig.set(fields::EOI_EXIT_BITMAP_1, 0);
     Outcome::Passed
+}
+
+/// The notification, which waits when the guest is entered, requests what is posted, and is over without an exit.
+fn posted_interrupts(rig: &mut Rig<'_>) -> Outcome {
+    extern "C" fn code() -> ! {
+        loop {
+            with_interrupts();
+        }
+    }
+    const NOTIFICATION: u8 = 0x62;
+    let pin = PinControls::PROCESS_POSTED_INTERRUPTS;
+    if !rig.caps.pin.allows(pin) || msr::try_read(Msr::X2APIC_APICID.0).is_some() {
+        return Outcome::Skipped("the processor offers too little");
+    }
+    rig.begin(true, PAGE | S::VIRTUAL_INTERRUPT_DELIVERY, code);
+    let pin = rig.vmcs.get(fields::PIN_CONTROLS).unwrap_or(0) | pin.bits();
+    rig.set(fields::PIN_CONTROLS, pin);
+    let acknowledge = ExitControls::ACKNOWLEDGE_INTERRUPT.bits();
+    let exit = rig.vmcs.get(fields::EXIT_CONTROLS).unwrap_or(0) | acknowledge;
+    rig.set(fields::EXIT_CONTROLS, exit);
+    rig.set(
+        fields::POSTED_INTERRUPT_NOTIFICATION_VECTOR,
+        NOTIFICATION.into(),
+    );
+    // The rest of the stack's frame is free.
+    let descriptor = rig.stack;
+    rig.set(fields::POSTED_INTERRUPT_DESCRIPTOR_ADDRESS, descriptor);
+    let word = |index: u64| {
+        // SAFETY: the descriptor is in a frame of this case's own, mapped where it is.
+        unsafe { AtomicU64::from_ptr((descriptor + 8 * index) as *mut u64) }
+    };
+    irq::set_handler(NOTIFICATION, count);
+    for round in 1..3 {
+        word(1).store(1 << (VECTOR - 64), Ordering::Relaxed);
+        word(4).store(1, Ordering::Relaxed);
+        apic::send_ipi(0, NOTIFICATION);
+        check_eq!(rig.turn(), Said(round));
+        check_eq!(
+            (
+                word(1).load(Ordering::Relaxed),
+                word(4).load(Ordering::Relaxed)
+            ),
+            (0, 0)
+        );
+    }
+    // Nothing is left for this program itself.
+    let_interrupts_in();
+    check_eq!(INTERRUPTS.load(Ordering::Relaxed), 2);
+    irq::clear_handler(NOTIFICATION);
+    Outcome::Passed
+}
+
+/// Whoever runs takes what interrupts there are.
+fn let_interrupts_in() {
+    irq::enable();
+    // SAFETY: the shadow of STI is over behind it.
+    unsafe { asm!("nop", "nop", options(nomem, nostack)) };
+    irq::disable();
 }
 
 /// A guest that halts with an interrupt due does not wait.

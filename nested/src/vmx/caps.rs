@@ -20,8 +20,9 @@ pub struct Offer {
     pub ept: bool,
     /// VPID and INVVPID.
     pub vpid: bool,
-    /// APIC virtualization, but for posted interrupts. Needs a second stage that finds the
-    /// [frames](super::SecondStage::frame) behind L1's pages.
+    /// APIC virtualization, with posted interrupts where the processor delivers virtual ones. Needs a second stage that
+    /// finds the [frames](super::SecondStage::frame) behind L1's pages, and that L1's interrupts are L0's to
+    /// deliver, which [takes notifications](super::NestedVmx::take_notification).
     pub apic: bool,
     /// What an enlightened VMCS, version 1, has fields for, and no more: for a vCPU
     /// [with enlightened VMCSs](super::NestedVmx::with_enlightened_vmcs).
@@ -165,6 +166,12 @@ pub fn offer(processor: &VmxCaps, l1: testudo_vmx::caps::Processor, offer: Offer
         exit -= ExitControls::LOAD_EFER | ExitControls::SAVE_EFER;
         entry -= EntryControls::LOAD_EFER;
     }
+    let mut pin_allowed = narrow(processor.pin, pin);
+    if offered(SecondaryControls::VIRTUAL_INTERRUPT_DELIVERY) {
+        // Whether or not the processor has it: this layer does it.
+        let may = pin_allowed.may_be_one() | PinControls::PROCESS_POSTED_INTERRUPTS;
+        pin_allowed = Allowed::new(pin_allowed.must_be_one(), may);
+    }
     if !(processor.pin.may_be_one() & pin).contains(PinControls::ACTIVATE_PREEMPTION_TIMER) {
         exit -= ExitControls::SAVE_PREEMPTION_TIMER;
     }
@@ -174,7 +181,7 @@ pub fn offer(processor: &VmxCaps, l1: testudo_vmx::caps::Processor, offer: Offer
         basic: Basic(
             u64::from(REVISION) | 4096 << 32 | 6 << 50 | (processor.basic.0 & (1 << 54)) | 1 << 55,
         ),
-        pin: narrow(processor.pin, pin),
+        pin: pin_allowed,
         primary: narrow(processor.primary, primary),
         exit: narrow(processor.exit, exit),
         entry: narrow(processor.entry, entry),

@@ -11,7 +11,7 @@ use core::ops::ControlFlow;
 
 use testudo_arch::{Cr4Flags, Gpa, GuestMemory, Gva, Hpa};
 use testudo_nested::vmx::{
-    ControlRegisters, EptFault, Handled, Instruction, NestedVmx, Outcome, PageFaultOf,
+    ControlRegisters, EptFault, Handled, Instruction, NestedVmx, Outcome, PageFaultOf, Posted,
     PredictorBarrier, RestoreError, SavedVmx, SecondStage,
 };
 use testudo_vmx::bitmap::MsrBitmap;
@@ -547,6 +547,20 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         if let Some(nested) = &mut self.nested {
             nested.state.note_halt();
         }
+    }
+
+    /// An interrupt of L1's that is acknowledged: whether it was only the notification of those that are posted to L2, and
+    /// then whether L2's halt ends.
+    pub(super) fn try_notification(&mut self, vector: u8) -> Result<Option<bool>, VcpuError> {
+        let Some(nested) = &mut self.nested else {
+            return Ok(None);
+        };
+        let posted = layer!(self, nested, take_notification(vector))?;
+        self.select(self.level)?;
+        Ok(match posted {
+            Posted::No => None,
+            Posted::Taken { due } => Some(due),
+        })
     }
 
     /// Whether an interrupt that the processor delivers to L2 ends its halt at once.

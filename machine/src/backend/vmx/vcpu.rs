@@ -278,6 +278,19 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> Vcpu for VmxVcpu<'_, P, M, S>
         self.apic.is_some() && self.level == Level::L1
     }
 
+    fn take_notification(&mut self, vector: u8) -> Option<bool> {
+        if self.level == Level::L1 {
+            return None;
+        }
+        match self.try_notification(vector) {
+            Ok(taken) => taken,
+            Err(error) => {
+                self.remember(error);
+                None
+            }
+        }
+    }
+
     #[inline]
     fn virtualizes_apic(&self) -> bool {
         self.apic.is_some()

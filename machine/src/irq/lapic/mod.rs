@@ -461,7 +461,7 @@ impl Lapic {
 
     /// The end of the interrupt in service with the highest priority (SDM vol. 3A, 11.8.5).
     #[inline]
-    fn end_of_interrupt(&mut self) {
+    pub(crate) fn end_of_interrupt(&mut self) {
         let Some(vector) = self.isr().highest() else {
             return;
         };

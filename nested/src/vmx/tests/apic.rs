@@ -1,6 +1,7 @@
 //! APIC virtualization for L2.
 
 use super::*;
+use crate::vmx::Posted;
 use testudo_vmx::controls::Interruptibility;
 
 /// The controls, as for [`Vm::ask_for_apic`].
@@ -245,4 +246,82 @@ fn a_virtual_interrupt_that_meets_an_ept_violation_is_delivered_again() {
         assert_eq!(vm.exit(BasicReason::EptViolation, 0x181), Handled::Resume);
         assert_eq!(l2(&vm, fields::ENTRY_INTERRUPTION_INFORMATION), expected);
     }
+}
+
+const DESCRIPTOR: u64 = 0x7_0000;
+const NOTIFICATION: u8 = 0xF2;
+
+/// L2 runs with posted interrupts.
+fn with_posting() -> Vm {
+    let mut vm = Vm::ready();
+    vm.ask_for_apic(SHADOW | DELIVERY, 0x0031_0000);
+    let posted = testudo_vmx::controls::PinControls::PROCESS_POSTED_INTERRUPTS;
+    let pin = vm.get12(fields::PIN_CONTROLS) | u64::from(posted.bits());
+    vm.set12(fields::PIN_CONTROLS, pin);
+    let acknowledge = testudo_vmx::controls::ExitControls::ACKNOWLEDGE_INTERRUPT;
+    let exit = vm.get12(fields::EXIT_CONTROLS) | u64::from(acknowledge.bits());
+    vm.set12(fields::EXIT_CONTROLS, exit);
+    vm.set12(
+        fields::POSTED_INTERRUPT_NOTIFICATION_VECTOR,
+        NOTIFICATION.into(),
+    );
+    vm.set12(fields::POSTED_INTERRUPT_DESCRIPTOR_ADDRESS, DESCRIPTOR);
+    vm.set12(fields::GUEST_RFLAGS, 0x202);
+    assert_eq!(vm.run(Instruction::Vmlaunch), ENTERED);
+    // They are L0's to process: the processor's own notifications are not L1's.
+    assert_eq!(l2(&vm, fields::PIN_CONTROLS) & posted.bits(), 0);
+    assert_eq!(l2(&vm, fields::POSTED_INTERRUPT_DESCRIPTOR_ADDRESS), 0);
+    vm
+}
+
+fn notify(vm: &mut Vm, vector: u8) -> Posted {
+    vm.call(|nested, cx| nested.take_notification(vector, cx))
+        .unwrap()
+}
+
+#[test]
+fn what_is_posted_is_requested_by_the_notification_alone() {
+    let mut vm = with_posting();
+    let words = [0, 1 << 33 | 1, 0, 1 << 63];
+    for (index, word) in (0..).zip(words) {
+        vm.memory
+            .store_u64(Gpa(DESCRIPTOR + 8 * index), word)
+            .unwrap();
+    }
+    // A notification is outstanding, others are suppressed, and there is more behind it.
+    vm.memory
+        .store_u32(Gpa(DESCRIPTOR + 32), 0xABCD_0003)
+        .unwrap();
+    vm.memory
+        .store_u32(Gpa(VIRTUAL_APIC + 0x230), 1 << 9)
+        .unwrap();
+    assert_eq!(notify(&mut vm, 0xF1), Posted::No);
+    assert_eq!(vm.memory.load_u64(Gpa(DESCRIPTOR + 8)), Ok(1 << 33 | 1));
+    assert_eq!(notify(&mut vm, NOTIFICATION), Posted::Taken { due: true });
+    let register = |at: u64| vm.memory.load_u32(Gpa(VIRTUAL_APIC + 0x200 + at)).unwrap();
+    let requested: Vec<u32> = (0..8).map(|i| register(0x10 * i)).collect();
+    assert_eq!(requested, [0, 0, 1, 1 << 9 | 1 << 1, 0, 0, 0, 1 << 31]);
+    assert_eq!(l2(&vm, fields::GUEST_INTERRUPT_STATUS), 0x00FF);
+    for index in 0..4 {
+        assert_eq!(vm.memory.load_u64(Gpa(DESCRIPTOR + 8 * index)), Ok(0));
+    }
+    assert_eq!(vm.memory.load_u32(Gpa(DESCRIPTOR + 32)), Ok(0xABCD_0002));
+    // With nothing posted the highest stays what it was.
+    vm.vmcs.l2.preset(fields::GUEST_INTERRUPT_STATUS, 0x6131);
+    assert_eq!(notify(&mut vm, NOTIFICATION), Posted::Taken { due: false });
+    assert_eq!(l2(&vm, fields::GUEST_INTERRUPT_STATUS), 0x6131);
+    // L1 itself gets what is its own.
+    let _ = vm.exit(BasicReason::Cpuid, 0);
+    assert_eq!(notify(&mut vm, NOTIFICATION), Posted::No);
+}
+
+#[test]
+fn a_descriptor_outside_memory_posts_nothing() {
+    let mut vm = with_posting();
+    vm.set12(
+        fields::POSTED_INTERRUPT_DESCRIPTOR_ADDRESS,
+        Memory::SIZE as u64,
+    );
+    assert_eq!(notify(&mut vm, NOTIFICATION), Posted::Taken { due: true });
+    assert_eq!(l2(&vm, fields::GUEST_INTERRUPT_STATUS), 0x0031);
 }

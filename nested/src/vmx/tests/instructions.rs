@@ -277,8 +277,8 @@ fn fields_fail_with_their_numbers() {
         assert_eq!(vm.field(instruction, 0x681E), End::FailInvalid);
         let mut vm = Vm::ready();
         // No such field; bits beyond the encoding; a field of a feature that is not offered.
-        let posted = fields::POSTED_INTERRUPT_DESCRIPTOR_ADDRESS.encoding().0;
-        for field in [0x2046, 0x1_0000_681E, 0x8000_681E, posted.into()] {
+        let log = fields::PML_ADDRESS.encoding().0;
+        for field in [0x2046, 0x1_0000_681E, 0x8000_681E, log.into()] {
             let end = vm.field(instruction, field);
             assert_eq!(end, fail(E::UnsupportedComponent), "{field:#x}");
         }
