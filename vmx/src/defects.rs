@@ -26,6 +26,12 @@ bitflags! {
 
         /// A virtual interrupt that is pending does not end the HLT activity state: Bochs looks for others only.
         const HALTS_THROUGH_VIRTUAL_INTERRUPTS = 1 << 2;
+
+        /// An external interrupt that would exit delivers a pending virtual interrupt instead, even with
+        /// RFLAGS.IF = 0, which blocks that ("the logical processor … delivers it as soon as RFLAGS.IF = 1", SDM vol.
+        /// 3C, 32.2.2): Bochs asks whether anything unmasked is pending, and then takes the virtual interrupt if it
+        /// is pending, masked or not. The exit follows before the handler's first instruction.
+        const DELIVERS_MASKED_VIRTUAL_INTERRUPTS = 1 << 3;
     }
 }
 

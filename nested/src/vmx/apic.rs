@@ -10,7 +10,7 @@ use testudo_arch::{Gpa, GuestMemory, RFlags};
 use testudo_vmx::controls::{PrimaryControls, SecondaryControls};
 use testudo_vmx::event::InterruptionInformation;
 use testudo_vmx::image::VmcsImage;
-use testudo_vmx::{AccessError, VmcsRead, VmcsWrite, fields};
+use testudo_vmx::{AccessError, Defects, VmcsRead, VmcsWrite, fields};
 
 use super::join::L1Controls;
 use super::{Context, NestedVmx, SecondStage, VmcsPair};
@@ -120,6 +120,8 @@ pub(super) fn delivers_interrupts(l1: &L1Controls) -> bool {
 /// Where the x2APIC's MSRs are in an MSR bitmap, in words of 64 bits: reads, then writes.
 const X2APIC_WORDS: [usize; 8] = [32, 33, 34, 35, 288, 289, 290, 291];
 const READS: usize = 4;
+/// Writes of the MSR for self IPIs, in the first word of writes.
+const SELF_IPI: u64 = 1 << 0x3F;
 
 /// The x2APIC's part of an MSR bitmap.
 pub(super) type X2apicBits = [u64; 8];
@@ -135,7 +137,6 @@ pub(super) fn x2apic_bits(bitmap: &[u8; 4096]) -> X2apicBits {
 fn virtualized(secondary: SecondaryControls) -> X2apicBits {
     const TPR: u64 = 1 << 8;
     const EOI: u64 = 1 << 0xB;
-    const SELF_IPI: u64 = 1 << 0x3F;
     let mut bits = [0; 8];
     if !secondary.contains(SecondaryControls::VIRTUALIZE_X2APIC_MODE) {
         return bits;
@@ -184,6 +185,23 @@ impl NestedVmx {
                 *bytes = merged.to_le_bytes();
             }
         }
+        if self
+            .defects
+            .contains(Defects::DELIVERS_MASKED_VIRTUAL_INTERRUPTS)
+        {
+            self.open_self_ipi(false);
+        }
+    }
+
+    /// Lets L2 interrupt itself by an MSR that L1 gives it, or has that exit.
+    pub(super) fn open_self_ipi(&mut self, open: bool) {
+        let words = self.msr_bitmap.as_mut_bytes().as_chunks_mut::<8>().0;
+        if let Some(bytes) = words.get_mut(X2APIC_WORDS[READS]) {
+            let others = u64::from_le_bytes(*bytes) & !SELF_IPI;
+            let exits = if open { 0 } else { SELF_IPI };
+            *bytes = (others | exits).to_le_bytes();
+        }
+        self.self_ipi_open = open;
     }
 
     /// What an entry that is like the one before loads for L2's local APIC.
@@ -199,12 +217,13 @@ impl NestedVmx {
         if apic.delivers {
             let status = self.vmcs12.image.get(fields::GUEST_INTERRUPT_STATUS)?;
             cx.vmcs.l2().set(fields::GUEST_INTERRUPT_STATUS, status)?;
-            self.serving = self
-                .misreports_virtual_interrupts
-                .then_some((status >> 8) as u8);
+            self.serving = (!self.defects.is_empty()).then_some((status >> 8) as u8);
         }
         if let (Some(secondary), Some(bitmap)) = (apic.x2apic, l1_bitmap) {
             self.merge_x2apic(secondary, bitmap, cx.memory);
+        }
+        if self.serving.is_some() {
+            self.hold_back(cx)?;
         }
         Ok(())
     }
@@ -218,8 +237,17 @@ impl NestedVmx {
         serving: u8,
         vmcs02: &mut impl VmcsWrite,
     ) -> Result<(), AccessError> {
+        if self.self_ipi_open {
+            self.open_self_ipi(false);
+        }
         let now = (vmcs02.get(fields::GUEST_INTERRUPT_STATUS)? >> 8) as u8;
         self.serving = Some(now);
+        if !self
+            .defects
+            .contains(Defects::MISREPORTS_VIRTUAL_INTERRUPTS)
+        {
+            return Ok(());
+        }
         let information = InterruptionInformation(vmcs02.get(fields::IDT_VECTORING_INFORMATION)?);
         let enabled = vmcs02.get(fields::GUEST_RFLAGS)? & RFlags::INTERRUPT_FLAG.bits() != 0;
         if information.is_valid() && enabled && now != serving && now != 0 {
@@ -309,11 +337,15 @@ impl NestedVmx {
         let page = Gpa(image.get(fields::VIRTUAL_APIC_ADDRESS)?);
         let vmcs02 = cx.vmcs.l2();
         let status = vmcs02.get(fields::GUEST_INTERRUPT_STATUS)?;
-        let (requesting, serving) = (status as u8 >> 4, (status >> 12) as u8);
-        // PPR virtualization: the higher of the task's class and that of the interrupt in service.
-        let priority = task_priority(cx.memory, page).max(serving);
         // No shadow of STI or MOV SS outlives the HLT.
         let enabled = vmcs02.get(fields::GUEST_RFLAGS)? & RFlags::INTERRUPT_FLAG.bits() != 0;
-        Ok(enabled && requesting > priority)
+        Ok(enabled && is_due(status, cx.memory, page))
     }
+}
+
+/// Whether an interrupt is requested, by this guest interrupt status, that its priority lets be delivered (32.2.1).
+pub(super) fn is_due(status: u16, memory: &impl GuestMemory, page: Gpa) -> bool {
+    let (requesting, serving) = (status as u8 >> 4, (status >> 12) as u8);
+    // PPR virtualization: the higher of the task's class and that of the interrupt in service.
+    requesting > task_priority(memory, page).max(serving)
 }

@@ -214,9 +214,7 @@ impl NestedVmx {
         if apic::delivers_interrupts(l1) {
             let status = image.get(fields::GUEST_INTERRUPT_STATUS)?;
             vmcs02.set(fields::GUEST_INTERRUPT_STATUS, status)?;
-            self.serving = self
-                .misreports_virtual_interrupts
-                .then_some((status >> 8) as u8);
+            self.serving = (!self.defects.is_empty()).then_some((status >> 8) as u8);
         }
         if self.in_vmcs02 != self.region() || self.rare_dirty {
             guest_fields::push(image, &mut vmcs02, &guest_fields::RARE)?;
@@ -251,6 +249,10 @@ impl NestedVmx {
         self.joined = Some(joined);
         self.in_vmcs02 = self.region();
         self.rare_dirty = false;
+        (self.held_back, self.self_ipi_open) = (false, false);
+        if self.serving.is_some() {
+            self.hold_back(cx)?;
+        }
         Ok(())
     }
 

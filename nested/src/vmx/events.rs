@@ -144,9 +144,10 @@ impl NestedVmx {
         let theirs = L1Controls::read(&self.vmcs12.image)?
             .primary
             .contains(window);
+        let held_back = window == PrimaryControls::INTERRUPT_WINDOW_EXITING && self.held_back;
         let mut vmcs02 = vmcs.l2();
         let mut primary = PrimaryControls::from_bits_retain(vmcs02.get(fields::PRIMARY_CONTROLS)?);
-        primary.set(window, wanted || theirs);
+        primary.set(window, wanted || theirs || held_back);
         vmcs02.set(fields::PRIMARY_CONTROLS, primary.bits())?;
         // The next entry compares with what is there.
         if let Some(joined) = &mut self.joined {

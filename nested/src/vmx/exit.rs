@@ -137,6 +137,9 @@ impl NestedVmx {
             }
             Route::SecondStage => self.ept_fault(&seen, cx),
             Route::L0 => {
+                if self.serving.is_some() && self.goes_on(seen.reason.basic(), cx)? {
+                    return Ok(Handled::Resume);
+                }
                 if seen.reason.basic() == BasicReason::PreemptionTimer
                     && let Some(value) = self.timer.go_on()
                 {

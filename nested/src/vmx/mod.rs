@@ -34,6 +34,7 @@ mod events;
 mod evmcs;
 mod exit;
 mod guest_fields;
+mod held_back;
 mod host;
 mod instruction;
 mod invalidate;
@@ -247,11 +248,15 @@ pub struct NestedVmx {
     access_page: u64,
     /// What an L2 without an EPT of L1's runs on, if not on what L1 does.
     ept_pointer: Option<u64>,
-    /// The processor's defect.
-    misreports_virtual_interrupts: bool,
+    /// The processor's, of those that concern virtual interrupts.
+    defects: Defects,
     /// The interrupt that L2's virtual local APIC had in service when L2 was entered, where the processor delivers its
-    /// interrupts and does not tell which of them an exit interrupted.
+    /// interrupts and has a defect in that.
     serving: Option<u8>,
+    /// An interrupt of L2's virtual local APIC is held back.
+    held_back: bool,
+    /// L2 may interrupt itself by the MSR, until it exits, although the processor has the defect.
+    self_ipi_open: bool,
     /// `vmcs02` names frames of L1's memory that may be others' by now.
     frames_stale: bool,
     /// The VPID that L1 gave L2 last.
@@ -315,9 +320,10 @@ impl NestedVmx {
             x2apic_open: false,
             access_page: 0,
             ept_pointer: None,
-            misreports_virtual_interrupts: Defects::of(processor)
-                .contains(Defects::MISREPORTS_VIRTUAL_INTERRUPTS),
+            defects: Defects::of(processor) & held_back::DEFECTS,
             serving: None,
+            held_back: false,
+            self_ipi_open: false,
             frames_stale: false,
             vpid12: 0,
             flush: Flush::default(),

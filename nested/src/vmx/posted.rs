@@ -62,6 +62,9 @@ impl NestedVmx {
             let status = (status & 0xFF00) | u16::from(requesting);
             vmcs02.set(fields::GUEST_INTERRUPT_STATUS, status)?;
         }
+        if self.serving.is_some() {
+            self.hold_back(cx)?;
+        }
         let due = self.has_virtual_interrupt(cx)?;
         self.is_halted &= !due;
         Ok(Posted::Taken { due })

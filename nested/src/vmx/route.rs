@@ -117,7 +117,9 @@ pub fn route<M: GuestMemory>(
         }
         R::TprBelowThreshold => primary(P::USE_TPR_SHADOW),
         R::ApicAccess => secondary(S::VIRTUALIZE_APIC_ACCESSES),
-        R::VirtualizedEoi => secondary(S::VIRTUAL_INTERRUPT_DELIVERY),
+        R::VirtualizedEoi => {
+            secondary(S::VIRTUAL_INTERRUPT_DELIVERY) && eoi_wanted(exit.qualification, vmcs12)?
+        }
         R::ApicWrite => {
             secondary(S::APIC_REGISTER_VIRTUALIZATION) || secondary(S::VIRTUAL_INTERRUPT_DELIVERY)
         }
@@ -130,6 +132,18 @@ pub fn route<M: GuestMemory>(
         _ => false,
     };
     Ok(if wanted { Route::L1 } else { Route::L0 })
+}
+
+/// The EOI-exit bitmap: the exit's qualification has the vector (30.2.1).
+fn eoi_wanted(vector: u64, vmcs12: &VmcsImage) -> Result<bool, AccessError> {
+    let words = [
+        fields::EOI_EXIT_BITMAP_0,
+        fields::EOI_EXIT_BITMAP_1,
+        fields::EOI_EXIT_BITMAP_2,
+        fields::EOI_EXIT_BITMAP_3,
+    ];
+    let vector = vector as u8;
+    Ok(vmcs12.get(words[usize::from(vector >> 6)])? & (1 << (vector & 63)) != 0)
 }
 
 fn exception_wanted(exit: &ExitDetails<'_>, vmcs12: &VmcsImage) -> Result<bool, AccessError> {

@@ -211,6 +211,7 @@ fn qualifications_of_the_apics_exits_are_copied() {
         }
         let _ = vm.exit(BasicReason::Cpuid, 0);
         vm.ask_for_apic(SHADOW | ACCESSES | DELIVERY | 1 << 8, 0);
+        vm.set12(fields::EOI_EXIT_BITMAP_1, 1 << (0x61 - 64));
         assert_eq!(vm.run(Instruction::Vmresume), ENTERED);
         let handled = vm.exit(BasicReason::from_number(number), qualification);
         assert!(matches!(handled, Handled::L1(_)));
@@ -230,7 +231,9 @@ fn a_virtual_interrupt_that_meets_an_ept_violation_is_delivered_again() {
         (false, 0x202, 0x6100, 0x8000_0B0E),
     ] {
         let mut vm = Vm::ready();
-        vm.nested.misreports_virtual_interrupts = misreports;
+        if misreports {
+            vm.nested.defects = testudo_vmx::Defects::MISREPORTS_VIRTUAL_INTERRUPTS;
+        }
         vm.ask_for_apic(SHADOW | DELIVERY, 0x3161 << 16);
         let activate = vm.get12(fields::SECONDARY_CONTROLS);
         let ept = u64::from(SecondaryControls::ENABLE_EPT.bits());

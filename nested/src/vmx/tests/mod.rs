@@ -24,6 +24,7 @@ use crate::test_memory::Memory;
 mod apic;
 mod containment;
 mod enlightened;
+mod held_back;
 mod instructions;
 mod model;
 mod passed_through;
