@@ -17,7 +17,7 @@ use testudo_ept::format::ept::Ept;
 use testudo_ept::{PageTable, Rights};
 use testudo_rt::irq::{self, TrapFrame};
 use testudo_rt::memory::{self, Frames};
-use testudo_rt::{apic, msr};
+use testudo_rt::{apic, msr, time, timer};
 use testudo_vmx::bitmap::MsrBitmap;
 use testudo_vmx::controls::{
     EntryControls, ExitControls, PinControls, PrimaryControls, SecondaryControls as S,
@@ -52,6 +52,10 @@ pub(crate) const CASES: &[Case] = &[
     Case {
         name: "vmx::apic_interrupts_by_msrs",
         run: |_| on_rig(MSRS, interrupts_by_msrs),
+    },
+    Case {
+        name: "vmx::apic_interrupt_stays_masked",
+        run: |_| on_rig(PAGE | S::VIRTUAL_INTERRUPT_DELIVERY, interrupt_stays_masked),
     },
     Case {
         name: "vmx::apic_posted_interrupts",
@@ -531,6 +535,44 @@ fn interrupts_by_msrs(rig: &mut Rig<'_>) -> Outcome {
     Outcome::Passed
 }
 
+/// An interrupt of the machine's ends the turn, and lets none through that the guest masks.
+fn interrupt_stays_masked(rig: &mut Rig<'_>) -> Outcome {
+    static TURNS: AtomicU64 = AtomicU64::new(0);
+    extern "C" fn code() -> ! {
+        // It is off already; a processor may look at it only when something is done about it.
+        irq::disable();
+        while TURNS.load(Ordering::Relaxed) == 0 {
+            core::hint::spin_loop();
+        }
+        say(INTERRUPTS.load(Ordering::Relaxed));
+        loop {
+            with_interrupts();
+        }
+    }
+    const TIMER: u8 = 0x63;
+    if msr::try_read(Msr::X2APIC_APICID.0).is_some() {
+        return Outcome::Skipped("the runtime does not use the APIC's page");
+    }
+    if Defects::of(rig.caps).contains(Defects::DELIVERS_MASKED_VIRTUAL_INTERRUPTS) {
+        return Outcome::Skipped("the processor delivers it");
+    }
+    TURNS.store(0, Ordering::Relaxed);
+    rig.begin(true, PAGE | S::VIRTUAL_INTERRUPT_DELIVERY, code);
+    rig.request();
+    irq::set_handler(TIMER, |_| {});
+    timer::start(TIMER);
+    timer::arm(time::tsc() + time::ns_to_tsc(2_000_000));
+    check_eq!(rig.turn(), Left(Exit::ExternalInterrupt { vector: None }));
+    let_interrupts_in();
+    irq::clear_handler(TIMER);
+    let requested = u16::from(VECTOR);
+    check_eq!(rig.vmcs.get(fields::GUEST_INTERRUPT_STATUS), Ok(requested));
+    TURNS.store(1, Ordering::Relaxed);
+    check_eq!(rig.turn(), Said(0));
+    check_eq!(rig.turn(), Said(1));
+    Outcome::Passed
+}
+
 /// The notification, which waits when the guest is entered, requests what is posted, and is over without an exit.
 fn posted_interrupts(rig: &mut Rig<'_>) -> Outcome {
     extern "C" fn code() -> ! {
@@ -544,10 +586,10 @@ fn posted_interrupts(rig: &mut Rig<'_>) -> Outcome {
         return Outcome::Skipped("the processor offers too little");
     }
     rig.begin(true, PAGE | S::VIRTUAL_INTERRUPT_DELIVERY, code);
-    let pin = rig.vmcs.get(fields::PIN_CONTROLS).unwrap_or(0) | pin.bits();
+    let pin = rig.get(fields::PIN_CONTROLS) | pin.bits();
     rig.set(fields::PIN_CONTROLS, pin);
     let acknowledge = ExitControls::ACKNOWLEDGE_INTERRUPT.bits();
-    let exit = rig.vmcs.get(fields::EXIT_CONTROLS).unwrap_or(0) | acknowledge;
+    let exit = rig.get(fields::EXIT_CONTROLS) | acknowledge;
     rig.set(fields::EXIT_CONTROLS, exit);
     rig.set(
         fields::POSTED_INTERRUPT_NOTIFICATION_VECTOR,
