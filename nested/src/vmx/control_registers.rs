@@ -5,7 +5,7 @@ use testudo_arch::EferFlags;
 use testudo_vmx::controls::{EntryControls, SecondaryControls};
 use testudo_vmx::{AccessError, VmcsRead, VmcsWrite, fields};
 
-use super::{NestedVmx, visible};
+use super::{Flush, NestedVmx, visible};
 
 const LMA: u64 = EferFlags::LONG_MODE_ACTIVE.bits();
 /// PE and PG, which an unrestricted guest may clear.
@@ -155,7 +155,7 @@ impl NestedVmx {
             settled.last_exit.mode = None;
         }
         // Which changes drop translations (SDM vol. 3A, 4.10.4.1) is not worth a distinction here.
-        self.flush.vpid = true;
+        self.flush |= Flush::VPID;
         Ok(())
     }
 }

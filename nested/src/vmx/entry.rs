@@ -19,7 +19,7 @@ use super::pdptes::{self, Pdptes};
 use super::resume::Settled;
 use super::shadow::ALL_SHADOWED;
 use super::vmcs12::LaunchState;
-use super::{Context, Msrs, NestedVmx, Outcome, SecondStage, VmcsPair, guest_fields};
+use super::{Context, Flush, Msrs, NestedVmx, Outcome, SecondStage, VmcsPair, guest_fields};
 
 const PAE: u64 = 1 << 5;
 const PG: u64 = 1 << 31;
@@ -154,7 +154,9 @@ impl NestedVmx {
         } else {
             0
         };
-        self.flush.vpid |= vpid == 0 || vpid != self.vpid12;
+        if vpid == 0 || vpid != self.vpid12 {
+            self.flush |= Flush::VPID;
+        }
         self.vpid12 = vpid;
         Ok(())
     }
@@ -203,8 +205,8 @@ impl NestedVmx {
             self.access_page = joined.apic_access;
             // Translations may have been cached when the page was none for APIC accesses, or another was
             // (32.4.5).
-            self.flush.vpid = true;
-            self.flush.ept = true;
+            self.flush |= Flush::VPID;
+            self.flush |= Flush::EPT;
         }
         self.frames_stale = false;
 

@@ -1,6 +1,6 @@
 //! VM exits to L1: what the processor would save, and what it would load (SDM vol. 3C, chapter 30).
 
-use testudo_arch::{Cr4Flags, EferFlags, Exception, Gpa, GuestMemory, Gva};
+use testudo_arch::{Cr4Flags, EferFlags, Exception, Gpa, GuestMemory};
 use testudo_vmx::controls::{
     ActivityState, EntryControls, ExitControls, Interruptibility, PinControls, PrimaryControls,
     SecondaryControls,
@@ -13,11 +13,11 @@ use testudo_vmx::{AccessError, FieldGroup, VmcsRead, VmcsWrite, fields};
 use super::apic::delivers_interrupts;
 use super::host::HostLoad;
 use super::join::L1Controls;
-use super::route::{ExitDetails, L0Windows, Route, is_exception_wanted, route};
-use super::shadow::{EXIT_INFORMATION, ShadowedFields, follow, note, shadowed};
+use super::route::{ExitDetails, L0Windows, Route, is_event_wanted, is_exception_wanted, route};
+use super::shadow::{ShadowedFields, follow, note, shadowed};
 use super::timer::L2Timer;
 use super::{
-    Context, ControlRegisters, EptFault, EptHandled, Msrs, NestedVmx, SecondStage, VmcsPair,
+    Context, ControlRegisters, EptFault, EptHandled, Flush, Msrs, NestedVmx, SecondStage, VmcsPair,
     guest_fields, vmcs12,
 };
 
@@ -44,26 +44,23 @@ const LMA: u64 = EferFlags::LONG_MODE_ACTIVE.bits();
 const PAE: u64 = Cr4Flags::PHYSICAL_ADDRESS_EXTENSION.bits();
 const PG: u64 = 1 << 31;
 
-/// Of interruption information, the type.
-const HARDWARE_EXCEPTION: u32 = 3;
-
 /// VMX-abort indicators (30.7).
 const ABORT_SAVING_MSRS: u32 = 1;
 pub(super) const ABORT_HOST_PDPTES: u32 = 2;
 pub(super) const ABORT_LOADING_MSRS: u32 = 4;
 
-/// What the processor reported of an exit, as far as its route depends on it, with L2's stack pointer.
+/// What the processor reported of an exit, as far as its route depends on it.
+#[derive(Clone, Copy)]
 struct Reported {
-    rsp: u64,
     reason: ExitReason,
-    qualification: u64,
     interruption: InterruptionInformation,
-    error_code: u32,
+    qualification: u64,
 }
 
 impl Reported {
+    /// That, with L2's stack pointer.
     #[inline(always)]
-    fn read(vmcs02: &impl VmcsRead) -> Result<Self, AccessError> {
+    fn read(vmcs02: &impl VmcsRead) -> Result<(Self, u64), AccessError> {
         const GROUP: FieldGroup<4> = FieldGroup::new([
             fields::GUEST_RSP.encoding(),
             fields::EXIT_REASON.encoding(),
@@ -71,17 +68,12 @@ impl Reported {
             fields::EXIT_INTERRUPTION_INFORMATION.encoding(),
         ]);
         let [rsp, reason, qualification, interruption] = vmcs02.get_group(&GROUP)?;
-        let mut seen = Self {
-            rsp,
+        let seen = Self {
             reason: ExitReason(reason as u32),
-            qualification,
             interruption: InterruptionInformation(interruption as u32),
-            error_code: 0,
+            qualification,
         };
-        if seen.is_exception() && seen.interruption.has_error_code() {
-            seen.error_code = vmcs02.get(fields::EXIT_INTERRUPTION_ERROR_CODE)?;
-        }
-        Ok(seen)
+        Ok((seen, rsp))
     }
 
     #[inline]
@@ -111,44 +103,81 @@ impl NestedVmx {
         if let Some(serving) = self.serving {
             self.mend_interrupted_delivery(serving, &mut cx.vmcs.l2())?;
         }
-        let seen = Reported::read(&cx.vmcs.l2())?;
-        cx.gprs.rsp = seen.rsp;
-        let details = ExitDetails {
-            reason: seen.reason.basic(),
-            qualification: seen.qualification,
-            interruption: seen.interruption,
-            error_code: seen.error_code,
-            gprs: cx.gprs,
-        };
-        let windows = L0Windows {
-            interrupt: self.window,
-            nmi: self.nmi_window,
-            timer: self.timer.rest != 0,
-        };
-        match route(&details, &self.vmcs12.image, windows, cx.memory)? {
-            Route::L1 => {
-                self.take_exit_information(&seen, cx)?;
-                let blocking = if seen.is_exception() {
-                    blocking_after(seen.interruption)
-                } else {
-                    Interruptibility::empty()
-                };
-                self.leave(blocking, cx)
-            }
-            Route::SecondStage => self.ept_fault(&seen, cx),
-            Route::L0 => {
-                if self.serving.is_some() && self.goes_on(seen.reason.basic(), cx)? {
-                    return Ok(Handled::Resume);
+        let (seen, rsp) = Reported::read(&cx.vmcs.l2())?;
+        cx.gprs.rsp = rsp;
+        // What becomes of most exits is here, and the rest are calls. (That each gives its result to this function, which
+        // gives its own, keeps that in registers: 20 instructions of each exit.)
+        let handled = if seen.is_exception() {
+            self.exited_by_exception(seen, cx)?
+        } else {
+            let details = ExitDetails {
+                reason: seen.reason.basic(),
+                qualification: seen.qualification,
+                interruption: seen.interruption,
+                error_code: 0,
+                gprs: cx.gprs,
+            };
+            let windows = L0Windows {
+                interrupt: self.window,
+                nmi: self.nmi_window,
+                timer: self.timer.rest != 0,
+            };
+            match route(&details, &self.vmcs12.image, windows, cx.memory)? {
+                Route::L1 => {
+                    self.take_exit_information(seen, cx)?;
+                    if self.repeat_exit(cx)? {
+                        Handled::L1(PredictorBarrier::new())
+                    } else {
+                        self.leave_completely(Interruptibility::empty(), cx)?
+                    }
                 }
-                if seen.reason.basic() == BasicReason::PreemptionTimer
-                    && let Some(value) = self.timer.go_on()
-                {
-                    cx.vmcs.l2().set(fields::PREEMPTION_TIMER_VALUE, value)?;
-                }
-                redeliver(seen.reason.basic(), &mut cx.vmcs.l2())?;
-                Ok(Handled::L0)
+                Route::SecondStage => self.ept_fault(seen, cx)?,
+                Route::L0 => self.exited_to_l0(seen.reason.basic(), cx)?,
             }
+        };
+        Ok(handled)
+    }
+
+    #[inline(never)]
+    fn exited_by_exception<P, M, S, R>(
+        &mut self,
+        seen: Reported,
+        cx: &mut Context<'_, P, M, S, R>,
+    ) -> Result<Handled, AccessError>
+    where
+        P: VmcsPair,
+        M: GuestMemory,
+        R: Msrs,
+    {
+        let error_code = if seen.interruption.has_error_code() {
+            cx.vmcs.l2().get(fields::EXIT_INTERRUPTION_ERROR_CODE)?
+        } else {
+            0
+        };
+        if !is_event_wanted(&self.vmcs12.image, seen.interruption, error_code)? {
+            return self.exited_to_l0(BasicReason::ExceptionOrNmi, cx);
         }
+        self.take_exit_information(seen, cx)?;
+        self.take_error_code(error_code);
+        self.leave(blocking_after(seen.interruption), cx)
+    }
+
+    #[inline(never)]
+    fn exited_to_l0<P: VmcsPair, M: GuestMemory, S, R>(
+        &mut self,
+        reason: BasicReason,
+        cx: &mut Context<'_, P, M, S, R>,
+    ) -> Result<Handled, AccessError> {
+        if self.serving.is_some() && self.goes_on(reason, cx)? {
+            return Ok(Handled::Resume);
+        }
+        if reason == BasicReason::PreemptionTimer
+            && let Some(value) = self.timer.go_on()
+        {
+            cx.vmcs.l2().set(fields::PREEMPTION_TIMER_VALUE, value)?;
+        }
+        redeliver(reason, &mut cx.vmcs.l2())?;
+        Ok(Handled::L0)
     }
 
     /// As [`Self::exited`], for a page fault of L2 that exited when L0 shadows page tables. No other exit
@@ -170,8 +199,8 @@ impl NestedVmx {
         R: Msrs,
     {
         self.is_halted = false;
-        let seen = Reported::read(&cx.vmcs.l2())?;
-        cx.gprs.rsp = seen.rsp;
+        let (seen, rsp) = Reported::read(&cx.vmcs.l2())?;
+        cx.gprs.rsp = rsp;
         let reason = BasicReason::ExceptionOrNmi;
         let PageFaultOf::L2 { address, code } = whose else {
             redeliver(reason, &mut cx.vmcs.l2())?;
@@ -183,16 +212,17 @@ impl NestedVmx {
         }
         let told = Reported {
             qualification: address,
-            error_code: code,
             ..seen
         };
-        self.take_exit_information(&told, cx)?;
+        self.take_exit_information(told, cx)?;
+        self.take_error_code(code);
         self.leave(Interruptibility::empty(), cx)
     }
 
+    #[inline(never)]
     fn ept_fault<P, M, S, R>(
         &mut self,
-        seen: &Reported,
+        seen: Reported,
         cx: &mut Context<'_, P, M, S, R>,
     ) -> Result<Handled, AccessError>
     where
@@ -218,11 +248,12 @@ impl NestedVmx {
         Ok(handled)
     }
 
-    /// All exit information that an exit to L1 copies. (A call of its own is 20 instructions of each exit.)
+    /// All exit information that an exit to L1 copies, but for the error code of an exception. (A call of its own is 20
+    /// instructions of each exit.)
     #[inline(always)]
     fn take_exit_information<P: VmcsPair, M, S, R>(
         &mut self,
-        seen: &Reported,
+        seen: Reported,
         cx: &mut Context<'_, P, M, S, R>,
     ) -> Result<(), AccessError> {
         let vmcs02 = cx.vmcs.l2();
@@ -237,20 +268,23 @@ impl NestedVmx {
             GUEST_LINEAR_ADDRESS
         );
         // Without an event and its error code, "the value of this field is undefined" (27.9.2 and 27.9.3).
-        if seen.is_exception() {
-            note!(image, *misses; EXIT_INTERRUPTION_ERROR_CODE = seen.error_code.into());
-        }
         if InterruptionInformation(image.get(fields::IDT_VECTORING_INFORMATION)?).is_valid() {
             follow!(&vmcs02, image, *misses; IDT_VECTORING_ERROR_CODE);
         }
         Ok(())
     }
 
+    /// And that error code.
+    fn take_error_code(&mut self, code: u32) {
+        let image = &mut *self.vmcs12.image;
+        note!(image, self.shadow_misses; EXIT_INTERRUPTION_ERROR_CODE = code.into());
+    }
+
     fn reflect_as<P, M, S, R>(
         &mut self,
         reason: BasicReason,
         qualification: u64,
-        seen: &Reported,
+        seen: Reported,
         cx: &mut Context<'_, P, M, S, R>,
     ) -> Result<Handled, AccessError>
     where
@@ -266,152 +300,9 @@ impl NestedVmx {
         self.leave(Interruptibility::empty(), cx)
     }
 
-    /// Gives L1's VMCS exit information that the processor did not report.
-    fn set_exit(&mut self, reason: BasicReason, qualification: u64) -> Result<(), AccessError> {
-        self.shadow_misses |= EXIT_INFORMATION;
-        let image = &mut self.vmcs12.image;
-        let number = u64::from(reason.number());
-        guest_fields::set(image, fields::EXIT_REASON.encoding(), number)?;
-        guest_fields::set(image, fields::EXIT_QUALIFICATION.encoding(), qualification)
-    }
-
-    /// Makes L2 exit to L1 for something that the processor did not report: a physical event that L1
-    /// intercepts, or what L0 found while it emulated an instruction of L2. `interruption` is the
-    /// VM-exit interruption information: the acknowledged interrupt, or the NMI.
-    ///
-    /// An event that was on its way into L2 is told to L1 as one whose delivery was interrupted.
-    ///
-    /// # Errors
-    ///
-    /// L0's own access to a VMCS failed.
-    pub fn exit_to_l1<P, M, S, R>(
-        &mut self,
-        reason: BasicReason,
-        qualification: u64,
-        interruption: u32,
-        cx: &mut Context<'_, P, M, S, R>,
-    ) -> Result<Handled, AccessError>
-    where
-        P: VmcsPair,
-        M: GuestMemory,
-        R: Msrs,
-    {
-        self.exit_with(reason, qualification, (interruption, 0), cx)
-    }
-
-    /// Makes L2 exit to L1 by an exception that arose while L0 executed an instruction for it, if L1
-    /// intercepts that one; `None` if not, and L2 is to have it. `address` is that of a page fault, which
-    /// then does not reach CR2 (30.1).
-    ///
-    /// # Errors
-    ///
-    /// L0's own access to a VMCS failed.
-    pub fn exit_by_exception<P, M, S, R>(
-        &mut self,
-        vector: u8,
-        error_code: Option<u32>,
-        address: Option<u64>,
-        cx: &mut Context<'_, P, M, S, R>,
-    ) -> Result<Option<Handled>, AccessError>
-    where
-        P: VmcsPair,
-        M: GuestMemory,
-        R: Msrs,
-    {
-        // Without an error code its field means nothing, and the information says so by bit 11; the
-        // qualification is 0 for exceptions that have none (SDM vol. 3C, "Basic VM-Exit Information").
-        let code = error_code.unwrap_or(0);
-        if !self.is_guest || !is_exception_wanted(&self.vmcs12.image, vector, code)? {
-            return Ok(None);
-        }
-        let has_code = u32::from(error_code.is_some());
-        let information = 1 << 31 | has_code << 11 | HARDWARE_EXCEPTION << 8 | u32::from(vector);
-        let reason = BasicReason::ExceptionOrNmi;
-        self.exit_with(reason, address.unwrap_or(0), (information, code), cx)
-            .map(Some)
-    }
-
-    /// Makes L2 exit to L1 by an EPT violation or misconfiguration that L0 met while it emulated an
-    /// instruction of L2, in an access that was for this linear address.
-    ///
-    /// # Errors
-    ///
-    /// L0's own access to a VMCS failed.
-    pub fn exit_by_ept<P, M, S, R>(
-        &mut self,
-        reason: BasicReason,
-        fault: EptFault,
-        linear: Gva,
-        cx: &mut Context<'_, P, M, S, R>,
-    ) -> Result<Handled, AccessError>
-    where
-        P: VmcsPair,
-        M: GuestMemory,
-        R: Msrs,
-    {
-        if self.is_guest {
-            let image = &mut self.vmcs12.image;
-            guest_fields::set(
-                image,
-                fields::GUEST_PHYSICAL_ADDRESS.encoding(),
-                fault.gpa.0,
-            )?;
-            guest_fields::set(image, fields::GUEST_LINEAR_ADDRESS.encoding(), linear.0)?;
-        }
-        self.exit_with(reason, fault.qualification, (0, 0), cx)
-    }
-
-    /// As [`Self::exit_to_l1`], with the error code of an exception.
-    fn exit_with<P, M, S, R>(
-        &mut self,
-        reason: BasicReason,
-        qualification: u64,
-        (interruption, error_code): (u32, u32),
-        cx: &mut Context<'_, P, M, S, R>,
-    ) -> Result<Handled, AccessError>
-    where
-        P: VmcsPair,
-        M: GuestMemory,
-        R: Msrs,
-    {
-        if !self.is_guest {
-            return Ok(Handled::Resume);
-        }
-        let (pending, code, length) = {
-            let vmcs02 = cx.vmcs.l2();
-            (
-                vmcs02.get(fields::ENTRY_INTERRUPTION_INFORMATION)?,
-                vmcs02.get(fields::ENTRY_EXCEPTION_ERROR_CODE)?,
-                vmcs02.get(fields::ENTRY_INSTRUCTION_LENGTH)?,
-            )
-        };
-        self.set_exit(reason, qualification)?;
-        let is_pending = InterruptionInformation(pending).is_valid();
-        let pending = if is_pending { pending } else { 0 };
-        let information = [
-            (
-                fields::EXIT_INTERRUPTION_INFORMATION.encoding(),
-                interruption,
-            ),
-            (fields::EXIT_INTERRUPTION_ERROR_CODE.encoding(), error_code),
-            (fields::IDT_VECTORING_INFORMATION.encoding(), pending),
-            (fields::IDT_VECTORING_ERROR_CODE.encoding(), code),
-            (fields::EXIT_INSTRUCTION_LENGTH.encoding(), length),
-            (fields::EXIT_INSTRUCTION_INFORMATION.encoding(), 0),
-        ];
-        for (field, value) in information {
-            guest_fields::set(&mut self.vmcs12.image, field, value.into())?;
-        }
-        let blocking = match reason {
-            BasicReason::ExceptionOrNmi => blocking_after(InterruptionInformation(interruption)),
-            _ => Interruptibility::empty(),
-        };
-        self.leave(blocking, cx)
-    }
-
     /// Everything of an exit but its information, with events blocked in L1 by it.
-    #[inline(always)]
-    fn leave<P, M, S, R>(
+    #[inline(never)]
+    pub(super) fn leave<P, M, S, R>(
         &mut self,
         blocking: Interruptibility,
         cx: &mut Context<'_, P, M, S, R>,
@@ -421,8 +312,12 @@ impl NestedVmx {
         M: GuestMemory,
         R: Msrs,
     {
-        if !self.repeat_exit(blocking, cx)? {
+        if self.is_halted || !self.repeat_exit(cx)? {
             return self.leave_completely(blocking, cx);
+        }
+        if !blocking.is_empty() {
+            let mut vmcs01 = cx.vmcs.l1();
+            vmcs01.set(fields::GUEST_INTERRUPTIBILITY, blocking.bits())?;
         }
         Ok(Handled::L1(PredictorBarrier::new()))
     }
@@ -466,7 +361,9 @@ impl NestedVmx {
         self.window = false;
         self.nmi_window = false;
         // Without VPID, an exit too leaves no linear translation behind.
-        self.flush.l1 |= self.vpid12 == 0;
+        if self.vpid12 == 0 {
+            self.flush |= Flush::L1;
+        }
     }
 
     /// Keeps what an exit loads for the next one, if that can be expected to load the same.
@@ -653,7 +550,7 @@ pub(super) fn save_governed(
 /// NMI blocks others (30.5.5).
 #[cold]
 #[inline(never)]
-fn blocking_after(interruption: InterruptionInformation) -> Interruptibility {
+pub(super) fn blocking_after(interruption: InterruptionInformation) -> Interruptibility {
     if interruption.event_type() == EventType::Nmi {
         Interruptibility::BLOCKING_BY_NMI
     } else {

@@ -2,14 +2,16 @@
 
 use testudo_vmx::encoding::{Encoding, FieldWidth};
 use testudo_vmx::fields as f;
-use testudo_vmx::image::{VmcsImage, offset_of};
+use testudo_vmx::image::{IMAGE_SIZE, VmcsImage, offset_of};
 use testudo_vmx::{AccessError, VmFail, VmcsRead, VmcsWrite};
 
 /// A field with its place in L1's VMCS, found at compile time.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Slot {
+    /// The bits that its width has.
+    mask: u64,
     pub(super) field: Encoding,
-    offset: usize,
+    offset: u16,
     width: FieldWidth,
 }
 
@@ -18,9 +20,11 @@ pub(super) const fn slot(field: Encoding) -> Slot {
     let Some(offset) = offset_of(field) else {
         panic!("not in the table of fields");
     };
+    assert!(offset + 8 <= IMAGE_SIZE, "eight bytes are read");
     Slot {
+        mask: field.width().mask(),
         field,
-        offset,
+        offset: offset as u16,
         width: field.width(),
     }
 }
@@ -38,20 +42,16 @@ pub(super) const fn slots<const N: usize>(list: [Encoding; N]) -> [Slot; N] {
 impl Slot {
     #[inline(always)]
     pub(super) fn load(&self, image: &VmcsImage) -> u64 {
-        let at = &image.as_bytes()[self.offset..];
+        let offset = usize::from(self.offset);
         let mut value = [0; 8];
-        match self.width {
-            FieldWidth::Bits16 => value[..2].copy_from_slice(&at[..2]),
-            FieldWidth::Bits32 => value[..4].copy_from_slice(&at[..4]),
-            FieldWidth::Bits64 | FieldWidth::Natural => value.copy_from_slice(&at[..8]),
-        }
-        u64::from_le_bytes(value)
+        value.copy_from_slice(&image.as_bytes()[offset..offset + 8]);
+        u64::from_le_bytes(value) & self.mask
     }
 
     /// Stores a value; whether it differs from the one that was there.
     #[inline(always)]
     pub(super) fn update(&self, image: &mut VmcsImage, value: u64) -> bool {
-        let (old, value) = (self.load(image), value & self.width.mask());
+        let (old, value) = (self.load(image), value & self.mask);
         let differs = match self.width {
             FieldWidth::Bits16 => old as u16 != value as u16,
             FieldWidth::Bits32 => old as u32 != value as u32,
@@ -66,7 +66,7 @@ impl Slot {
     #[inline(always)]
     pub(super) fn store(&self, image: &mut VmcsImage, value: u64) {
         let (at, value) = (
-            &mut image.as_mut_bytes()[self.offset..],
+            &mut image.as_mut_bytes()[usize::from(self.offset)..],
             value.to_le_bytes(),
         );
         match self.width {

@@ -7,7 +7,7 @@ use testudo_vmx::state::read_system_registers;
 use testudo_vmx::{AccessError, InstructionError, VmFail};
 
 use super::instruction::{Ending, Stop, gpr, is_64_bit, operand_fields};
-use super::{Context, NestedVmx, SecondStage, VmcsPair};
+use super::{Context, Flush, NestedVmx, SecondStage, VmcsPair};
 
 const VMFAIL_OPERAND: VmFail = VmFail::Valid(InstructionError::InvalidInvalidationOperand);
 
@@ -30,7 +30,7 @@ impl NestedVmx {
             return Ok(Err(VMFAIL_OPERAND));
         }
         cx.second_stage.flush((kind == 1).then_some(eptp));
-        self.flush.ept = true;
+        self.flush |= Flush::EPT;
         Ok(Ok(()))
     }
 
@@ -56,7 +56,9 @@ impl NestedVmx {
             return Ok(Err(VMFAIL_OPERAND));
         }
         // L2 has one tag; what L1 flushes of another of its own is flushed when that comes to run.
-        self.flush.vpid |= kind == 2 || vpid == u64::from(self.vpid12);
+        if kind == 2 || vpid == u64::from(self.vpid12) {
+            self.flush |= Flush::VPID;
+        }
         Ok(Ok(()))
     }
 

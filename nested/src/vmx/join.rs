@@ -97,6 +97,29 @@ impl L1Controls {
             entry: EntryControls::from_bits_retain(vmcs12.get(fields::ENTRY_CONTROLS)?),
         })
     }
+
+    /// Whether L1's VMCS has a primary control, for who looks at nothing else.
+    #[inline(always)]
+    pub(super) fn has_primary(
+        vmcs12: &VmcsImage,
+        control: PrimaryControls,
+    ) -> Result<bool, AccessError> {
+        let primary = vmcs12.get(fields::PRIMARY_CONTROLS)?;
+        Ok(PrimaryControls::from_bits_retain(primary).contains(control))
+    }
+
+    /// The same of a secondary control.
+    #[inline(always)]
+    pub(super) fn has_secondary(
+        vmcs12: &VmcsImage,
+        control: SecondaryControls,
+    ) -> Result<bool, AccessError> {
+        let secondary = vmcs12.get(fields::SECONDARY_CONTROLS)?;
+        Ok(
+            Self::has_primary(vmcs12, PrimaryControls::ACTIVATE_SECONDARY_CONTROLS)?
+                && SecondaryControls::from_bits_retain(secondary).contains(control),
+        )
+    }
 }
 
 /// Pin-based controls that L1 decides. NMI exiting is L0's always, and so is external-interrupt exiting,

@@ -40,6 +40,7 @@ mod instruction;
 mod invalidate;
 mod join;
 mod kvm_layout;
+mod made_exit;
 mod msr_areas;
 mod operand;
 mod pdptes;
@@ -269,15 +270,17 @@ pub struct NestedVmx {
     timer: timer::L2Timer,
 }
 
-/// Translations that L1 flushed, for L0 to flush before the next entry of L2.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Flush {
-    /// Everything that is tagged with L2's VPID.
-    pub vpid: bool,
-    /// Everything that was derived from L2's EPT.
-    pub ept: bool,
-    /// L1's own linear translations.
-    pub l1: bool,
+bitflags::bitflags! {
+    /// Translations that L1 flushed, for L0 to flush before the next entry of L2.
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+    pub struct Flush: u8 {
+        /// Everything that is tagged with L2's VPID.
+        const VPID = 1;
+        /// Everything that was derived from L2's EPT.
+        const EPT = 2;
+        /// L1's own linear translations.
+        const L1 = 4;
+    }
 }
 
 impl NestedVmx {
@@ -364,11 +367,7 @@ impl NestedVmx {
         self.host_loaded = false;
         self.window = false;
         self.nmi_window = false;
-        self.flush = Flush {
-            vpid: true,
-            ept: true,
-            l1: true,
-        };
+        self.flush = Flush::all();
     }
 
     /// Whether L2 runs rather than L1.

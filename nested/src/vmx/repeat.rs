@@ -5,8 +5,8 @@
 //! it was is compared. In every other case there is a complete exit.
 
 use testudo_arch::GuestMemory;
-use testudo_vmx::controls::{ActivityState, Interruptibility};
-use testudo_vmx::{AccessError, FieldGroup, VmcsRead, VmcsWrite, fields};
+use testudo_vmx::controls::ActivityState;
+use testudo_vmx::{AccessError, FieldGroup, VmcsRead, fields};
 
 use super::exit::save_governed;
 use super::host::HostLoad;
@@ -37,12 +37,11 @@ const STATE: FieldGroup<10> = FieldGroup::new([
 ]);
 
 impl NestedVmx {
-    /// Leaves L2, whose exit L1's VMCS tells already, if the exit is like the one before. `false`: nothing is
-    /// done, and a complete exit is due.
+    /// Leaves an L2 that has run, and whose exit L1's VMCS tells already, if the exit is like the one before. `false`:
+    /// nothing is done, and a complete exit is due.
     #[inline(always)]
     pub(super) fn repeat_exit<P: VmcsPair, M: GuestMemory, S, R>(
         &mut self,
-        blocking: Interruptibility,
         cx: &mut Context<'_, P, M, S, R>,
     ) -> Result<bool, AccessError> {
         let Some(settled) = &self.settled else {
@@ -51,7 +50,7 @@ impl NestedVmx {
         let Some(mode) = &settled.last_exit.mode else {
             return Ok(false);
         };
-        if !self.host_loaded || self.is_halted {
+        if !self.host_loaded {
             return Ok(false);
         }
         let vmcs02 = cx.vmcs.l2();
@@ -69,10 +68,12 @@ impl NestedVmx {
             cr4,
         ] = state;
         let efer = vmcs02.get(fields::GUEST_EFER)?;
-        let changed = (cr0 ^ mode[0]) | (cr4 ^ mode[1]) | (efer ^ mode[2]) != 0;
-        let waits = settled.may_halt
-            && vmcs02.get(fields::GUEST_ACTIVITY_STATE)? != ActivityState::Active.number();
-        if changed || waits {
+        if (cr0 ^ mode[0]) | (cr4 ^ mode[1]) | (efer ^ mode[2]) != 0 {
+            return Ok(false);
+        }
+        if settled.may_halt
+            && vmcs02.get(fields::GUEST_ACTIVITY_STATE)? != ActivityState::Active.number()
+        {
             return Ok(false);
         }
         // Nothing stops it any more.
@@ -94,10 +95,6 @@ impl NestedVmx {
         self.rare_missing = true;
         self.end_turn();
         self.give_to_shadow(cx)?;
-        if !blocking.is_empty() {
-            let mut vmcs01 = cx.vmcs.l1();
-            vmcs01.set(fields::GUEST_INTERRUPTIBILITY, blocking.bits())?;
-        }
         cx.gprs.rsp = self.vmcs12.image.get(fields::HOST_RSP)?;
         Ok(true)
     }

@@ -18,7 +18,7 @@ use super::join::{Joined, L0Controls, L1Controls, inherited_efer};
 use super::repeat::LastExit;
 use super::shadow::{ShadowedFields, shadowed};
 use super::vmcs12::LaunchState;
-use super::{Context, NestedVmx, SecondStage, VmcsPair};
+use super::{Context, Flush, NestedVmx, SecondStage, VmcsPair};
 
 /// What may have changed.
 const SIMPLE: ShadowedFields = shadowed(fields::GUEST_RIP.encoding())
@@ -230,7 +230,9 @@ impl NestedVmx {
             self.resume_apic(cx)?;
         }
         // Without VPID, no cached translation of L2 may be used.
-        self.flush.vpid |= self.vpid12 == 0;
+        if self.vpid12 == 0 {
+            self.flush |= Flush::VPID;
+        }
         self.is_guest = true;
         Ok(true)
     }

@@ -61,11 +61,11 @@ pub fn route<M: GuestMemory>(
     use BasicReason as R;
     use PrimaryControls as P;
     use SecondaryControls as S;
-    let l1 = L1Controls::read(vmcs12)?;
-    let primary = |control| l1.primary.contains(control);
-    let secondary = |control| l1.secondary.contains(control);
+    // Read where they decide: most exits need one word of them at most.
+    let primary = |control| L1Controls::has_primary(vmcs12, control);
+    let secondary = |control| L1Controls::has_secondary(vmcs12, control);
     let wanted = match exit.reason {
-        R::ExceptionOrNmi => exception_wanted(exit, vmcs12)?,
+        R::ExceptionOrNmi => is_event_wanted(vmcs12, exit.interruption, exit.error_code)?,
         // The host's events. Whether L1's own interrupt controller has something for L1 is asked
         // before each entry.
         R::ExternalInterrupt | R::Init | R::Sipi | R::IoSmi | R::OtherSmi => false,
@@ -93,40 +93,45 @@ pub fn route<M: GuestMemory>(
         | R::Vmfunc => true,
         // The checks let the state pass and the processor did not: L1's state is at fault.
         R::InvalidGuestState | R::MsrLoading => true,
-        R::InterruptWindow => !l0_windows.interrupt && primary(P::INTERRUPT_WINDOW_EXITING),
-        R::NmiWindow => !l0_windows.nmi && primary(P::NMI_WINDOW_EXITING),
-        R::Hlt => primary(P::HLT_EXITING),
-        R::Invlpg => primary(P::INVLPG_EXITING),
-        R::Rdpmc => primary(P::RDPMC_EXITING),
-        R::Rdtsc | R::Rdtscp => primary(P::RDTSC_EXITING),
-        R::ControlRegister => control_register_wanted(exit, vmcs12, &l1)?,
-        R::DebugRegister => primary(P::MOV_DR_EXITING),
-        R::Io => port_wanted(exit, vmcs12, &l1, memory)?,
-        R::Rdmsr => msr_wanted(exit, vmcs12, &l1, memory, false)?,
-        R::Wrmsr => msr_wanted(exit, vmcs12, &l1, memory, true)?,
-        R::Mwait => primary(P::MWAIT_EXITING),
-        R::MonitorTrapFlag => primary(P::MONITOR_TRAP_FLAG),
-        R::Monitor => primary(P::MONITOR_EXITING),
-        R::Pause => primary(P::PAUSE_EXITING),
-        R::GdtrIdtr | R::LdtrTr => secondary(S::DESCRIPTOR_TABLE_EXITING),
-        R::EptViolation | R::EptMisconfiguration if secondary(S::ENABLE_EPT) => {
-            return Ok(Route::SecondStage);
+        R::InterruptWindow => !l0_windows.interrupt && primary(P::INTERRUPT_WINDOW_EXITING)?,
+        R::NmiWindow => !l0_windows.nmi && primary(P::NMI_WINDOW_EXITING)?,
+        R::Hlt => primary(P::HLT_EXITING)?,
+        R::Invlpg => primary(P::INVLPG_EXITING)?,
+        R::Rdpmc => primary(P::RDPMC_EXITING)?,
+        R::Rdtsc | R::Rdtscp => primary(P::RDTSC_EXITING)?,
+        R::ControlRegister => control_register_wanted(exit, vmcs12)?,
+        R::DebugRegister => primary(P::MOV_DR_EXITING)?,
+        R::Io => port_wanted(exit, vmcs12, memory)?,
+        R::Rdmsr => msr_wanted(exit, vmcs12, memory, false)?,
+        R::Wrmsr => msr_wanted(exit, vmcs12, memory, true)?,
+        R::Mwait => primary(P::MWAIT_EXITING)?,
+        R::MonitorTrapFlag => primary(P::MONITOR_TRAP_FLAG)?,
+        R::Monitor => primary(P::MONITOR_EXITING)?,
+        R::Pause => primary(P::PAUSE_EXITING)?,
+        R::GdtrIdtr | R::LdtrTr => secondary(S::DESCRIPTOR_TABLE_EXITING)?,
+        // Without an EPT of its own it cannot have asked.
+        R::EptViolation | R::EptMisconfiguration => {
+            if secondary(S::ENABLE_EPT)? {
+                return Ok(Route::SecondStage);
+            }
+            false
         }
         R::PreemptionTimer => {
-            !l0_windows.timer && l1.pin.contains(PinControls::ACTIVATE_PREEMPTION_TIMER)
+            let pin = PinControls::from_bits_retain(vmcs12.get(fields::PIN_CONTROLS)?);
+            !l0_windows.timer && pin.contains(PinControls::ACTIVATE_PREEMPTION_TIMER)
         }
-        R::TprBelowThreshold => primary(P::USE_TPR_SHADOW),
-        R::ApicAccess => secondary(S::VIRTUALIZE_APIC_ACCESSES),
+        R::TprBelowThreshold => primary(P::USE_TPR_SHADOW)?,
+        R::ApicAccess => secondary(S::VIRTUALIZE_APIC_ACCESSES)?,
         R::VirtualizedEoi => {
-            secondary(S::VIRTUAL_INTERRUPT_DELIVERY) && eoi_wanted(exit.qualification, vmcs12)?
+            secondary(S::VIRTUAL_INTERRUPT_DELIVERY)? && eoi_wanted(exit.qualification, vmcs12)?
         }
         R::ApicWrite => {
-            secondary(S::APIC_REGISTER_VIRTUALIZATION) || secondary(S::VIRTUAL_INTERRUPT_DELIVERY)
+            secondary(S::APIC_REGISTER_VIRTUALIZATION)? || secondary(S::VIRTUAL_INTERRUPT_DELIVERY)?
         }
-        R::Wbinvd => secondary(S::WBINVD_EXITING),
-        R::Rdrand => secondary(S::RDRAND_EXITING),
-        R::Rdseed => secondary(S::RDSEED_EXITING),
-        R::Invpcid => secondary(S::ENABLE_INVPCID) && primary(P::INVLPG_EXITING),
+        R::Wbinvd => secondary(S::WBINVD_EXITING)?,
+        R::Rdrand => secondary(S::RDRAND_EXITING)?,
+        R::Rdseed => secondary(S::RDSEED_EXITING)?,
+        R::Invpcid => secondary(S::ENABLE_INVPCID)? && primary(P::INVLPG_EXITING)?,
         // L0's own EPT, its page-modification log, features that L1 is not offered, and what future
         // processors bring: L1 cannot have asked.
         _ => false,
@@ -146,13 +151,18 @@ fn eoi_wanted(vector: u64, vmcs12: &VmcsImage) -> Result<bool, AccessError> {
     Ok(vmcs12.get(words[usize::from(vector >> 6)])? & (1 << (vector & 63)) != 0)
 }
 
-fn exception_wanted(exit: &ExitDetails<'_>, vmcs12: &VmcsImage) -> Result<bool, AccessError> {
-    let vector = exit.interruption.vector();
+/// Whether L1 wants an exception or NMI with this interruption information.
+pub(super) fn is_event_wanted(
+    vmcs12: &VmcsImage,
+    interruption: InterruptionInformation,
+    error_code: u32,
+) -> Result<bool, AccessError> {
+    let vector = interruption.vector();
     // An NMI or a machine check is the host's.
-    if exit.interruption.event_type() == EventType::Nmi || vector == 18 {
+    if interruption.event_type() == EventType::Nmi || vector == 18 {
         return Ok(false);
     }
-    is_exception_wanted(vmcs12, vector, exit.error_code)
+    is_exception_wanted(vmcs12, vector, error_code)
 }
 
 /// The exception bitmap, and for page faults the mask and the match of error codes (28.2).
@@ -171,19 +181,20 @@ pub(super) fn is_exception_wanted(
 fn control_register_wanted(
     exit: &ExitDetails<'_>,
     vmcs12: &VmcsImage,
-    l1: &L1Controls,
 ) -> Result<bool, AccessError> {
     let differs = |value: u64, mask, shadow| -> Result<bool, AccessError> {
         Ok((value ^ vmcs12.get(shadow)?) & vmcs12.get(mask)? != 0)
     };
-    let primary = |control| Ok(l1.primary.contains(control));
+    let primary = |control| L1Controls::has_primary(vmcs12, control);
     match CrAccess::from_qualification(exit.qualification) {
         CrAccess::MovTo { register, source } => {
             let value = exit.gprs[source];
             match register {
                 0 => differs(value, fields::CR0_GUEST_HOST_MASK, fields::CR0_READ_SHADOW),
-                3 => Ok(l1.primary.contains(PrimaryControls::CR3_LOAD_EXITING)
-                    && !is_cr3_target(value, vmcs12)?),
+                3 => {
+                    Ok(primary(PrimaryControls::CR3_LOAD_EXITING)?
+                        && !is_cr3_target(value, vmcs12)?)
+                }
                 4 => differs(value, fields::CR4_GUEST_HOST_MASK, fields::CR4_READ_SHADOW),
                 8 => primary(PrimaryControls::CR8_LOAD_EXITING),
                 _ => Ok(false),
@@ -232,13 +243,10 @@ fn is_cr3_target(value: u64, vmcs12: &VmcsImage) -> Result<bool, AccessError> {
 fn port_wanted<M: GuestMemory>(
     exit: &ExitDetails<'_>,
     vmcs12: &VmcsImage,
-    l1: &L1Controls,
     memory: &M,
 ) -> Result<bool, AccessError> {
-    if !l1.primary.contains(PrimaryControls::USE_IO_BITMAPS) {
-        return Ok(l1
-            .primary
-            .contains(PrimaryControls::UNCONDITIONAL_IO_EXITING));
+    if !L1Controls::has_primary(vmcs12, PrimaryControls::USE_IO_BITMAPS)? {
+        return L1Controls::has_primary(vmcs12, PrimaryControls::UNCONDITIONAL_IO_EXITING);
     }
     let access = IoAccess::from_qualification(exit.qualification);
     let bitmaps = [
@@ -264,11 +272,10 @@ fn port_wanted<M: GuestMemory>(
 fn msr_wanted<M: GuestMemory>(
     exit: &ExitDetails<'_>,
     vmcs12: &VmcsImage,
-    l1: &L1Controls,
     memory: &M,
     write: bool,
 ) -> Result<bool, AccessError> {
-    if !l1.primary.contains(PrimaryControls::USE_MSR_BITMAPS) {
+    if !L1Controls::has_primary(vmcs12, PrimaryControls::USE_MSR_BITMAPS)? {
         return Ok(true);
     }
     let Msr(msr) = Msr(exit.gprs.rcx as u32);

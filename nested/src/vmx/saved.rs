@@ -358,11 +358,7 @@ impl NestedVmx {
         self.settled = None;
         self.host_loaded = false;
         self.joined = None;
-        self.flush = super::Flush {
-            vpid: true,
-            ept: true,
-            l1: true,
-        };
+        self.flush = super::Flush::all();
         if let (Some(current), Some(at)) = (current, at) {
             self.vmcs12.image.clone_from(&current.image);
             self.vmcs12.launch_state = current.launch_state;

@@ -187,10 +187,13 @@ impl NestedVmx {
             && let Some(mut shadow) = cx.vmcs.shadow()
         {
             static SLOTS: [Slot; COUNT] = SHADOWED;
-            while let Some(slot) = SLOTS.get(self.shadow_misses.trailing_zeros() as usize) {
-                guest_fields::push_slot(&self.vmcs12.image, &mut shadow, slot)?;
-                self.shadow_misses &= self.shadow_misses - 1;
+            let image = &*self.vmcs12.image;
+            let mut misses = self.shadow_misses;
+            while let Some(slot) = SLOTS.get(misses.trailing_zeros() as usize) {
+                guest_fields::push_slot(image, &mut shadow, slot)?;
+                misses &= misses.wrapping_sub(1);
             }
+            self.shadow_misses = 0;
         }
         Ok(())
     }

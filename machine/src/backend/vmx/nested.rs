@@ -11,8 +11,8 @@ use core::ops::ControlFlow;
 
 use testudo_arch::{Cr4Flags, Gpa, GuestMemory, Gva, Hpa};
 use testudo_nested::vmx::{
-    ControlRegisters, EptFault, Handled, Instruction, NestedVmx, Outcome, PageFaultOf, Posted,
-    PredictorBarrier, RestoreError, SavedVmx, SecondStage,
+    ControlRegisters, EptFault, Flush, Handled, Instruction, NestedVmx, Outcome, PageFaultOf,
+    Posted, PredictorBarrier, RestoreError, SavedVmx, SecondStage,
 };
 use testudo_vmx::bitmap::MsrBitmap;
 use testudo_vmx::caps::Allowed;
@@ -259,67 +259,73 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
     }
 
     /// Runs L2 once; gives what the machine must decide.
+    ///
+    /// Most exits are L1's and nothing else is to be done about them. That is here; the rest are calls, whose results
+    /// are far larger.
     #[inline(never)]
     pub(super) fn run_l2(&mut self) -> Option<Result<VmExit, VcpuError>> {
-        self.turn_of_l2().transpose()
+        let nested = self.nested.as_mut()?;
+        if core::mem::take(&mut nested.delivery_due) {
+            return Some(Ok(VmExit::DeliveryDue));
+        }
+        if let Err(error) = self.make_l2_ready() {
+            return Some(Err(error));
+        }
+        if self.shadow.is_some() {
+            match self.run_l2_on_shadow() {
+                Ok(ControlFlow::Continue(())) => {}
+                Ok(ControlFlow::Break(settled)) => return settled.map(Ok),
+                Err(error) => return Some(Err(error)),
+            }
+        } else if let Err(error) = self.enter_unread() {
+            return self.l2_was_refused(error).transpose();
+        }
+        let nested = self.nested.as_mut()?;
+        match layer!(self, nested, exited()) {
+            Ok(Handled::L1(barrier)) => {
+                nested.counts.exits = nested.counts.exits.wrapping_add(1);
+                barrier.discharge(predictor_barrier(nested.has_predictor_barrier));
+                self.return_to_l1().err().map(Err)
+            }
+            Ok(Handled::Resume) => {
+                nested.counts.resumed = nested.counts.resumed.wrapping_add(1);
+                self.rsp_agreed = self.registers.gprs.rsp;
+                None
+            }
+            Ok(Handled::L0) => self.settle_exit_of_l2().transpose(),
+            Ok(Handled::Memory(gpa)) => self.settle_access_of_l2(gpa).transpose(),
+            Ok(Handled::Abort) => Some(Ok(VmExit::Shutdown)),
+            Err(error) => Some(Err(error.into())),
+        }
     }
 
+    /// L2 is entered with what its VMCS names as that is now.
     #[inline(always)]
-    fn turn_of_l2(&mut self) -> Result<Option<VmExit>, VcpuError> {
-        if let Some(nested) = &mut self.nested
-            && core::mem::take(&mut nested.delivery_due)
-        {
-            return Ok(Some(VmExit::DeliveryDue));
-        }
+    fn make_l2_ready(&mut self) -> Result<(), VcpuError> {
         self.flush_what_l1_flushed()?;
         if self.are_frames_stale() {
             self.renew_frames()?;
         }
-        if self.shadow.is_some() {
-            if let ControlFlow::Break(settled) = self.run_l2_on_shadow()? {
-                return Ok(settled);
-            }
-        } else if let Err(error) = self.enter_unread() {
-            return self.l2_was_refused(error);
-        }
-        let Some(nested) = &mut self.nested else {
-            return Ok(None);
-        };
-        let handled = layer!(self, nested, exited())?;
-        // The layer has read RSP, or set it.
+        Ok(())
+    }
+
+    #[inline(never)]
+    fn settle_exit_of_l2(&mut self) -> Result<Option<VmExit>, VcpuError> {
+        // The layer has read RSP.
         self.rsp_agreed = self.registers.gprs.rsp;
-        match handled {
-            Handled::L1(barrier) => {
-                nested.counts.exits = nested.counts.exits.wrapping_add(1);
-                let exists = nested.has_predictor_barrier;
-                barrier.discharge(predictor_barrier(exists));
-                self.return_to_l1()?;
-                Ok(None)
+        let reason = self.read_reason()?;
+        self.settle(reason)
+    }
+
+    /// An access to a device of L0's, at whatever address L2 knows it by: the instruction is emulated with the
+    /// translations of both stages.
+    fn settle_access_of_l2(&mut self, gpa: Gpa) -> Result<Option<VmExit>, VcpuError> {
+        Ok(match self.settle_exit_of_l2()? {
+            Some(VmExit::Memory(access)) => {
+                Some(VmExit::Memory(crate::vcpu::MemoryAccess { gpa, ..access }))
             }
-            Handled::Resume => {
-                nested.counts.resumed += 1;
-                Ok(None)
-            }
-            Handled::L0 => {
-                let reason = self.read_reason()?;
-                self.settle(reason)
-            }
-            // An access to a device of L0's, at whatever address L2 knows it by: the instruction is
-            // emulated with the translations of both stages.
-            Handled::Memory(gpa) => {
-                let reason = self.read_reason()?;
-                match self.settle(reason)? {
-                    Some(VmExit::Memory(access)) => {
-                        Ok(Some(VmExit::Memory(crate::vcpu::MemoryAccess {
-                            gpa,
-                            ..access
-                        })))
-                    }
-                    other => Ok(other),
-                }
-            }
-            Handled::Abort => Ok(Some(VmExit::Shutdown)),
-        }
+            other => other,
+        })
     }
 
     /// Whether L2's VMCS names frames of the guest's memory that may be others' by now.
@@ -590,6 +596,7 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
     pub(super) fn return_to_l1(&mut self) -> Result<(), VcpuError> {
         self.select(Level::L1)?;
         self.level = Level::L1;
+        self.rsp_agreed = self.registers.gprs.rsp;
         self.cache.forget();
         self.injection = None;
         if let Some(nested) = &self.nested {
@@ -641,15 +648,15 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         };
         let flush = nested.state.take_flush();
         if let Some(shadow) = &mut self.shadow {
-            shadow.is_l1_stale |= flush.l1;
-            shadow.is_l2_stale |= flush.vpid;
-        } else if nested.flusher.take() | flush.ept {
+            shadow.is_l1_stale |= flush.contains(Flush::L1);
+            shadow.is_l2_stale |= flush.contains(Flush::VPID);
+        } else if nested.flusher.take() | flush.contains(Flush::EPT) {
             self.processor
                 .forget_ept()
                 .map_err(VcpuError::Invalidation)?;
         }
-        for (due, level) in [(flush.vpid, Level::L2), (flush.l1, Level::L1)] {
-            if due {
+        for (due, level) in [(Flush::VPID, Level::L2), (Flush::L1, Level::L1)] {
+            if flush.contains(due) {
                 let forgotten = self.processor.forget_translations(level);
                 forgotten.map_err(VcpuError::Invalidation)?;
             }

@@ -257,14 +257,19 @@ impl Processor for ThisProcessor<'_> {
         let Some(mut other) = self.others[level as usize].take() else {
             return Err(VmFail::Invalid);
         };
-        let mut result = self.vmcs.exchange(&mut other);
-        // The guest's VMREAD and VMWRITE reach it in memory.
-        if self.level == Level::Shadow && result.is_ok() {
-            result = self.vmcs.write_back(other);
+        let left = core::mem::replace(&mut self.level, level);
+        let exchanged = self.vmcs.exchange(&mut other);
+        let place = &mut self.others[left as usize];
+        if exchanged.is_err() {
+            *place = Some(other);
+            return exchanged;
         }
-        self.others[self.level as usize] = Some(other);
-        self.level = level;
-        result
+        let other = place.insert(other);
+        // The guest's VMREAD and VMWRITE reach it in memory.
+        if left == Level::Shadow {
+            return self.vmcs.write_back(other);
+        }
+        Ok(())
     }
 
     #[inline]

@@ -1,7 +1,7 @@
 //! APIC virtualization for L2.
 
 use super::*;
-use crate::vmx::Posted;
+use crate::vmx::{Flush, Posted};
 use testudo_vmx::controls::Interruptibility;
 
 /// The controls, as for [`Vm::ask_for_apic`].
@@ -96,7 +96,7 @@ fn translations_are_dropped_when_the_access_page_changes() {
         vm.nested.vpid12 = 7;
         vm.ask_for_apic(controls, value);
         assert_eq!(vm.run(Instruction::Vmresume), ENTERED);
-        vm.nested.take_flush().ept
+        vm.nested.take_flush().contains(Flush::EPT)
     };
     assert!(!enter(SHADOW, 0));
     assert!(enter(SHADOW | ACCESSES, 0));

@@ -3,6 +3,7 @@
 
 use super::*;
 use crate::vmx::Fault;
+use crate::vmx::Flush;
 use testudo_arch::{Event, Exception};
 use testudo_vmx::InstructionError as E;
 
@@ -365,7 +366,7 @@ fn invalidations_check_type_and_descriptor() {
     assert_eq!(vm.invalidate(I::Invept, 1, [0x501E, 0]), End::Succeed);
     assert_eq!(vm.invalidate(I::Invept, 2, [!0, !0]), End::Succeed);
     assert_eq!(vm.stage.flushed, [Some(0x501E), None]);
-    assert!(vm.nested.take_flush().ept);
+    assert!(vm.nested.take_flush().contains(Flush::EPT));
 
     assert_eq!(vm.invalidate(I::Invvpid, 4, [1, 0]), bad);
     for kind in [0, 1, 3] {
@@ -379,7 +380,7 @@ fn invalidations_check_type_and_descriptor() {
     }
     assert_eq!(vm.invalidate(I::Invvpid, 0, [1, 1 << 47]), bad);
     assert_eq!(vm.invalidate(I::Invvpid, 2, [0, 0]), End::Succeed);
-    assert!(vm.nested.take_flush().vpid);
+    assert!(vm.nested.take_flush().contains(Flush::VPID));
 }
 
 #[test]

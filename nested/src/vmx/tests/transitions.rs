@@ -3,6 +3,7 @@
 use super::*;
 use crate::svm::PhysicalEvent;
 use crate::vmx::Acceptance;
+use crate::vmx::Flush;
 use testudo_vmx::controls::{EntryControls, ExitControls, PinControls};
 use testudo_vmx::encoding::Area;
 use testudo_vmx::structures::MsrEntry;
@@ -403,9 +404,9 @@ fn physical_events_go_where_l1_says() {
 #[test]
 fn without_vpid_nothing_cached_survives() {
     let mut vm = Vm::running();
-    assert!(vm.nested.take_flush().vpid);
+    assert!(vm.nested.take_flush().contains(Flush::VPID));
     assert!(matches!(vm.exit(BasicReason::Cpuid, 0), Handled::L1(_)));
-    assert!(vm.nested.take_flush().l1);
+    assert!(vm.nested.take_flush().contains(Flush::L1));
     let mut vm = Vm::ready();
     or12(&mut vm, fields::PRIMARY_CONTROLS, 1 << 31);
     or12(&mut vm, fields::SECONDARY_CONTROLS, 1 << 5);
@@ -415,7 +416,7 @@ fn without_vpid_nothing_cached_survives() {
         End::Other(Outcome::Entered { halted: false })
     );
     assert!(
-        vm.nested.take_flush().vpid,
+        vm.nested.take_flush().contains(Flush::VPID),
         "a VPID that did not run before"
     );
     assert!(matches!(vm.exit(BasicReason::Cpuid, 0), Handled::L1(_)));
@@ -425,7 +426,7 @@ fn without_vpid_nothing_cached_survives() {
         End::Other(Outcome::Entered { halted: false })
     );
     let flush = vm.nested.take_flush();
-    assert!(!flush.vpid && !flush.l1);
+    assert!(!flush.intersects(Flush::VPID | Flush::L1));
 }
 
 /// CVE-2018-12904: VMX instructions of L2's user mode were emulated without a CPL check.

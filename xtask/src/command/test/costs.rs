@@ -47,7 +47,7 @@ const LIMITS: [Limits; 6] = [
         arguments: &["nested", "--no-boots", "--backend", "vmx"],
         figures: &[
             ("vmrun", 1200.0),
-            ("vmexit", 520.0),
+            ("vmexit", 500.0),
             ("exits_per_l2_exit", 2.01),
             ("accesses_per_l2_exit", 0.0),
         ],
