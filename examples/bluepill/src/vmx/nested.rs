@@ -10,8 +10,8 @@ use alloc::boxed::Box;
 use testudo_arch::{Gpa, Hpa, RFlags};
 use testudo_machine::backend::vmx::{Level, Pair, Processor, ept_format, longest_turn};
 use testudo_nested::vmx::{
-    Acceptance, ComposedParts, ComposedStage, Context, Handled, Instruction, NestedVmx, Outcome,
-    PhysicalEvent, PredictorBarrier, SecondStage,
+    Acceptance, ComposedParts, ComposedStage, Context, Flush, Handled, Instruction, NestedVmx,
+    Outcome, PhysicalEvent, PredictorBarrier, SecondStage,
 };
 use testudo_vmx::bitmap::MsrBitmap;
 use testudo_vmx::controls::{ActivityState, SecondaryControls};
@@ -286,12 +286,12 @@ impl Guest<'_> {
             return Ok(());
         };
         let flush = nested.state.take_flush();
-        if nested.flusher.take() || flush.ept {
+        if nested.flusher.take() || flush.contains(Flush::EPT) {
             let forgotten = self.processor.forget_ept();
             forgotten.map_err(VmxError::Invalidation)?;
         }
-        for (due, level) in [(flush.vpid, Level::L2), (flush.l1, Level::L1)] {
-            if due {
+        for (due, level) in [(Flush::VPID, Level::L2), (Flush::L1, Level::L1)] {
+            if flush.contains(due) {
                 let forgotten = self.processor.forget_translations(level);
                 forgotten.map_err(VmxError::Invalidation)?;
             }
