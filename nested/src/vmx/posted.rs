@@ -99,14 +99,19 @@ fn request_all(memory: &impl GuestMemory, descriptor: Gpa, page: Gpa) -> Option<
         highest = Some((64 * index as u8) + (63 - posted.leading_zeros() as u8));
         for half in 0..2 {
             let bits = (posted >> (32 * half)) as u32;
-            let at = page.wrapping_add(VIRR + 0x10 * (2 * index + half));
-            if let Ok(requested) = memory.load_u32(at) {
-                // Only L2's own processor, which is this one, changes it.
-                let _dropped = memory.store_u32(at, requested | bits).is_err();
-            }
+            request(memory, page, 2 * index + half, bits);
         }
     }
     highest
+}
+
+/// Sets bits of one of the registers that are VIRR. What is not memory takes nothing.
+pub(super) fn request(memory: &impl GuestMemory, page: Gpa, register: u64, bits: u32) {
+    let at = page.wrapping_add(VIRR + 0x10 * register);
+    if let Ok(requested) = memory.load_u32(at) {
+        // Only L2's own processor, which is this one, changes it.
+        let _dropped = memory.store_u32(at, requested | bits).is_err();
+    }
 }
 
 fn take_word(memory: &impl GuestMemory, at: Gpa) -> u64 {

@@ -172,13 +172,16 @@ impl Processor {
                     self.vm.gprs.rcx = 0x83F;
                     self.vm.gprs.rax = vector.into();
                     self.vm.gprs.rdx = 0;
+                    let rip = self.get(fields::GUEST_RIP);
+                    self.vm.vmcs.l2.preset(fields::EXIT_INSTRUCTION_LENGTH, 2);
                     self.exit(BasicReason::Wrmsr, 0, Handled::Resume);
-                    self.boundary();
+                    // It has been done for it.
+                    assert_eq!(self.get(fields::GUEST_RIP), rip + 2);
+                    self.apic.request(vector);
+                } else {
+                    self.apic.request(vector);
+                    self.keep_status();
                 }
-                let bitmap = self.vm.nested.msr_bitmap.as_bytes();
-                assert_eq!(bitmap[0x800 + 0x83F / 8] & 1 << (0x83F % 8), 0);
-                self.apic.request(vector);
-                self.keep_status();
             }
             Step::Machine => match self.pending() {
                 // The defect.
@@ -326,4 +329,44 @@ fn a_processor_without_the_defect_holds_nothing_back() {
     assert_eq!(processor.get(fields::EOI_EXIT_BITMAP_3), 0);
     processor.step(&Step::Request(0x31));
     assert!(processor.vm.nested.settled.is_some());
+}
+
+#[test]
+fn an_interrupt_to_itself_is_requested_and_what_is_none_is_left_to_the_processor() {
+    let exits = |processor: &Processor| {
+        let bitmap = processor.vm.nested.msr_bitmap.as_bytes();
+        bitmap[0x800 + 0x83F / 8] & 1 << (0x83F % 8) != 0
+    };
+    let write = |value: u64, rflags: u64| {
+        let mut processor = begin();
+        assert!(exits(&processor));
+        let gprs = &mut processor.vm.gprs;
+        (gprs.rcx, gprs.rax, gprs.rdx) = (0x83F, value & 0xFFFF_FFFF, value >> 32);
+        processor.vm.vmcs.l2.preset(fields::GUEST_RFLAGS, rflags);
+        let rip = processor.get(fields::GUEST_RIP);
+        processor
+            .vm
+            .vmcs
+            .l2
+            .preset(fields::EXIT_INSTRUCTION_LENGTH, 2);
+        processor.exit(BasicReason::Wrmsr, 0, Handled::Resume);
+        (processor.get(fields::GUEST_RIP) - rip, processor)
+    };
+    let (moved, processor) = write(0xF3, 2);
+    let page = Gpa(processor.vm.get12(fields::VIRTUAL_APIC_ADDRESS));
+    let word = |offset| processor.vm.memory.load_u32(page.wrapping_add(offset));
+    assert_eq!((moved, exits(&processor)), (2, true));
+    assert_eq!(word(0x270), Ok(1 << 19));
+    assert_eq!(word(0x3F0), Ok(0xF3));
+    assert_eq!(processor.get(fields::GUEST_INTERRUPT_STATUS), 0xF3);
+    for (value, rflags) in [
+        (0x1F3, 2),
+        (1 << 32 | 0xF3, 2),
+        (0xF, 2),
+        (0xF3, 2 | 1 << 8),
+    ] {
+        let (moved, processor) = write(value, rflags);
+        assert_eq!((moved, exits(&processor)), (0, false), "{value:#x}");
+        assert_eq!(processor.get(fields::GUEST_INTERRUPT_STATUS), 0);
+    }
 }
