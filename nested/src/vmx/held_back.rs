@@ -15,7 +15,7 @@ use testudo_vmx::{AccessError, Defects, VmcsRead, VmcsWrite, fields};
 
 use super::apic::is_due;
 use super::join::L1Controls;
-use super::posted::request;
+use super::posted::{raise_requesting, request};
 use super::{Context, NestedVmx, VmcsPair};
 
 /// Those of a processor that concern virtual interrupts.
@@ -130,10 +130,7 @@ impl NestedVmx {
             .store_u32(page.wrapping_add(SELF_IPI), vector.into())
             .is_err();
         request(cx.memory, page, (vector / 32).into(), 1 << (vector % 32));
-        let status = vmcs02.get(fields::GUEST_INTERRUPT_STATUS)?;
-        let requesting = (status as u8).max(vector);
-        let status = (status & 0xFF00) | u16::from(requesting);
-        vmcs02.set(fields::GUEST_INTERRUPT_STATUS, status)?;
+        raise_requesting(vector, &mut vmcs02)?;
 
         let length = vmcs02.get(fields::EXIT_INSTRUCTION_LENGTH)?;
         let next = vmcs02.get(fields::GUEST_RIP)?.wrapping_add(length.into());

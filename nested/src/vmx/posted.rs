@@ -56,11 +56,7 @@ impl NestedVmx {
         let page = Gpa(image.get(fields::VIRTUAL_APIC_ADDRESS)?);
         clear_outstanding(cx.memory, descriptor);
         if let Some(highest) = request_all(cx.memory, descriptor, page) {
-            let mut vmcs02 = cx.vmcs.l2();
-            let status = vmcs02.get(fields::GUEST_INTERRUPT_STATUS)?;
-            let requesting = (status as u8).max(highest);
-            let status = (status & 0xFF00) | u16::from(requesting);
-            vmcs02.set(fields::GUEST_INTERRUPT_STATUS, status)?;
+            raise_requesting(highest, &mut cx.vmcs.l2())?;
         }
         if self.serving.is_some() {
             self.hold_back(cx)?;
@@ -112,6 +108,14 @@ pub(super) fn request(memory: &impl GuestMemory, page: Gpa, register: u64, bits:
         // Only L2's own processor, which is this one, changes it.
         let _dropped = memory.store_u32(at, requested | bits).is_err();
     }
+}
+
+/// Makes RVI, the low byte of the guest interrupt status, at least this vector.
+pub(super) fn raise_requesting(vector: u8, vmcs02: &mut impl VmcsWrite) -> Result<(), AccessError> {
+    let status = vmcs02.get(fields::GUEST_INTERRUPT_STATUS)?;
+    let requesting = (status as u8).max(vector);
+    let status = (status & 0xFF00) | u16::from(requesting);
+    vmcs02.set(fields::GUEST_INTERRUPT_STATUS, status)
 }
 
 fn take_word(memory: &impl GuestMemory, at: Gpa) -> u64 {

@@ -48,6 +48,7 @@ impl Apic {
     }
 
     fn status(&self) -> u64 {
+        // RVI and SVI are 0 where nothing is requested or in service (SDM vol. 3C, 27.4.2).
         let highest = |list: &[u8]| u64::from(list.iter().max().copied().unwrap_or(0));
         highest(&self.serving) << 8 | highest(&self.requested)
     }
