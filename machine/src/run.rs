@@ -83,9 +83,6 @@ pub struct VcpuLoop<'m, V, M> {
     emulated_next: Option<u64>,
 }
 
-/// How many interrupts that only notify a vCPU takes before its guest runs: a level would ask without end.
-const MOST_NOTIFICATIONS: u32 = 4;
-
 impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
     /// The loop of the vCPU that `lapic` belongs to. vCPU 0 starts in `boot`; the others wait for
     /// a start-up IPI.
@@ -394,12 +391,8 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
             self.vcpu.take_interrupted();
             return self.let_deliver();
         }
-        let mut notifications = 0;
+        // A notification that asks anew, as a level does at its end, is only seen by the next `sync`: this has an end.
         while self.lapic.has_interrupt() && self.vcpu.can_take_interrupt() {
-            if notifications == MOST_NOTIFICATIONS {
-                self.attention = true;
-                break;
-            }
             // What is acknowledged for a notification is the local APIC's (SDM vol. 3C, 32.6).
             let of_pic = self.lapic.pic_waits();
             let Some(vector) = self.lapic.acknowledge() else {
@@ -414,7 +407,6 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
                 self.vcpu.inject(Event::Interrupt(vector));
                 break;
             };
-            notifications += 1;
             self.lapic.end_of_interrupt();
             if wakes && self.activity == Activity::Halted {
                 self.activity = Activity::Running;

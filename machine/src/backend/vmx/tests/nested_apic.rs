@@ -1,10 +1,15 @@
 //! A guest's guest whose local APIC the processor virtualizes as the guest asked for it.
 
-use testudo_vmx::controls::{PinControls, SecondaryControls};
+use core::sync::atomic::Ordering;
+
+use testudo_vmx::controls::{ExitControls, PinControls, SecondaryControls};
 
 use super::apic::apic_tables;
-use super::nested::{Hypervisor, NO_EXIT, hypervisor, hypervisor_by, prepared_memory};
+use super::nested::{
+    Hypervisor, NO_EXIT, hypervisor, hypervisor_by, hypervisor_on, prepare_memory, prepared_memory,
+};
 use super::*;
+use crate::Stop;
 use crate::irq::{ApicMode, ApicState};
 
 const VIRTUAL_APIC: u64 = 0xC000;
@@ -155,4 +160,65 @@ fn what_changes_in_l1s_apic_while_l2_runs_l1s_vmcs_says_afterwards() {
     vcpu.set_interrupt_window(Some(AwaitedInterrupt::Vector(0x81)));
     let window = PrimaryControls::INTERRUPT_WINDOW_EXITING.bits();
     assert_eq!(vcpu.hardware(fields::PRIMARY_CONTROLS) & window, 0);
+}
+
+/// A line of the I/O APIC's that stays high, with the notification's vector and level-triggered: each of its
+/// interrupts is taken for L2, and is there again when that is over. L2 comes no further, as on a processor.
+#[test]
+fn a_notification_that_asks_without_end_does_not_keep_the_machine_from_stopping() {
+    const NOTIFICATION: u8 = 0x72;
+    const DESCRIPTOR: u64 = 0x7_0000;
+    const GSI: u32 = 10;
+    let memory = ram(MEMORY);
+    let (machine, mut lapic, _) = fake_machine::machine(memory.clone());
+    let memory: &'static GuestRam = Box::leak(Box::new(memory));
+    prepare_memory(memory);
+    let pin = PinControls::EXTERNAL_INTERRUPT_EXITING | PinControls::PROCESS_POSTED_INTERRUPTS;
+    let acknowledge = ExitControls::ACKNOWLEDGE_INTERRUPT;
+    let vcpu = hypervisor_on(fixtures::skylake_sp(), memory, false, false);
+    let mut vcpu = vcpu.with_vmcs(pin, acknowledge);
+    vcpu.nested.as_mut().unwrap().stage.frames = Some(FRAMES);
+    vcpu.vmwrite(fields::VIRTUAL_APIC_ADDRESS, VIRTUAL_APIC);
+    let primary = vcpu.vmread(fields::PRIMARY_CONTROLS);
+    let wanted = PrimaryControls::USE_TPR_SHADOW | PrimaryControls::ACTIVATE_SECONDARY_CONTROLS;
+    vcpu.vmwrite(fields::PRIMARY_CONTROLS, primary | u64::from(wanted.bits()));
+    let delivery = SecondaryControls::VIRTUAL_INTERRUPT_DELIVERY;
+    vcpu.vmwrite(fields::SECONDARY_CONTROLS, delivery.bits().into());
+    let vector = fields::POSTED_INTERRUPT_NOTIFICATION_VECTOR;
+    vcpu.vmwrite(vector, NOTIFICATION.into());
+    vcpu.vmwrite(fields::POSTED_INTERRUPT_DESCRIPTOR_ADDRESS, DESCRIPTOR);
+    let start = BootState {
+        system: vcpu.system(),
+        gprs: Gprs::default(),
+    };
+    lapic.write_mmio(0xF0, &0x1FF_u32.to_le_bytes());
+    let window = machine.irqchip.ioapic_window();
+    let level = 1 << 15 | u32::from(NOTIFICATION);
+    for (register, value) in [(0x11 + 2 * GSI, 0), (0x10 + 2 * GSI, level)] {
+        window.write(0, &register.to_le_bytes());
+        window.write(0x10, &value.to_le_bytes());
+    }
+    let line: &'static _ = Box::leak(Box::new(machine.irqchip.line(GSI).unwrap()));
+    vcpu.will_exit(BasicReason::Vmlaunch, 0);
+    static ASKS: AtomicU32 = AtomicU32::new(0);
+    vcpu.will(move |vmcs, _| {
+        line.set(true);
+        ASKS.store(1, Ordering::Release);
+        exit(vmcs, BasicReason::ExternalInterrupt, 0);
+    });
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while ASKS.load(Ordering::Acquire) == 0 {
+                std::thread::yield_now();
+            }
+            machine.stop(Stop {
+                reason: StopReason::Host,
+                vcpu: 0,
+                gprs: Gprs::default(),
+                system: start.system,
+            });
+        });
+        let stop = VcpuLoop::new(&machine, vcpu, lapic, Some(&start)).run();
+        assert_eq!(stop.reason, StopReason::Host);
+    });
 }
