@@ -24,7 +24,7 @@ use crate::paged::FORGET;
 use crate::policy::msr::MsrPolicy;
 use crate::stats::ExitStats;
 use crate::stop::{Stop, StopReason};
-use crate::vcpu::{AwaitedInterrupt, InitSignal, MemoryAccess, Vcpu, VmExit};
+use crate::vcpu::{InitSignal, MemoryAccess, Vcpu, VmExit};
 
 /// What a vCPU does at present.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -429,7 +429,7 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
         if let Some(state) = self.lapic.take_state() {
             self.vcpu.set_apic(&state);
         }
-        let mut external = self.lapic.pic_waits();
+        let external = self.lapic.pic_waits();
         if (external || self.activity == Activity::Halted) && self.vcpu.can_take_interrupt() {
             if let Some(vector) = self.lapic.acknowledge_pic() {
                 self.activity = Activity::Running;
@@ -437,10 +437,8 @@ impl<'m, V: Vcpu, M: GuestMemory> VcpuLoop<'m, V, M> {
             } else if self.lapic.pending_vector().is_some() {
                 self.activity = Activity::Running;
             }
-            external = self.lapic.pic_waits();
         }
-        let wanted = external.then_some(AwaitedInterrupt::External);
-        self.vcpu.set_interrupt_window(wanted);
+        self.vcpu.set_interrupt_window(self.lapic.awaited());
     }
 
     #[inline(never)]

@@ -29,7 +29,7 @@ use testudo_vmx::caps::{NoVmx, Processor};
 use testudo_vmx::hw::{
     EnableError, RegionFrame, ResidentRegisters, ResidentUnsupported, VmcsKind, Vmx,
 };
-use testudo_vmx::{RegionError, VmxCaps};
+use testudo_vmx::{Defects, RegionError, VmxCaps};
 
 use crate::frames::Frames;
 use crate::shadow::Shadow;
@@ -108,7 +108,7 @@ impl Apic {
         mapped.map_err(|_| VmxError::NoMemory)?;
         let mut msr_bitmap = Box::new(MsrBitmap::all_exit());
         open_direct_msrs(&mut msr_bitmap);
-        open_x2apic_msrs(&mut msr_bitmap);
+        open_x2apic_msrs(&mut msr_bitmap, Defects::of(caps));
         Ok(Self {
             table,
             access_page,

@@ -7,10 +7,19 @@
 //! those of the machine's local APIC, in its page: what the processor knows besides them, the
 //! machine says whenever it has changed something.
 
+//!
+//! A processor that delivers interrupts although the guest masks them
+//! ([`Defects::DELIVERS_MASKED_VIRTUAL_INTERRUPTS`]) does so when one of the machine's comes while one is
+//! pending. None is recognized under "interrupt-window exiting" (SDM vol. 3C, 32.2.1), so there the machine
+//! opens a window for what the guest masks; and what makes one pending in the course of the guest's turn
+//! exits: an end, if there is more, and an interrupt to itself by the x2APIC's MSR. A guest that, with
+//! interrupts off, lowers its task priority or interrupts itself in xAPIC mode is not guarded.
+
+use testudo_arch::apic::{ApicPage, VectorRegister};
 use testudo_arch::{Gpa, Hpa, Msr};
 use testudo_vmx::bitmap::MsrBitmap;
 use testudo_vmx::controls::SecondaryControls;
-use testudo_vmx::{AccessError, VmcsWrite, fields};
+use testudo_vmx::{AccessError, Defects, VmcsWrite, fields};
 
 use super::setup::VmxTables;
 use crate::irq::{ApicMode, ApicState};
@@ -44,8 +53,9 @@ pub struct ApicTables {
 
 /// Opens the registers that a guest in x2APIC mode accesses directly. The others need software: the
 /// timer's count, and writes that do something. A register that does not exist must exit to be
-/// refused, since APIC-register virtualization reads whatever is in the page.
-pub fn open_x2apic_msrs(bitmap: &mut MsrBitmap) {
+/// refused, since APIC-register virtualization reads whatever is in the page. On a processor with
+/// [`Defects::DELIVERS_MASKED_VIRTUAL_INTERRUPTS`] so must a guest's interrupts to itself.
+pub fn open_x2apic_msrs(bitmap: &mut MsrBitmap, defects: Defects) {
     const READABLE: [core::ops::RangeInclusive<u32>; 7] = [
         // ID and version; TPR; PPR; LDR; SVR, ISR, TMR, IRR, ESR; LVT and initial count; divide.
         0x802..=0x803,
@@ -60,9 +70,9 @@ pub fn open_x2apic_msrs(bitmap: &mut MsrBitmap) {
         bitmap.set(Msr(register), false, true);
     }
     bitmap.set(Msr::X2APIC_TPR, false, false);
-    for write_only in [Msr::X2APIC_EOI, Msr::X2APIC_SELF_IPI] {
-        bitmap.set(write_only, true, false);
-    }
+    bitmap.set(Msr::X2APIC_EOI, true, false);
+    let self_ipi_exits = defects.contains(Defects::DELIVERS_MASKED_VIRTUAL_INTERRUPTS);
+    bitmap.set(Msr::X2APIC_SELF_IPI, true, self_ipi_exits);
 }
 
 /// How a guest reaches its local APIC without the machine.
@@ -89,7 +99,9 @@ impl Access {
 pub(super) struct VirtualApic {
     tables: ApicTables,
     access: Access,
-    level: [u64; 4],
+    eoi_exits: [u64; 4],
+    /// The processor is one that delivers what is masked.
+    defective: bool,
     /// What is to be told when the guest itself runs again: its own guest has another VMCS.
     waiting: Option<ApicState>,
 }
@@ -107,6 +119,7 @@ impl VirtualApic {
         vmcs: &mut impl VmcsWrite,
         tables: ApicTables,
         secondary: SecondaryControls,
+        defects: Defects,
     ) -> Result<Self, AccessError> {
         vmcs.set(fields::SECONDARY_CONTROLS, (secondary | ALWAYS).bits())?;
         vmcs.set(fields::APIC_ACCESS_ADDRESS, tables.access_page.0)?;
@@ -117,7 +130,8 @@ impl VirtualApic {
         Ok(Self {
             tables,
             access: Access::None,
-            level: [0; 4],
+            eoi_exits: [0; 4],
+            defective: defects.contains(Defects::DELIVERS_MASKED_VIRTUAL_INTERRUPTS),
             waiting: None,
         })
     }
@@ -138,20 +152,29 @@ impl VirtualApic {
         self.waiting.take()
     }
 
+    /// Whether the processor must not know of an interrupt while the guest masks it.
+    pub(super) fn holds_back(&self) -> bool {
+        self.defective
+    }
+
     /// Tells the processor. `secondary` are the controls that the guest has whatever its APIC's mode.
     pub(super) fn set(
         &mut self,
         vmcs: &mut impl VmcsWrite,
-        state: &ApicState,
+        (state, page): (&ApicState, &ApicPage),
         secondary: SecondaryControls,
         tables: &VmxTables,
     ) -> Result<(), AccessError> {
         self.waiting = None;
         let status = u16::from(state.serving) << 8 | u16::from(state.requesting);
         vmcs.set(fields::GUEST_INTERRUPT_STATUS, status)?;
-        if state.level != self.level {
-            self.level = state.level;
-            for (field, vectors) in EOI_EXITS.into_iter().zip(state.level) {
+        let eoi_exits = match self.defective && has_more(page) {
+            true => [u64::MAX; 4],
+            false => state.level,
+        };
+        if eoi_exits != self.eoi_exits {
+            self.eoi_exits = eoi_exits;
+            for (field, vectors) in EOI_EXITS.into_iter().zip(eoi_exits) {
                 vmcs.set(field, vectors)?;
             }
         }
@@ -197,6 +220,17 @@ impl VirtualApic {
     }
 }
 
+/// Whether the end of an interrupt can make another pending: it is requested, behind one that is in service or that
+/// goes first.
+fn has_more(page: &ApicPage) -> bool {
+    let count = |register| -> u32 {
+        let words = page.vectors(register).words();
+        words.into_iter().map(u64::count_ones).sum()
+    };
+    let requested = count(VectorRegister::Irr);
+    requested > 1 || requested > 0 && count(VectorRegister::Isr) > 0
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -204,7 +238,7 @@ mod tests {
     #[test]
     fn what_does_something_in_x2apic_mode_exits() {
         let mut bitmap = MsrBitmap::all_exit();
-        open_x2apic_msrs(&mut bitmap);
+        open_x2apic_msrs(&mut bitmap, Defects::empty());
         let direct_reads = (0x800..0x900).filter(|msr| !bitmap.read_exits(Msr(*msr)));
         let direct_writes = (0x800..0x900).filter(|msr| !bitmap.write_exits(Msr(*msr)));
         assert_eq!(direct_reads.count(), 2 + 1 + 1 + 1 + 26 + 7 + 1);
@@ -212,5 +246,8 @@ mod tests {
         for software in [Msr::X2APIC_EOI, Msr(0x830), Msr(0x839), Msr(0x804)] {
             assert!(bitmap.read_exits(software));
         }
+        open_x2apic_msrs(&mut bitmap, Defects::DELIVERS_MASKED_VIRTUAL_INTERRUPTS);
+        let direct_writes = (0x800..0x900).filter(|msr| !bitmap.write_exits(Msr(*msr)));
+        assert!(direct_writes.eq([0x808, 0x80B]));
     }
 }

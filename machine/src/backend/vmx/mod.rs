@@ -69,7 +69,9 @@ use testudo_vmx::event::Injection;
 use testudo_vmx::exit::{BasicReason, ExitReason};
 use testudo_vmx::hw::instructions::{self, InveptKind, InvvpidKind};
 use testudo_vmx::hw::{CurrentVmcs, GuestRegisters, HeldInterrupts, HostState};
-use testudo_vmx::{AccessError, Encoding, Field, VmFail, VmxCaps, encoding, fields, state};
+use testudo_vmx::{
+    AccessError, Defects, Encoding, Field, VmFail, VmxCaps, encoding, fields, state,
+};
 
 use super::paging::ShadowPlace;
 use super::watched::Watched;
@@ -255,8 +257,9 @@ impl<'a, P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'a, P, M, S> {
         let apic_tables = parts.tables.apic.filter(|_| parts.controls.virtual_apic);
         let apic = match apic_tables {
             Some(tables) => {
-                let secondary = parts.controls.secondary;
-                Some(VirtualApic::new(&mut processor, tables, secondary)?)
+                let (secondary, defects) = (parts.controls.secondary, Defects::of(parts.caps));
+                let apic = VirtualApic::new(&mut processor, tables, secondary, defects)?;
+                Some(apic)
             }
             None => None,
         };
@@ -655,12 +658,14 @@ impl<'a, P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'a, P, M, S> {
     /// Opens the windows that fit the interrupt awaited and the task priority.
     #[inline]
     fn open_window(&mut self) {
-        let (exiting, threshold) = match self.window {
-            None => (false, 0),
-            Some(AwaitedInterrupt::External) => (true, 0),
+        let (exiting, threshold) = match (self.window, &self.apic) {
+            (None, _) => (false, 0),
+            (Some(AwaitedInterrupt::External), _) => (true, 0),
             // The processor delivers it.
-            Some(AwaitedInterrupt::Vector(_)) if self.apic.is_some() => (false, 0),
-            Some(AwaitedInterrupt::Vector(vector)) => {
+            (Some(AwaitedInterrupt::Vector(_)), Some(apic)) => {
+                (apic.holds_back() && !self.can_take_interrupt(), 0)
+            }
+            (Some(AwaitedInterrupt::Vector(vector)), None) => {
                 // An entry with a threshold above the priority fails (SDM vol. 3C, 29.2.1.1).
                 let class = vector >> 4;
                 if class > self.task_priority() {

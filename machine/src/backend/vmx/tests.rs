@@ -23,6 +23,7 @@ use testudo_vmx::{Encoding, InstructionError, VmFail, VmcsRead, VmcsWrite};
 mod apic;
 mod exceptions;
 mod fake;
+mod masked_interrupts;
 mod nested;
 mod nested_apic;
 mod nested_shadow;

@@ -302,6 +302,7 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> Vcpu for VmxVcpu<'_, P, M, S>
             if self.level != Level::L1 {
                 return apic.put_off(state);
             }
+            let state = (state, self.apic_page);
             let set = apic.set(&mut self.processor, state, secondary, self.tables);
             self.or_zero(set);
         }

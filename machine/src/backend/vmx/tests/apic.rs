@@ -20,9 +20,9 @@ pub(super) fn apic_tables() -> ApicTables {
     }
 }
 
-/// A vCPU with this local APIC, on a processor that virtualizes it.
-fn vcpu_with(lapic: &Lapic) -> Fake {
-    let caps: &'static VmxCaps = Box::leak(Box::new(fixtures::skylake_sp()));
+/// A vCPU with this local APIC, on this processor, which virtualizes it.
+pub(super) fn vcpu_with(caps: &VmxCaps, lapic: &Lapic) -> Fake {
+    let caps: &'static VmxCaps = Box::leak(Box::new(caps.clone()));
     let controls = Box::leak(Box::new(Controls::choose(caps).unwrap()));
     assert!(controls.virtual_apic);
     let tables = Box::leak(Box::new(tables_with(Some(apic_tables()))));
@@ -86,7 +86,7 @@ fn the_processor_has_it_all_or_the_task_priority_alone() {
 #[test]
 fn the_controls_follow_the_mode_of_the_apic() {
     let (machine, lapic, _) = machine();
-    let mut vcpu = vcpu_with(&lapic);
+    let mut vcpu = vcpu_with(&fixtures::skylake_sp(), &lapic);
     let set_base = |value: u64| {
         move |vmcs: &mut FakeVmcs, registers: &mut GuestRegisters| {
             (registers.gprs.rcx, registers.gprs.rax) = (Msr::APIC_BASE.0.into(), value);
@@ -128,7 +128,7 @@ fn the_controls_follow_the_mode_of_the_apic() {
 #[test]
 fn a_register_that_was_written_has_its_effect_without_a_decoder() {
     let (machine, lapic, host) = machine();
-    let mut vcpu = vcpu_with(&lapic);
+    let mut vcpu = vcpu_with(&fixtures::skylake_sp(), &lapic);
     let page = vcpu.apic_page;
     let write = |register: u16, value: u32| {
         move |vmcs: &mut FakeVmcs, _: &mut GuestRegisters| {
@@ -173,7 +173,7 @@ fn a_register_that_was_written_has_its_effect_without_a_decoder() {
 fn a_halted_guest_wakes_for_what_the_processor_will_deliver() {
     let (machine, mut lapic, _) = machine();
     lapic.write_mmio(0xF0, &0x1FFu32.to_le_bytes());
-    let mut vcpu = vcpu_with(&lapic);
+    let mut vcpu = vcpu_with(&fixtures::skylake_sp(), &lapic);
     let (page, chip) = (vcpu.apic_page, lapic.irqchip().clone());
     let send = chip.clone();
     vcpu.will(move |vmcs, _| {
@@ -210,7 +210,7 @@ fn a_halted_guest_wakes_for_what_the_processor_will_deliver() {
 fn the_end_of_a_level_comes_back_to_the_machine() {
     let (machine, mut lapic, _) = machine();
     lapic.write_mmio(0xF0, &0x1FFu32.to_le_bytes());
-    let mut vcpu = vcpu_with(&lapic);
+    let mut vcpu = vcpu_with(&fixtures::skylake_sp(), &lapic);
     let (page, chip) = (vcpu.apic_page, lapic.irqchip().clone());
     // Input 9 of the I/O APIC: vector 0x61, level-triggered, to this vCPU.
     for (select, value) in [(0x22u32, 1u32 << 15 | 0x61), (0x23, 0)] {
@@ -236,7 +236,7 @@ fn the_end_of_a_level_comes_back_to_the_machine() {
 #[test]
 fn the_pic_is_still_injected() {
     let (machine, lapic, _) = machine();
-    let mut vcpu = vcpu_with(&lapic);
+    let mut vcpu = vcpu_with(&fixtures::skylake_sp(), &lapic);
     let chip = lapic.irqchip().clone();
     // Initialized with vectors from 0x20, all inputs open.
     for (port, value) in [(0x20, 0x11), (0x21, 0x20), (0x21, 4), (0x21, 1), (0x21, 0)] {
@@ -255,7 +255,7 @@ fn the_pic_is_still_injected() {
 fn other_accesses_to_the_page_are_emulated() {
     let (machine, lapic, _) = machine();
     drop(machine);
-    let mut vcpu = vcpu_with(&lapic);
+    let mut vcpu = vcpu_with(&fixtures::skylake_sp(), &lapic);
     vcpu.will(|vmcs, _| exit(vmcs, BasicReason::ApicAccess, 0x390));
     let VmExit::Memory(access) = vcpu.enter_once() else {
         panic!("an access to a device");
