@@ -72,6 +72,12 @@ impl RawEvent {
         }
     }
 
+    /// Whether there is an event, and it is an external or virtual interrupt.
+    #[inline]
+    pub const fn is_interrupt(self) -> bool {
+        self.is_valid() && self.0 & 7 << Self::TYPE_SHIFT == 0
+    }
+
     /// The error code, where there is one.
     #[inline]
     pub const fn error_code(self) -> Option<u32> {

@@ -242,6 +242,14 @@ fn call(id: usize, nmis: &mut impl Nmis) {
     }
 }
 
+/// Has this processor leave its guest as soon as it has entered it. (An NMI of the guest's own that arrives at the very
+/// same time is taken for it.)
+pub(crate) fn call_back(own: usize) {
+    if !PROCESSORS[own].called.swap(true, Ordering::AcqRel) {
+        apic::send_nmi(cpu::apic_id(own));
+    }
+}
+
 unsafe extern "C" {
     static pill_halt_from: u8;
     static pill_halt_to: u8;

@@ -88,6 +88,8 @@ pub(crate) struct Guest<'a> {
     /// An NMI waits for the guest.
     nmi: bool,
     has_predictor_barrier: bool,
+    /// Every entry that delivers an interrupt ends with that ([`Defects::REPEATS_INTERRUPTS`]).
+    ends_deliveries: bool,
 }
 
 impl Translate for Stage {
@@ -134,12 +136,13 @@ pub(crate) fn run(
     let vmcb01 = unsafe { VmcbFrame::new(&mut vmcb, at) };
     let pages = Pages::new().ok_or(SvmError::NoMemory)?;
     let pages_at = address(&*pages);
+    let defects = Defects::of(hypervisor_signature().as_ref());
     let host = Host {
         caps: &tables.caps,
         l1_caps: tables.guest_caps.as_ref().unwrap_or(&tables.caps),
         msr_permissions: &tables.msr_permissions,
         io_permissions: &tables.io_permissions,
-        defects: Defects::of(hypervisor_signature().as_ref()),
+        defects,
     };
     let nested = NestedSvm::new(&host, pages, pages_at).ok_or(SvmError::NoMemory)?;
     let flusher = Flusher::default();
@@ -173,6 +176,7 @@ pub(crate) fn run(
         holds: false,
         nmi: false,
         has_predictor_barrier: pill.cpuid.query(0x8000_0008, 0)[1] & 1 << 12 != 0,
+        ends_deliveries: defects.contains(Defects::REPEATS_INTERRUPTS),
     };
     guest.set_controls();
     match start {
@@ -279,6 +283,13 @@ impl<'a> Guest<'a> {
         self.vmcb_mut().set_event_inj(event.into());
     }
 
+    /// Before an entry: has one that delivers an interrupt end with that, where it could be delivered again.
+    fn end_delivery(&self) {
+        if self.ends_deliveries && self.vmcb().event_inj().is_interrupt() {
+            processors::call_back(self.id);
+        }
+    }
+
     /// Runs the guest once.
     fn run_guest(&mut self) {
         self.hold_by_gif(!self.nested.gif(&self.vmcb01));
@@ -291,6 +302,7 @@ impl<'a> Guest<'a> {
             self.nmi = false;
             self.inject(Event::Nmi);
         }
+        self.end_delivery();
         // SAFETY: what the guest reaches without an exit, the hypervisor has given to it and does not
         // use: interrupts, since it runs with GIF or IF clear and takes only NMIs; ports, XCR0 and the
         // MSRs that the map opens. Its memory does not include the hypervisor's, which the nested
@@ -352,6 +364,7 @@ impl<'a> Guest<'a> {
                 self.inject(Event::Nmi);
             }
         }
+        self.end_delivery();
         if self.flusher.take() {
             self.nested.flush_translations();
         }

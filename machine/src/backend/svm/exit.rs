@@ -79,7 +79,7 @@ impl<M: GuestMemory, S: SecondStage, P: Processor> SvmVcpu<'_, M, S, P> {
     #[inline]
     fn is_delivery_due(&mut self) -> bool {
         let wanted = core::mem::take(&mut self.delivery_due)
-            || self.ends_deliveries && is_interrupt(self.vmcb().event_inj());
+            || self.ends_deliveries && self.vmcb().event_inj().is_interrupt();
         self.ends_next = wanted && !self.ends_next;
         self.ends_next
     }
@@ -390,13 +390,6 @@ pub(super) fn show_lme(vmcb: &mut Vmcb, hidden: bool) {
     if hidden {
         vmcb.set_efer(vmcb.efer() | LME);
     }
-}
-
-/// Whether an event to inject is an external interrupt.
-#[inline]
-fn is_interrupt(event: RawEvent) -> bool {
-    const TYPE: u64 = 7 << 8;
-    event.is_valid() && event.0 & TYPE == 0
 }
 
 /// Whether the code is of 64-bit mode.
