@@ -10,7 +10,7 @@ use testudo_vmx::state::read_system_registers;
 use testudo_vmx::{AccessError, InstructionError, VmFail, VmcsRead, VmcsWrite, fields};
 
 use super::operand::{Fault, Operands};
-use super::shadow::{all_shadowed, shadowed};
+use super::shadow::all_shadowed;
 use super::vmcs12::{self, LaunchState, REVISION};
 use super::{Context, Msrs, NestedVmx, SecondStage, VmcsPair, guest_fields, visible};
 
@@ -466,22 +466,15 @@ impl NestedVmx {
                 u64::from_le_bytes(bytes)
             }
         };
-        let is_status = field.full() == fields::GUEST_INTERRUPT_STATUS.encoding();
-        if is_status {
-            // Each entry loads it, and no check looks at it. But VMREAD is to find it.
-            self.shadow_misses |= const { shadowed(fields::GUEST_INTERRUPT_STATUS.encoding()) };
-        } else {
+        // Each entry loads it, and no check looks at it.
+        if field.full() != fields::GUEST_INTERRUPT_STATUS.encoding() {
             self.settled = None;
         }
         if guest_fields::is_rare(field) || guest_fields::is_pdpte(field) {
             self.fetch_rare(cx)?;
             self.rare_dirty = true;
         }
-        let written = self.vmcs12.image.write_raw(field, value);
-        if is_status {
-            self.give_to_shadow(cx)?;
-        }
-        Ok(written)
+        Ok(self.vmcs12.image.write_raw(field, value))
     }
 
     /// Writes the current VMCS back to L1's memory, and then there is none, nor an enlightened one.

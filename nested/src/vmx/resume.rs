@@ -28,6 +28,8 @@ const SIMPLE: ShadowedFields = shadowed(fields::GUEST_RIP.encoding())
     // No check looks at these.
     | shadowed(fields::HOST_RSP.encoding())
     | shadowed(fields::PREEMPTION_TIMER_VALUE.encoding())
+    // No check looks at it, and each entry that it counts for loads it.
+    | shadowed(fields::GUEST_INTERRUPT_STATUS.encoding())
     // These count with an event only, and then the entry is a complete one.
     | shadowed(fields::ENTRY_EXCEPTION_ERROR_CODE.encoding())
     | shadowed(fields::ENTRY_INSTRUCTION_LENGTH.encoding());

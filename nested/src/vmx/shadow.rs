@@ -26,8 +26,8 @@ const READ_ONLY: [Slot; 10] = slots([
     f::GUEST_PHYSICAL_ADDRESS.encoding(),
 ]);
 
-/// What L1 reads at each entry if L2's virtual local APIC delivers interrupts, and seldom writes: only its VMREAD is
-/// without an exit. Not every processor has it.
+/// What L1 reads at each entry if L2's virtual local APIC delivers interrupts, and writes with each of them. Not every
+/// processor has it.
 const STATUS: Slot = slot(f::GUEST_INTERRUPT_STATUS.encoding());
 
 /// The fields of [`READ_WRITE`] that every processor has, for a macro: in parts of which a processor's registers
@@ -71,7 +71,8 @@ pub(super) fn all_shadowed(caps: &VmxCaps) -> ShadowedFields {
     ALL_SHADOWED | if has_status(caps) { status } else { 0 }
 }
 
-fn has_status(caps: &VmxCaps) -> bool {
+/// Whether [`STATUS`] is one of them.
+pub(super) fn has_status(caps: &VmxCaps) -> bool {
     let info = STATUS.field.info();
     info.is_some_and(|info| info.exists(caps))
 }
@@ -153,6 +154,7 @@ pub fn shadow_bitmaps(caps: &VmxCaps) -> (FieldBitmap, FieldBitmap) {
     }
     if has_status(caps) {
         reads.pass_through(STATUS.field);
+        writes.pass_through(STATUS.field);
     }
     (reads, writes)
 }
@@ -172,6 +174,9 @@ impl NestedVmx {
             let image = &mut *self.vmcs12.image;
             with_read_write!(follow_parts!(&shadow, image, *written;));
             note!(image, *written; PREEMPTION_TIMER_VALUE = shadow.get(f::PREEMPTION_TIMER_VALUE)?.into());
+            if self.shadows_status {
+                note!(image, *written; GUEST_INTERRUPT_STATUS = shadow.get(f::GUEST_INTERRUPT_STATUS)?.into());
+            }
         }
         Ok(*written)
     }
@@ -222,7 +227,7 @@ mod tests {
         assert_eq!(shadowed(f::GUEST_DS_BASE.encoding()), 0);
         let (reads, writes) = shadow_bitmaps(&caps);
         let status = u64::from(STATUS.field.0);
-        assert!(!reads.exits(status) && writes.exits(status));
+        assert!(!reads.exits(status) && !writes.exits(status));
         for field in READ_ONLY.map(|slot| slot.field) {
             let encoding = u64::from(field.0);
             assert!(!reads.exits(encoding) && writes.exits(encoding), "{field}");
