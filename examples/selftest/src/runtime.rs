@@ -588,8 +588,11 @@ fn long_mode_is_left_and_entered(_: &'static Boot) -> Outcome {
 static ASKED: AtomicUsize = AtomicUsize::new(0);
 
 fn answer(_: &mut TrapFrame) {
-    ASKED.store(cpu::current_id(), Ordering::SeqCst);
-    apic::send_ipi(0, IPI_REPLY);
+    // Nobody waits for the last answer: it would stay pending.
+    if STOP.load(Ordering::SeqCst) == 0 {
+        ASKED.store(cpu::current_id(), Ordering::SeqCst);
+        apic::send_ipi(0, IPI_REPLY);
+    }
 }
 
 fn interrupt_between_processors(_: &'static Boot) -> Outcome {
