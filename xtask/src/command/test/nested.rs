@@ -17,78 +17,144 @@ pub(super) fn run(tally: &mut Tally, full: bool) -> Result<()> {
     tally.check("nested::vmx_instructions_on_shadow_paging", || {
         in_guest("selftest", "vmx::", &["--paging", "shadow"]).map(drop)
     });
-    tally.check("nested::kvm_runs_linux", || status_of("kvm", &[]));
+    tally.check("nested::kvm_runs_linux", || {
+        status_of(EXACT, "kvm", &[]).map(drop)
+    });
     tally.check("nested::state_is_saved_and_restored", || {
-        renewed(&["--exact"], "200")
+        renewed(EXACT, &[])
     });
     if full {
-        tally.check(
-            "nested::state_on_shadow_paging_is_saved_and_restored",
-            || renewed(&["--exact", "--paging", "shadow"], "200"),
-        );
-        tally.check("nested::xen_runs_linux", || status_of("xen", &[]));
-        tally.check("nested::kvm_with_shadow_paging_runs_linux", || {
-            status_of("kvm", &["--shadow"])
-        });
-        // An interrupt that is delivered twice, or a timer that comes early and is forgotten, shows
-        // only with several processors.
-        tally.check("nested::kvm_with_two_processors_runs_linux", || {
-            status_of("kvm", &["--vcpus", "2"])
-        });
-        tally.check("nested::two_kvms_side_by_side", || {
-            status_of("kvm", &["--guests", "2"])
-        });
-        tally.check("nested::kvm_on_shadow_paging_runs_linux", || {
-            status_of("kvm", &["--paging", "shadow"])
-        });
-        tally.check("nested::kvm_on_shadow_paging_with_two_processors", || {
-            status_of("kvm", &["--paging", "shadow", "--vcpus", "2"])
-        });
-        tally.check("nested::two_kvms_on_different_paging", || {
-            status_of("kvm", &["--guests", "2", "--paging", "nested,shadow"])
-        });
-        tally.check("nested::two_kvms_share_pages", || {
-            let shared = ["--share-pages", "--guests", "2", "--vcpus", "2"];
-            status_of("kvm", &shared)
-        });
-        // Instructions are time on Bochs in any case, and it takes minutes.
-        let on_vtx = ["--backend", "vmx"];
-        tally.check("nested::kvm_runs_linux_on_vtx", || {
-            status_by(&on_vtx, "kvm", "1800", &[]).map(drop)
-        });
-        tally.check("nested::kvm_with_shadow_paging_runs_linux_on_vtx", || {
-            status_by(&on_vtx, "kvm", "1800", &["--shadow"]).map(drop)
-        });
-        tally.check("nested::kvm_on_shadow_paging_runs_linux_on_vtx", || {
-            status_by(&on_vtx, "kvm", "1800", &["--paging", "shadow"]).map(drop)
-        });
-        tally.check("nested::state_is_saved_and_restored_on_vtx", || {
-            renewed(&on_vtx, "1800")
-        });
-        tally.check(
-            "nested::state_on_shadow_paging_is_saved_and_restored_on_vtx",
-            || renewed(&["--backend", "vmx", "--paging", "shadow"], "1800"),
-        );
-        tally.check("nested::xen_runs_linux_on_vtx", || {
-            status_by(&on_vtx, "xen", "3600", &[]).map(drop)
-        });
-        // Its end needs a guest of the guest's to leave that has its interrupts off for good.
-        tally.check("nested::kvm_with_two_processors_runs_linux_on_vtx", || {
-            status_by(&on_vtx, "kvm", "3600", &["--vcpus", "2"]).map(drop)
-        });
-        tally.check("nested::two_kvms_side_by_side_on_vtx", || {
-            status_by(&on_vtx, "kvm", "3600", &["--guests", "2"]).map(drop)
-        });
-        tally.check(
-            "nested::kvm_on_shadow_paging_with_two_processors_on_vtx",
-            || {
-                let two = ["--paging", "shadow", "--vcpus", "2"];
-                status_by(&on_vtx, "kvm", "3600", &two).map(drop)
-            },
-        );
+        for (test, place, hypervisor, arguments) in LONG {
+            tally.check(test, || status_of(place, hypervisor, arguments).map(drop));
+        }
+        let on_shadow_paging = ["--paging", "shadow"];
+        for (test, place, arguments) in [
+            ("state_on_shadow_paging", EXACT, &on_shadow_paging[..]),
+            ("state_on_vtx", VTX, &[]),
+            ("state_on_shadow_paging_on_vtx", VTX, &on_shadow_paging),
+        ] {
+            tally.check(&format!("nested::{test}_is_saved_and_restored"), || {
+                renewed(place, arguments)
+            });
+        }
     }
     Ok(())
 }
+
+/// Where the guest runs, and for how long at the most.
+type Place = (&'static [&'static str], &'static str);
+
+const EXACT: Place = (&["--exact"], "200");
+/// With one more hypervisor in between.
+const EXACT_AND_DEEP: Place = (&["--exact"], "600");
+/// Instructions are time on Bochs in any case, and it takes minutes.
+const VTX: Place = (&["--backend", "vmx"], "3600");
+
+/// Hypervisors with a Linux whose status comes out: the test's name, the place, the hypervisor, and the arguments of the command.
+///
+/// An interrupt that is delivered twice, or a timer that comes early and is forgotten, shows only with several
+/// processors; and the end of two on VT-x needs a guest of the guest's to leave that has its interrupts off for good.
+const LONG: [(&str, Place, &str, &[&str]); 19] = [
+    ("nested::xen_runs_linux", EXACT, "xen", &[]),
+    (
+        "nested::kvm_with_shadow_paging_runs_linux",
+        EXACT,
+        "kvm",
+        &["--shadow"],
+    ),
+    (
+        "nested::kvm_with_shadow_paging_and_two_processors",
+        EXACT,
+        "kvm",
+        &["--shadow", "--vcpus", "2"],
+    ),
+    (
+        "nested::kvm_with_two_processors_runs_linux",
+        EXACT,
+        "kvm",
+        &["--vcpus", "2"],
+    ),
+    (
+        "nested::kvm_in_kvm_runs_linux",
+        EXACT_AND_DEEP,
+        "kvm",
+        &["--depth", "3"],
+    ),
+    (
+        "nested::two_kvms_side_by_side",
+        EXACT,
+        "kvm",
+        &["--guests", "2"],
+    ),
+    (
+        "nested::kvm_on_shadow_paging_runs_linux",
+        EXACT,
+        "kvm",
+        &["--paging", "shadow"],
+    ),
+    (
+        "nested::kvm_on_shadow_paging_with_two_processors",
+        EXACT,
+        "kvm",
+        &["--paging", "shadow", "--vcpus", "2"],
+    ),
+    (
+        "nested::two_kvms_on_different_paging",
+        EXACT,
+        "kvm",
+        &["--guests", "2", "--paging", "nested,shadow"],
+    ),
+    (
+        "nested::two_kvms_share_pages",
+        EXACT,
+        "kvm",
+        &["--share-pages", "--guests", "2", "--vcpus", "2"],
+    ),
+    ("nested::kvm_runs_linux_on_vtx", VTX, "kvm", &[]),
+    (
+        "nested::kvm_with_enlightened_vmcs_runs_linux_on_vtx",
+        VTX,
+        "kvm",
+        &["--enlightened"],
+    ),
+    (
+        "nested::kvm_with_shadow_paging_runs_linux_on_vtx",
+        VTX,
+        "kvm",
+        &["--shadow"],
+    ),
+    (
+        "nested::kvm_with_shadow_paging_and_two_processors_on_vtx",
+        VTX,
+        "kvm",
+        &["--shadow", "--vcpus", "2"],
+    ),
+    (
+        "nested::kvm_on_shadow_paging_runs_linux_on_vtx",
+        VTX,
+        "kvm",
+        &["--paging", "shadow"],
+    ),
+    (
+        "nested::kvm_on_shadow_paging_with_two_processors_on_vtx",
+        VTX,
+        "kvm",
+        &["--paging", "shadow", "--vcpus", "2"],
+    ),
+    (
+        "nested::kvm_with_two_processors_runs_linux_on_vtx",
+        VTX,
+        "kvm",
+        &["--vcpus", "2"],
+    ),
+    (
+        "nested::two_kvms_side_by_side_on_vtx",
+        VTX,
+        "kvm",
+        &["--guests", "2"],
+    ),
+    ("nested::xen_runs_linux_on_vtx", VTX, "xen", &[]),
+];
 
 /// The smallest hypervisor of VT-x sees the exits of its guest that it sees on the bare machine.
 fn tiny_vmx() -> Result<()> {
@@ -117,15 +183,10 @@ fn in_guest(program: &str, command_line: &str, arguments: &[&str]) -> Result<Str
     Ok(text)
 }
 
-/// The innermost system's status comes out.
-fn status_of(hypervisor: &str, arguments: &[&str]) -> Result<()> {
-    status_by(&["--exact"], hypervisor, "200", arguments).map(drop)
-}
-
 /// A system runs on although its hypervisor's nested state goes through bytes all the time, often
 /// while that system is what runs.
-fn renewed(place: &[&str], time: &str) -> Result<()> {
-    let text = status_by(place, "kvm", time, &["--renew", "7"])?;
+fn renewed(place: Place, arguments: &[&str]) -> Result<()> {
+    let text = status_of(place, "kvm", &[&["--renew", "7"], arguments].concat())?;
     let within = text
         .split_once("times, ")
         .and_then(|(_, rest)| rest.split(' ').next()?.parse::<u32>().ok());
@@ -136,8 +197,8 @@ fn renewed(place: &[&str], time: &str) -> Result<()> {
     Ok(())
 }
 
-/// As [`status_of`], in some place and within a time. Gives the output.
-fn status_by(place: &[&str], hypervisor: &str, time: &str, arguments: &[&str]) -> Result<String> {
+/// The innermost system's status comes out. Gives the output.
+fn status_of((place, time): Place, hypervisor: &str, arguments: &[&str]) -> Result<String> {
     let output = Command::new(std::env::current_exe()?)
         .args(["nested", hypervisor, "--timeout", time, "--run", "exit 9"])
         .args(place)
