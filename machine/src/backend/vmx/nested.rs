@@ -5,34 +5,31 @@
 //! has. Between two calls the current VMCS is that of whoever runs.
 
 use alloc::boxed::Box;
-use alloc::vec::Vec;
 use core::num::NonZeroU32;
 use core::ops::ControlFlow;
 
 use testudo_arch::{Cr4Flags, Gpa, GuestMemory, Gva, Hpa};
 use testudo_nested::vmx::{
     ControlRegisters, EptFault, Flush, Handled, Instruction, NestedVmx, Outcome, PageFaultOf,
-    Posted, PredictorBarrier, RestoreError, SavedVmx, SecondStage,
+    Posted, PredictorBarrier, SecondStage,
 };
 use testudo_vmx::bitmap::MsrBitmap;
 use testudo_vmx::caps::Allowed;
 use testudo_vmx::clock::preemption_timer;
 use testudo_vmx::controls::{EntryControls, PinControls, PrimaryControls, SecondaryControls};
-use testudo_vmx::encoding::Area;
 use testudo_vmx::exit::EptQualification;
-use testudo_vmx::fields::FIELDS;
 use testudo_vmx::hw::instructions::{self, ibpb};
 use testudo_vmx::hw::{HostState, Vmcs};
-use testudo_vmx::{AccessError, Defects, VmxCaps, fields};
+use testudo_vmx::{Defects, VmxCaps, fields};
 
 use super::apic::VirtualApic;
 use super::mode::{LMA, MCE, Mode};
-use super::processor::{Level, Pair};
+use super::processor::Level;
 use super::{Controls, Processor, ThisProcessor, VmxTables, VmxVcpu, setup};
 pub use crate::backend::flusher::Flusher;
 use crate::emulate::linear::StageAccess;
 use crate::stats::Settled;
-use crate::vcpu::{NestedStateError, Vcpu, VcpuError, VmExit};
+use crate::vcpu::{Vcpu, VcpuError, VmExit};
 
 /// What a vCPU needs to be a hypervisor's.
 pub struct NestedParts<'t, S> {
@@ -76,7 +73,7 @@ pub fn offers_shadowing(caps: &VmxCaps) -> bool {
     caps.secondary.allows(SHADOWING) && caps.misc.vmwrite_any_field()
 }
 
-const SHADOWING: SecondaryControls = SecondaryControls::VMCS_SHADOWING;
+pub(super) const SHADOWING: SecondaryControls = SecondaryControls::VMCS_SHADOWING;
 const VMXE: u64 = Cr4Flags::VIRTUAL_MACHINE_EXTENSIONS.bits();
 
 /// How many ticks of the time-stamp counter L2's turn takes at most where an interrupt does not always end it
@@ -105,8 +102,8 @@ pub(super) struct Nested<S> {
     flusher: Flusher,
     has_predictor_barrier: bool,
     /// The shadow VMCS, if there is one, and whether L1's VMREAD and VMWRITE reach it now.
-    shadow: Option<Hpa>,
-    shadowing: bool,
+    pub(super) shadow: Option<Hpa>,
+    pub(super) shadowing: bool,
     /// L2's next entry delivers an event, and is to end right after it.
     pub(super) delivery_due: bool,
     /// L2's turn has ended otherwise than by an exit of its own.
@@ -254,7 +251,7 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
         Ok(())
     }
 
-    fn select(&mut self, level: Level) -> Result<(), VcpuError> {
+    pub(super) fn select(&mut self, level: Level) -> Result<(), VcpuError> {
         self.processor.select(level).map_err(VcpuError::Vmptrld)
     }
 
@@ -454,98 +451,11 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
 
     /// L1 goes on after an instruction at which the nested layer looked.
     #[inline]
-    fn l1_goes_on(&mut self) -> Result<(), VcpuError> {
+    pub(super) fn l1_goes_on(&mut self) -> Result<(), VcpuError> {
         match self.shadow {
             None => Ok(()),
             Some(_) => self.put_on_l1_shadow(),
         }
-    }
-
-    /// The nested state as bytes.
-    pub(super) fn nested_bytes(&mut self) -> Result<Option<Vec<u8>>, VcpuError> {
-        // What is known of whoever runs goes to its VMCS, from which the layer takes it. On shadow paging
-        // too L2's has its own registers between its turns, and of L1's the layer takes none.
-        let due = self.injection;
-        self.prepare()?;
-        let Some(nested) = &mut self.nested else {
-            return Ok(None);
-        };
-        let saved = layer!(self, nested, save())?;
-        self.select(self.level)?;
-        // It is still to be delivered.
-        if let Some(event) = due {
-            self.injection = Some(event);
-            self.cache.add_work();
-        }
-        Ok(Some(saved.to_bytes()))
-    }
-
-    /// Begins anew with this nested state: neither the guest state in L2's VMCS nor what was composed
-    /// comes from anywhere else.
-    pub(super) fn take_nested(&mut self, bytes: &[u8]) -> Result<bool, NestedStateError> {
-        if self.nested.is_none() {
-            return Err(NestedStateError::Unsupported);
-        }
-        let saved = SavedVmx::from_bytes(bytes).map_err(RestoreError::from)?;
-        self.prepare()?;
-        self.leave_vmx_operation();
-        // Whether L2 can run also depends on L1's own registers.
-        self.take_off_l1_shadow()?;
-        self.select(Level::L2)?;
-        for info in FIELDS {
-            let field = info.encoding;
-            if field.area() == Area::Guest && info.exists(self.caps) {
-                let write = self.processor.write_raw(field, 0);
-                write
-                    .map_err(|fail| AccessError::Write {
-                        field,
-                        value: 0,
-                        fail,
-                    })
-                    .map_err(VcpuError::from)?;
-            }
-        }
-        let Some(nested) = &mut self.nested else {
-            return Err(NestedStateError::Unsupported);
-        };
-        nested.stage.flush(None);
-        layer!(self, nested, restore(&saved))?;
-        let is_guest = nested.state.is_guest();
-        self.follow_shadowing()?;
-        self.level = if is_guest { Level::L2 } else { Level::L1 };
-        self.select(self.level)?;
-        if !is_guest {
-            self.l1_goes_on()?;
-        }
-        self.registers.gprs.rsp = self
-            .processor
-            .get(fields::GUEST_RSP)
-            .map_err(VcpuError::from)?;
-        self.rsp_agreed = self.registers.gprs.rsp;
-        Ok(is_guest)
-    }
-
-    /// While L1 has a current VMCS, its VMREAD and VMWRITE reach the shadow. Without one the control is
-    /// off: VMX instructions outside VMX operation must exit, to raise #UD.
-    fn follow_shadowing(&mut self) -> Result<(), VcpuError> {
-        let Some(nested) = &mut self.nested else {
-            return Ok(());
-        };
-        let wanted = nested.state.current_vmcs().is_some();
-        let shadow = match nested.shadow {
-            Some(shadow) if wanted != nested.shadowing => shadow,
-            _ => return Ok(()),
-        };
-        nested.shadowing = wanted;
-        self.select(Level::L1)?;
-        let secondary = self.processor.get(fields::SECONDARY_CONTROLS)?;
-        let mut secondary = SecondaryControls::from_bits_retain(secondary);
-        secondary.set(SHADOWING, wanted);
-        self.processor
-            .set(fields::SECONDARY_CONTROLS, secondary.bits())?;
-        let link = if wanted { shadow.0 } else { u64::MAX };
-        self.processor.set(fields::VMCS_LINK_POINTER, link)?;
-        Ok(())
     }
 
     /// L2 executed a HLT that L1 does not want to see; it waits.
@@ -682,83 +592,6 @@ impl<P: Processor, M: GuestMemory, S: SecondStage> VmxVcpu<'_, P, M, S> {
             ("VMREAD, VMWRITE", accesses),
             ("other VMX", instructions),
         ])
-    }
-
-    /// CR0, CR4 and EFER of L2.
-    pub(super) fn l2_mode(&self) -> Result<Mode, AccessError> {
-        let Some(nested) = &self.nested else {
-            return Ok(self.mode);
-        };
-        let ControlRegisters { cr0, cr4, efer } =
-            nested.state.l2_control_registers(&self.processor)?;
-        Ok(Mode { cr0, cr4, efer })
-    }
-
-    /// Sets them.
-    pub(super) fn set_l2_mode(&mut self, mode: Mode) -> Result<(), VcpuError> {
-        if let Some(nested) = &mut self.nested {
-            let Mode { cr0, cr4, efer } = mode;
-            let registers = ControlRegisters { cr0, cr4, efer };
-            nested
-                .state
-                .set_l2_control_registers(&registers, &mut self.processor)?;
-        }
-        Ok(())
-    }
-
-    /// What a move of `value` to CR0 or CR4 makes of it: bits that L1 owns L2 cannot change.
-    pub(super) fn moved_value(
-        &self,
-        register: u8,
-        value: u64,
-        old: &Mode,
-    ) -> Result<u64, AccessError> {
-        match &self.nested {
-            Some(nested) if self.level == Level::L2 => {
-                if register == 0 {
-                    nested.state.l2_cr0_after(value, old.cr0)
-                } else {
-                    nested.state.l2_cr4_after(value, old.cr4)
-                }
-            }
-            _ => Ok(value),
-        }
-    }
-
-    /// Whether VMX operation, if the guest is in it, lets it have these registers.
-    pub(super) fn vmx_allows(&self, mode: &Mode) -> bool {
-        let nested = self.nested.as_ref();
-        nested.is_none_or(|nested| nested.state.allows(mode.cr0, mode.cr4))
-    }
-
-    /// L1's clock was moved, and L2's moves with it.
-    pub(super) fn move_both_clocks(&mut self) -> Result<(), VcpuError> {
-        self.select(Level::L1)?;
-        self.processor.set(fields::TSC_OFFSET, self.tsc_offset)?;
-        if let Some(nested) = &mut self.nested {
-            nested.state.refresh_clock(&mut Pair(&mut self.processor))?;
-        }
-        self.select(Level::L2)
-    }
-
-    /// RESET and INIT end VMX operation.
-    pub(super) fn leave_vmx_operation(&mut self) {
-        let Some(nested) = &mut self.nested else {
-            return;
-        };
-        nested.state.reset();
-        nested.delivery_due = false;
-        nested.interrupted = false;
-        nested.init_waits = false;
-        self.level = Level::L1;
-        self.cache.forget();
-        if let Err(error) = self
-            .select(Level::L1)
-            .and_then(|()| self.follow_shadowing())
-            .and_then(|()| self.put_on_l1_shadow())
-        {
-            self.remember(error);
-        }
     }
 
     /// Where an address of whoever runs lies in the machine, to read what is there.
