@@ -43,6 +43,14 @@ struct Origin {
     in_pieces: bool,
 }
 
+/// What the outer stage makes of an address.
+struct First {
+    middle: Gpa,
+    rights: Rights,
+    dirty: bool,
+    shift: u32,
+}
+
 /// A page that was put into a composed table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Filled {
@@ -145,10 +153,49 @@ impl<F: Format<Input = Gpa>, M: FrameAlloc + FrameMem> Composed<F, M> {
         V: GuestMemory + ?Sized,
         N: FrameAlloc + FrameMem,
     {
-        let first = outer
+        let page = outer
             .translate(address, access)
             .map_err(ComposeFault::Outer)?;
-        let (middle, mut rights) = (first.gpa, first.rights);
+        let first = First {
+            middle: page.gpa,
+            rights: page.rights,
+            dirty: page.dirty,
+            shift: page.shift,
+        };
+        self.fill_behind(&first, inner, address, access)
+    }
+
+    /// As [`Self::fill`], for a guest that its hypervisor gives no table of this kind: its addresses are the
+    /// inner table's. The page is no larger than `largest`, whatever the inner table has there.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::fill`], but for those of an outer table.
+    pub fn fill_plain<N: FrameAlloc + FrameMem>(
+        &mut self,
+        inner: &PageTable<F, N>,
+        address: Gpa,
+        access: Rights,
+        largest: PageSize,
+    ) -> Result<Flush<'_, M, Filled>, ComposeFault> {
+        let first = First {
+            middle: address,
+            rights: Rights::all(),
+            dirty: true,
+            shift: largest.shift(),
+        };
+        self.fill_behind(&first, inner, address, access)
+    }
+
+    /// The rest of a fill, with what the outer stage makes of the address.
+    fn fill_behind<N: FrameAlloc + FrameMem>(
+        &mut self,
+        first: &First,
+        inner: &PageTable<F, N>,
+        address: Gpa,
+        access: Rights,
+    ) -> Result<Flush<'_, M, Filled>, ComposeFault> {
+        let (middle, mut rights) = (first.middle, first.rights);
         let second = inner
             .translate(middle)
             .ok_or(ComposeFault::InnerAbsent { middle, rights })?;

@@ -180,6 +180,46 @@ impl<'a> Setup<'a> {
 }
 
 #[test]
+fn without_an_outer_table_pages_are_as_the_inner_ones_and_no_larger_than_asked() {
+    const LARGE: u64 = 2 << 20;
+    let (level1, pool) = (Level1::new(8), FramePool::new(64));
+    let mut setup = Setup::new(&level1, &pool, Ept::new(46), 16);
+    setup.map_inner(0, 0x4000_0000, 2 * LARGE, ALL);
+    setup.map_inner(2 * LARGE, 0x8000_0000, PAGE, READ);
+    let mut fill = |address, access, largest| {
+        let inner = &setup.inner;
+        let flush = setup
+            .composed
+            .fill_plain(inner, Gpa(address), access, largest);
+        flush.map(|flush| flush.discharge(&mut NoHardware))
+    };
+    let filled = fill(0x5678, WRITE, PageSize::Size4K).unwrap();
+    assert_eq!(
+        (filled.size, filled.middle),
+        (PageSize::Size4K, Gpa(0x5678))
+    );
+    assert_eq!((filled.frame, filled.rights), (Hpa(0x4000_5000), ALL));
+    let filled = fill(LARGE + 1, READ, PageSize::Size1G).unwrap();
+    assert_eq!(
+        (filled.size, filled.frame),
+        (PageSize::Size2M, Hpa(0x4000_0000 + LARGE))
+    );
+    let filled = fill(2 * LARGE, READ, PageSize::Size2M).unwrap();
+    assert_eq!((filled.size, filled.rights), (PageSize::Size4K, READ));
+    let (middle, rights) = (Gpa(2 * LARGE), READ);
+    let denied = fill(2 * LARGE, WRITE, PageSize::Size2M);
+    assert_eq!(denied, Err(ComposeFault::InnerDenied { middle, rights }));
+    let (middle, rights) = (Gpa(4 * LARGE), ALL);
+    let absent = fill(4 * LARGE, READ, PageSize::Size2M);
+    assert_eq!(absent, Err(ComposeFault::InnerAbsent { middle, rights }));
+    // A change of the inner table finds them.
+    assert_eq!(setup.composed.len(), 3);
+    let gone = setup.composed.forget_inner(Gpa(0), LARGE);
+    gone.discharge(&mut NoHardware);
+    assert_eq!(setup.composed.len(), 2);
+}
+
+#[test]
 fn large_pages_stay_where_both_stages_have_them() {
     let (level1, pool) = (Level1::new(64), FramePool::new(64));
     let mut setup = Setup::new(&level1, &pool, Ept::new(46), 100);

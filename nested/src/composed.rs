@@ -3,11 +3,11 @@
 use alloc::vec::Vec;
 use core::convert::Infallible;
 
-use testudo_arch::{FrameAlloc, FrameMem, Gpa, GuestMemory, Hpa};
-use testudo_ept::compose::{ComposeFault, Composed};
+use testudo_arch::{FrameAlloc, FrameMem, Gpa, GuestMemory, Hpa, PageSize};
+use testudo_ept::compose::{ComposeFault, Composed, Filled};
 use testudo_ept::format::Format;
 use testudo_ept::guest_table::{GuestTable, TableFault};
-use testudo_ept::{Invalidate, PageTable, Rights};
+use testudo_ept::{Flush, Invalidate, PageTable, Rights};
 
 /// How many of L1's tables keep their composition: one for each of its guests, usually.
 pub(crate) const TABLES: usize = 4;
@@ -117,31 +117,54 @@ where
         gpa: Gpa,
         access: Rights,
     ) -> Result<(), Stopped> {
+        let filled = self.fill_by(gpa, |composed| composed.fill(outer, inner, gpa, access));
+        filled.unwrap_or_else(|| match outer.translate(gpa, access) {
+            Ok(page) => Err(Stopped::ByL0(page.gpa)),
+            Err(why) => Err(Stopped::ByL1(why)),
+        })
+    }
+
+    /// As [`Self::fill`], where L2's addresses are L1's.
+    pub(crate) fn fill_plain<N: FrameAlloc + FrameMem>(
+        &mut self,
+        inner: &PageTable<F, N>,
+        gpa: Gpa,
+        access: Rights,
+        largest: PageSize,
+    ) -> Result<(), Stopped> {
+        let filled = self.fill_by(gpa, |composed| {
+            composed.fill_plain(inner, gpa, access, largest)
+        });
+        filled.unwrap_or(Err(Stopped::ByL0(gpa)))
+    }
+
+    /// `None`: there are no frames even so, and L0 makes the access itself.
+    fn fill_by(
+        &mut self,
+        gpa: Gpa,
+        fill: impl Fn(&mut Composed<F, P>) -> Result<Flush<'_, P, Filled>, ComposeFault>,
+    ) -> Option<Result<(), Stopped>> {
         let Some((_, composed)) = self.tables.get_mut(self.current) else {
-            return Err(Stopped::ByL0(gpa));
+            return Some(Err(Stopped::ByL0(gpa)));
         };
         // Twice at the most: the second time with all the room there is.
         for _ in 0..2 {
-            match composed.fill(outer, inner, gpa, access) {
+            match fill(composed) {
                 Ok(filled) => {
                     filled.discharge(&mut self.processors);
-                    return Ok(());
+                    return Some(Ok(()));
                 }
                 // L1 changes the entries under the walk: L2 tries again.
-                Err(ComposeFault::Outer(TableFault::Contended)) => return Ok(()),
-                Err(ComposeFault::Outer(why)) => return Err(Stopped::ByL1(why)),
+                Err(ComposeFault::Outer(TableFault::Contended)) => return Some(Ok(())),
+                Err(ComposeFault::Outer(why)) => return Some(Err(Stopped::ByL1(why))),
                 Err(
                     ComposeFault::InnerAbsent { middle, .. }
                     | ComposeFault::InnerDenied { middle, .. },
-                ) => return Err(Stopped::ByL0(middle)),
+                ) => return Some(Err(Stopped::ByL0(middle))),
                 Err(_) => composed.clear().discharge(&mut self.processors),
             }
         }
-        // No frames even so: L0 makes the access itself.
-        match outer.translate(gpa, access) {
-            Ok(page) => Err(Stopped::ByL0(page.gpa)),
-            Err(why) => Err(Stopped::ByL1(why)),
-        }
+        None
     }
 
     /// What the processor walks.
@@ -460,6 +483,59 @@ pub(crate) mod tests {
         assert_eq!(count.get(), before);
         stage.flush(Some(0x101E));
         assert!(count.get() > before);
+        stage.destroy();
+    }
+
+    #[test]
+    fn a_page_is_alone_where_l1_has_no_table() {
+        use vmx::SecondStage;
+        const LARGE: u64 = 1 << 21;
+        let (memory, pool, count) = (Memory::new(), FramePool::new(64), Cell::new(0));
+        let format = Ept::new(48);
+        let inner = PageTable::new(format, &pool).unwrap();
+        let flags = format.flags(Rights::all()).unwrap();
+        inner.map(Gpa(0), 4 * LARGE, Hpa(BACKING), flags).unwrap();
+        let parts = vmx::ComposedParts {
+            memory: &memory,
+            inner: &inner,
+            frames: &pool,
+            format,
+            l1_format: format,
+            page_limit: 100,
+        };
+        let mut stage = vmx::ComposedStage::new(parts, Processor(&count));
+        let alone = Gpa(LARGE + 0x5000);
+        let pointer = stage.activate_plain(alone).unwrap();
+        assert_ne!(stage.activate(0x101E).unwrap(), pointer);
+        assert_eq!(stage.activate_plain(alone), Some(pointer));
+        let mut reach = |gpa| {
+            let fault = EptFault {
+                gpa: Gpa(gpa),
+                qualification: 0x182,
+            };
+            let handled = stage.fault(fault);
+            assert_eq!(stage.translate(Gpa(gpa), true), Some(Gpa(gpa)));
+            let found = stage.tables_for_test().translate(Gpa(gpa));
+            (
+                handled,
+                found.map(|found| (found.address.0 - BACKING, found.leaf.shift)),
+            )
+        };
+        // It, and what is in the same large page; what is in another; what is no memory.
+        let resolved = EptHandled::Resolved;
+        for at in [alone.0, alone.0 + 0x1008, LARGE] {
+            assert_eq!(reach(at), (resolved, Some((at, 12))));
+        }
+        for at in [0x123, 2 * LARGE + 0x5000] {
+            assert_eq!(reach(at), (resolved, Some((at, 21))));
+        }
+        let outside = 4 * LARGE;
+        assert_eq!(reach(outside), (EptHandled::Host(Gpa(outside)), None));
+        // L0 takes a page away, and it is gone here.
+        let gone = inner.unmap(alone, 0x1000).unwrap();
+        stage.forget_inner(alone, 0x1000);
+        gone.discharge(&mut Processor(&count));
+        assert!(stage.tables_for_test().translate(alone).is_none());
         stage.destroy();
     }
 

@@ -3,7 +3,7 @@
 
 use core::convert::Infallible;
 
-use testudo_arch::{FrameAlloc, FrameMem, Gpa, GuestMemory, Hpa};
+use testudo_arch::{FrameAlloc, FrameMem, Gpa, GuestMemory, Hpa, PageSize};
 use testudo_ept::compose::Composed;
 use testudo_ept::format::ept::Ept;
 use testudo_ept::guest_table::{GuestTable, TableFault};
@@ -61,12 +61,36 @@ where
         self.tables.forget_inner(start, len);
     }
 
+    /// The composition of no table of L1's, with this page alone.
+    fn plain(&self) -> Option<Gpa> {
+        let key = self.tables.current()?;
+        (key & 0xFFF == 0).then_some(Gpa(key))
+    }
+
     /// L1's current table, and whether it has accessed and dirty flags.
     fn outer(&self) -> Option<(GuestTable<'t, Ept, M>, bool)> {
         let eptp = self.tables.current()?;
         let (format, root) = self.parts.l1_format.of_pointer(eptp)?;
         let outer = GuestTable::new(self.parts.memory, format, Gpa(root));
         Some((outer, eptp & (1 << 6) != 0))
+    }
+
+    fn fault_of_plain(&mut self, fault: &EptFault, alone: Gpa) -> EptHandled {
+        let (gpa, access) = (fault.gpa, rights_of(fault.qualification));
+        let apart = |size: &PageSize| gpa.align_down(*size) != alone.align_down(*size);
+        let mut sizes = PageSize::ALL.into_iter().rev();
+        let largest = sizes.find(apart).unwrap_or(PageSize::Size4K);
+        let inner = self.parts.inner;
+        match self.tables.fill_plain(inner, gpa, access, largest) {
+            Ok(()) => EptHandled::Resolved,
+            Err(_) => EptHandled::Host(gpa),
+        }
+    }
+
+    /// What the processor walks.
+    #[cfg(test)]
+    pub(crate) fn tables_for_test(&self) -> &PageTable<Ept, P> {
+        self.tables.table()
     }
 
     /// Gives all frames back. L2 must not run on these tables any more.
@@ -150,6 +174,18 @@ where
         Some(format.pointer(root))
     }
 
+    #[inline(never)]
+    fn activate_plain(&mut self, page: Gpa) -> Option<u64> {
+        // As a key it is no EPT pointer of L1's, of which bits 5:3 are not 0 (SDM vol. 3C, 27.6.11).
+        let key = page.0 & !0xFFF;
+        let (format, frames) = (self.parts.format, self.parts.frames);
+        let limit = self.parts.page_limit;
+        let root = self
+            .tables
+            .activate(key, || Composed::new(format, frames, limit))?;
+        Some(format.pointer(root))
+    }
+
     /// A single-context INVEPT names the table by the EPT pointer's address bits.
     fn flush(&mut self, eptp: Option<u64>) {
         self.tables
@@ -163,6 +199,9 @@ where
     fn translate(&mut self, gpa: Gpa, write: bool) -> Option<Gpa> {
         let mut rights = Rights::READ;
         rights.set(Rights::WRITE, write);
+        if self.plain().is_some() {
+            return Some(gpa);
+        }
         let (outer, _) = self.outer()?;
         let page = outer.translate(gpa, rights).ok()?;
         Some(page.gpa)
@@ -186,6 +225,9 @@ where
     }
 
     fn fault(&mut self, mut fault: EptFault) -> EptHandled {
+        if let Some(alone) = self.plain() {
+            return self.fault_of_plain(&fault, alone);
+        }
         let Some((outer, accessed_dirty)) = self.outer() else {
             return EptHandled::Host(fault.gpa);
         };

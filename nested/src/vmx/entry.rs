@@ -86,14 +86,8 @@ impl NestedVmx {
             };
         }
         let l1 = L1Controls::read(&self.vmcs12.image)?;
-        let composed = if l1.secondary.contains(SecondaryControls::ENABLE_EPT) {
-            let eptp = self.vmcs12.image.get(fields::EPT_POINTER)?;
-            match cx.second_stage.activate(eptp) {
-                Some(composed) => Some(composed),
-                None => return fail(InstructionError::InvalidControlField),
-            }
-        } else {
-            None
+        let Some(composed) = self.compose(&l1, cx.second_stage)? else {
+            return fail(InstructionError::InvalidControlField);
         };
         let Some(pdptes) = self.pdptes(&l1, cx.memory)? else {
             // They suited when they were checked, and L1 has changed them since.
@@ -129,6 +123,25 @@ impl NestedVmx {
             && !self.has_virtual_interrupt(cx)?;
         self.is_halted = halted;
         Ok(Ok(Outcome::Entered { halted }))
+    }
+
+    /// The EPT pointer of the composition that L2 runs on, if it is not L0's own table. The outer `None`: there is none for
+    /// L1's EPT.
+    pub(super) fn compose(
+        &self,
+        l1: &L1Controls,
+        stage: &mut impl SecondStage,
+    ) -> Result<Option<Option<u64>>, AccessError> {
+        let image = &*self.vmcs12.image;
+        if l1.secondary.contains(SecondaryControls::ENABLE_EPT) {
+            let composed = stage.activate(image.get(fields::EPT_POINTER)?);
+            return Ok(composed.map(Some));
+        }
+        let accesses = SecondaryControls::VIRTUALIZE_APIC_ACCESSES;
+        Ok(Some(match l1.secondary.contains(accesses) {
+            true => stage.activate_plain(Gpa(image.get(fields::APIC_ACCESS_ADDRESS)?)),
+            false => None,
+        }))
     }
 
     /// What the processor would do instead of entering, if anything.

@@ -132,6 +132,13 @@ impl NestedVmx {
                     }
                 }
                 Route::SecondStage => self.ept_fault(seen, cx)?,
+                // L1 has no table that could stop it, but what L2 runs on is filled as it is used.
+                Route::L0
+                    if seen.reason.basic() == BasicReason::EptViolation
+                        && self.is_nested_paging() =>
+                {
+                    self.ept_fault(seen, cx)?
+                }
                 Route::L0 => self.exited_to_l0(seen.reason.basic(), cx)?,
             }
         };

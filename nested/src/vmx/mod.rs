@@ -119,6 +119,16 @@ pub trait SecondStage {
     /// EPT pointer for L2's VMCS. `None` if there is none.
     fn activate(&mut self, eptp: u64) -> Option<u64>;
 
+    /// As [`activate`](Self::activate), for an L2 without an EPT of L1's, whose addresses are L1's: with this page of
+    /// 4 KiB mapped as such, and as part of no larger one. `None`: such an L2 runs on L0's own table, whatever its
+    /// pages' sizes.
+    ///
+    /// An APIC-access page is only promised to work so (SDM vol. 3C, 32.4.5).
+    fn activate_plain(&mut self, page: Gpa) -> Option<u64> {
+        let _ = page;
+        None
+    }
+
     /// L1 flushed what was derived from the table behind this EPT pointer, or from all of them.
     fn flush(&mut self, eptp: Option<u64>);
 
@@ -387,7 +397,7 @@ impl NestedVmx {
         self.is_halted = self.is_guest;
     }
 
-    /// Whether L2 runs on an EPT of L1's, composed with L0's.
+    /// Whether L2 runs on a composition of the [`SecondStage`]'s.
     #[inline]
     pub fn is_nested_paging(&self) -> bool {
         let joined = self.joined.as_ref();

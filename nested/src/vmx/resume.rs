@@ -9,6 +9,7 @@ use testudo_arch::segment::SegmentAttributes;
 use testudo_arch::{Gpa, GuestMemory, RFlags};
 use testudo_vmx::controls::{
     ActivityState, EntryControls, ExitControls, Interruptibility, PinControls, PrimaryControls,
+    SecondaryControls,
 };
 use testudo_vmx::image::VmcsImage;
 use testudo_vmx::{AccessError, FieldGroup, VmcsRead, VmcsWrite, fields};
@@ -106,6 +107,7 @@ impl Settled {
             return Ok(None);
         }
         let composed = match composed {
+            Some(_) if !l1.secondary.contains(SecondaryControls::ENABLE_EPT) => return Ok(None),
             Some(composed) => Some((vmcs12.get(fields::EPT_POINTER)?, composed)),
             None => None,
         };

@@ -25,7 +25,6 @@ use alloc::vec::Vec;
 
 use testudo_arch::{EferFlags, Gpa, GuestMemory, Hpa};
 use testudo_vmx::check::{EntryContext, Violation, check_entry_from};
-use testudo_vmx::controls::SecondaryControls;
 use testudo_vmx::encoding::FieldWidth;
 use testudo_vmx::image::VmcsImage;
 use testudo_vmx::{AccessError, VmcsRead, VmcsWrite, fields};
@@ -388,13 +387,8 @@ impl NestedVmx {
             return Err(RestoreError::Invalid(violation));
         }
         let l1 = L1Controls::read(&self.vmcs12.image)?;
-        let composed = if l1.secondary.contains(SecondaryControls::ENABLE_EPT) {
-            let eptp = self.vmcs12.image.get(fields::EPT_POINTER)?;
-            let composed = cx.second_stage.activate(eptp);
-            Some(composed.ok_or(RestoreError::SecondStage)?)
-        } else {
-            None
-        };
+        let composed = self.compose(&l1, cx.second_stage)?;
+        let composed = composed.ok_or(RestoreError::SecondStage)?;
         let pdptes = self.pdptes(&l1, cx.memory)?.ok_or(RestoreError::Pdptes)?;
         let frames = Frames::find(&self.vmcs12.image, &l1, cx.second_stage)?;
         let frames = frames.ok_or(RestoreError::ApicPages)?;

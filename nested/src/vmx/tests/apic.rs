@@ -87,6 +87,58 @@ fn what_is_not_memory_cannot_be_a_page_of_l2s_apic() {
 }
 
 #[test]
+fn an_access_page_without_an_ept_of_l1s_is_mapped_alone() {
+    let mut vm = Vm::ready();
+    vm.stage.makes_plain = true;
+    vm.ask_for_apic(SHADOW, 0);
+    assert_eq!(vm.run(Instruction::Vmlaunch), ENTERED);
+    assert_eq!(l2(&vm, fields::EPT_POINTER), L0_EPTP);
+    assert_eq!(
+        (vm.stage.alone, vm.nested.is_nested_paging()),
+        (None, false)
+    );
+    let _ = vm.exit(BasicReason::Cpuid, 0);
+    vm.ask_for_apic(SHADOW | ACCESSES, 0);
+    assert_eq!(vm.run(Instruction::Vmresume), ENTERED);
+    assert_eq!(l2(&vm, fields::EPT_POINTER), PLAIN_EPTP);
+    assert_eq!(vm.stage.alone, Some(Gpa(ACCESS_PAGE)));
+    assert!(vm.nested.is_nested_paging());
+    // What it lacks is L0's to find, and never L1's to hear of.
+    for (answer, handled) in [
+        (EptHandled::Resolved, Handled::Resume),
+        (
+            EptHandled::Host(Gpa(0xFEE0_0000)),
+            Handled::Memory(Gpa(0xFEE0_0000)),
+        ),
+    ] {
+        vm.stage.answer = Some(answer);
+        assert_eq!(vm.exit(BasicReason::EptViolation, 0x181), handled);
+    }
+    // Each entry asks for it anew.
+    let _ = vm.exit(BasicReason::Cpuid, 0);
+    vm.stage.alone = None;
+    assert_eq!(vm.run(Instruction::Vmresume), ENTERED);
+    assert_eq!(vm.stage.alone, Some(Gpa(ACCESS_PAGE)));
+    // With an EPT of L1's it is L1's to map it so.
+    let _ = vm.exit(BasicReason::Cpuid, 0);
+    let ept = SecondaryControls::ENABLE_EPT.bits();
+    let secondary = vm.get12(fields::SECONDARY_CONTROLS);
+    vm.set12(fields::SECONDARY_CONTROLS, secondary | u64::from(ept));
+    vm.set12(fields::EPT_POINTER, 0x101E);
+    vm.stage.alone = None;
+    assert_eq!(vm.run(Instruction::Vmresume), ENTERED);
+    assert_eq!(l2(&vm, fields::EPT_POINTER), COMPOSED_EPTP);
+    assert_eq!(vm.stage.alone, None);
+    // A stage without such compositions has L2 run on L0's own table.
+    let _ = vm.exit(BasicReason::Cpuid, 0);
+    vm.set12(fields::SECONDARY_CONTROLS, secondary);
+    vm.stage.makes_plain = false;
+    assert_eq!(vm.run(Instruction::Vmresume), ENTERED);
+    assert_eq!(l2(&vm, fields::EPT_POINTER), L0_EPTP);
+    assert_eq!(vm.exit(BasicReason::EptViolation, 0x181), Handled::L0);
+}
+
+#[test]
 fn translations_are_dropped_when_the_access_page_changes() {
     let mut vm = Vm::running();
     let mut enter = |controls, value| {

@@ -87,7 +87,7 @@ pub(super) fn assert_contained(vm: &Vm, host: &[(Encoding, u64)]) {
             .all(|at| frames.contains(at) && at & 0xFFF == 0),
         "{named:x?}"
     );
-    assert!([L0_EPTP, COMPOSED_EPTP].contains(&get(vm, fields::EPT_POINTER)));
+    assert!([L0_EPTP, COMPOSED_EPTP, PLAIN_EPTP].contains(&get(vm, fields::EPT_POINTER)));
     assert!([L0_BITMAP, BITMAP_AT.0].contains(&get(vm, fields::MSR_BITMAPS)));
     assert_eq!(get(vm, fields::VMCS_LINK_POINTER), u64::MAX);
     assert_eq!(get(vm, fields::GUEST_ACTIVITY_STATE), 0);

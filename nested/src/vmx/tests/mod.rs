@@ -45,6 +45,7 @@ pub(super) const BITMAP_AT: Hpa = Hpa(0x7_0000_0000);
 pub(super) const L0_BITMAP: u64 = 0x6_0000_0000;
 pub(super) const L0_EPTP: u64 = 0x5_0000_001E;
 pub(super) const COMPOSED_EPTP: u64 = 0x4_0000_001E;
+pub(super) const PLAIN_EPTP: u64 = 0x6_0000_001E;
 /// Pages of L1's: its MSR bitmap for L2, and L2's local APIC.
 pub(super) const L1_BITMAP: u64 = 0x4_0000;
 pub(super) const VIRTUAL_APIC: u64 = 0x5_0000;
@@ -93,6 +94,9 @@ pub(super) struct Stage {
     pub(super) activated: Vec<u64>,
     pub(super) flushed: Vec<Option<u64>>,
     pub(super) answer: Option<EptHandled>,
+    /// It has a composition for an L2 without an EPT of L1's, and the page that was to be alone there.
+    pub(super) makes_plain: bool,
+    pub(super) alone: Option<Gpa>,
     /// How far L0 has moved L1's memory.
     pub(super) moved: u64,
 }
@@ -101,6 +105,10 @@ impl SecondStage for Stage {
     fn activate(&mut self, eptp: u64) -> Option<u64> {
         self.activated.push(eptp);
         Some(COMPOSED_EPTP)
+    }
+    fn activate_plain(&mut self, page: Gpa) -> Option<u64> {
+        self.alone = Some(page);
+        self.makes_plain.then_some(PLAIN_EPTP)
     }
     fn flush(&mut self, eptp: Option<u64>) {
         self.flushed.push(eptp);
