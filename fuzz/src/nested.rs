@@ -4,19 +4,20 @@
 use testudo_arch::memory::GuestRam;
 use testudo_arch::{Gpa, Gprs, GuestMemory, Hpa, Msr};
 use testudo_nested::{svm, vmx};
-use testudo_svm::{Defects, Vmcb};
 use testudo_svm::caps::{Features, SvmCaps};
 use testudo_svm::check::{Outside, check_vmrun};
 use testudo_svm::exit::{ExitCode, NestedPageFault};
 use testudo_svm::intercept::{ExceptionIntercepts, Misc1, Misc2};
 use testudo_svm::permission::{IoPermissionMap, MsrAccess, MsrPermissionMap};
 use testudo_svm::vmcb::{NestedControl, VintrFlags, VirtualInterrupts, VmcbSegment};
+use testudo_svm::{Defects, Vmcb};
 use testudo_vmx::bitmap::MsrBitmap;
-use testudo_vmx::caps::fixtures;
+use testudo_vmx::caps::{Basic, fixtures};
 use testudo_vmx::check::{check_entry, samples};
+use testudo_vmx::controls::{ExitControls, PinControls, PrimaryControls, SecondaryControls};
 use testudo_vmx::encoding::Area;
 use testudo_vmx::image::VmcsImage;
-use testudo_vmx::{VmcsRead, VmcsWrite, fields};
+use testudo_vmx::{VmcsRead, VmcsWrite, VmxCaps, fields};
 
 use crate::input::Input;
 
@@ -27,6 +28,9 @@ const L0_MSRPM: u64 = 0x6_0000_2000;
 const L0_IOPM: u64 = 0x6_0000_4000;
 const PAGES: Hpa = Hpa(0x7_0000_0000);
 const COMPOSED: u64 = 0x5_0000_0000;
+/// A composition without a table of L1's, and where L1's memory is.
+const PLAIN: u64 = 0x9_0000_0000;
+const FRAMES: u64 = 0x8_0000_0000;
 
 fn with_memory(run: impl FnOnce(&GuestRam)) {
     let mut bytes = vec![0u64; MEMORY as usize / 8];
@@ -60,6 +64,13 @@ impl vmx::SecondStage for Stage {
         (self.0 & 7 != 7).then_some(COMPOSED | 0x1E)
     }
     fn flush(&mut self, _: Option<u64>) {}
+    fn activate_plain(&mut self, _: Gpa) -> Option<u64> {
+        (self.0 & 0x20 != 0).then_some(PLAIN | 0x1E)
+    }
+    fn frame(&mut self, page: Gpa) -> Option<Hpa> {
+        let is_memory = page.0 < MEMORY && self.0 & 0x40 == 0;
+        is_memory.then_some(Hpa(FRAMES + page.0))
+    }
     fn fault(&mut self, fault: vmx::EptFault) -> vmx::EptHandled {
         match self.0 & 3 {
             0 => vmx::EptHandled::Resolved,
@@ -271,6 +282,50 @@ const OPERAND: u64 = 0x7000;
 /// L1's VP assist page, and its enlightened VMCS.
 const ASSIST: u64 = 0xB000;
 const ENLIGHTENED: u64 = 0xC000;
+/// L1's pages for L2's local APIC, and what it has of posted interrupts.
+const VIRTUAL_APIC: u64 = 0xD000;
+const APIC_ACCESS: u64 = 0xE000;
+const BITMAP: u64 = 0xF000;
+const DESCRIPTOR: u64 = 0x1_0000;
+const NOTIFICATION: u8 = 0xF2;
+
+/// Has the processor virtualize L2's local APIC, as far as L1 may ask for that.
+fn virtualize_apic(vmcs: &mut VmcsImage, caps: &VmxCaps, x2apic: bool) {
+    let mode = match x2apic {
+        true => SecondaryControls::VIRTUALIZE_X2APIC_MODE,
+        false => SecondaryControls::VIRTUALIZE_APIC_ACCESSES,
+    };
+    let secondary = mode
+        | SecondaryControls::APIC_REGISTER_VIRTUALIZATION
+        | SecondaryControls::VIRTUAL_INTERRUPT_DELIVERY;
+    let primary = PrimaryControls::USE_TPR_SHADOW
+        | PrimaryControls::USE_MSR_BITMAPS
+        | PrimaryControls::ACTIVATE_SECONDARY_CONTROLS;
+    let pin = PinControls::EXTERNAL_INTERRUPT_EXITING | PinControls::PROCESS_POSTED_INTERRUPTS;
+    let exit = ExitControls::ACKNOWLEDGE_INTERRUPT;
+    if !caps.secondary.allows(secondary) || !caps.pin.allows(pin) {
+        return;
+    }
+    for (field, bits) in [
+        (fields::PIN_CONTROLS, pin.bits()),
+        (fields::PRIMARY_CONTROLS, primary.bits()),
+        (fields::SECONDARY_CONTROLS, secondary.bits()),
+        (fields::EXIT_CONTROLS, exit.bits()),
+    ] {
+        let old = vmcs.get(field).expect("a field");
+        vmcs.set(field, old | bits).expect("a field");
+    }
+    for (field, value) in [
+        (fields::VIRTUAL_APIC_ADDRESS, VIRTUAL_APIC),
+        (fields::APIC_ACCESS_ADDRESS, APIC_ACCESS),
+        (fields::MSR_BITMAPS, BITMAP),
+        (fields::POSTED_INTERRUPT_DESCRIPTOR_ADDRESS, DESCRIPTOR),
+    ] {
+        vmcs.set(field, value).expect("a field");
+    }
+    let vector = fields::POSTED_INTERRUPT_NOTIFICATION_VECTOR;
+    vmcs.set(vector, NOTIFICATION.into()).expect("a field");
+}
 
 /// VT-x.
 pub fn vmx(data: &[u8]) {
@@ -280,11 +335,15 @@ pub fn vmx(data: &[u8]) {
 fn vmx_in(ram: &GuestRam, input: &mut Input<'_>) {
     let choice = input.u8();
     let enlightened = choice & 2 != 0;
-    let processor = if choice & 1 == 0 {
+    let mut processor = if choice & 1 == 0 {
         fixtures::skylake_sp()
     } else {
         fixtures::nehalem()
     };
+    if choice & 4 != 0 {
+        // The one whose defects are worked around.
+        processor.basic = Basic(processor.basic.0 & !0x7FFF_FFFF | 0x2B);
+    }
     let offer = vmx::Offer {
         ept: true,
         vpid: true,
@@ -323,9 +382,13 @@ fn vmx_in(ram: &GuestRam, input: &mut Input<'_>) {
         l1: Box::new(l0.clone()),
         l2: Box::new(l0.clone()),
     };
-    let mut region = *samples::valid(&caps).as_bytes();
-    region[..4].copy_from_slice(&vmx::REVISION.to_le_bytes());
-    for at in REGIONS {
+    for (index, at) in REGIONS.into_iter().enumerate() {
+        let mut image = samples::valid(&caps);
+        if choice & 8 != 0 {
+            virtualize_apic(&mut image, &caps, index == 2);
+        }
+        let mut region = *image.as_bytes();
+        region[..4].copy_from_slice(&vmx::REVISION.to_le_bytes());
         ram.write(Gpa(at), &region).expect("memory");
     }
     let (mut gprs, mut stage, mut msrs) = (Gprs::default(), Stage(0), OneMsr(0));
@@ -342,7 +405,8 @@ fn vmx_in(ram: &GuestRam, input: &mut Input<'_>) {
             second_stage: &mut stage,
             msrs: &mut msrs,
         };
-        match input.u8() & 7 {
+        let action = input.u8();
+        match action & 7 {
             0 => {
                 let any = 0x8000 + input.u64() % (MEMORY - 0x8000);
                 let at = match any % 4 {
@@ -401,6 +465,22 @@ fn vmx_in(ram: &GuestRam, input: &mut Input<'_>) {
                     .map(drop)
                     .expect("every field exists");
             }
+            7 if action & 8 != 0 && nested.is_guest() => {
+                let done = match action >> 4 & 3 {
+                    0 => nested.take_notification(NOTIFICATION, &mut cx).map(drop),
+                    1 => nested.take_notification(input.u8(), &mut cx).map(drop),
+                    2 => nested.has_virtual_interrupt(&mut cx).map(drop),
+                    _ => {
+                        nested.forget_frames();
+                        match nested.renew_frames(&mut cx) {
+                            // L2 cannot go on.
+                            Ok(false) => return,
+                            renewed => renewed.map(drop),
+                        }
+                    }
+                };
+                done.expect("every field exists");
+            }
             _ => {
                 stage.0 = input.u8();
                 if enlightened && stage.0 & 8 != 0 {
@@ -431,12 +511,15 @@ fn assert_vmx_contained(
         }
     }
     let eptp = l2.get(fields::EPT_POINTER).expect("a field");
-    assert!([l0_eptp, COMPOSED | 0x1E].contains(&eptp));
+    assert!([l0_eptp, COMPOSED | 0x1E, PLAIN | 0x1E].contains(&eptp));
     assert_eq!(l2.get(fields::GUEST_ACTIVITY_STATE), Ok(0));
     assert_eq!(l2.get(fields::VMCS_LINK_POINTER), Ok(u64::MAX));
+    for field in [fields::VIRTUAL_APIC_ADDRESS, fields::APIC_ACCESS_ADDRESS] {
+        let address = l2.get(field).expect("a field");
+        let is_l1s = (FRAMES..FRAMES + MEMORY).contains(&address) && address % 4096 == 0;
+        assert!(is_l1s || Ok(address) == l0.get(field), "{address:#x}");
+    }
     for field in [
-        fields::VIRTUAL_APIC_ADDRESS,
-        fields::APIC_ACCESS_ADDRESS,
         fields::IO_BITMAP_A,
         fields::ENTRY_MSR_LOAD_ADDRESS,
         fields::EXIT_MSR_LOAD_ADDRESS,
