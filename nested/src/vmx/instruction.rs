@@ -188,6 +188,7 @@ impl NestedVmx {
                 return Ok(Outcome::Entered { halted: false });
             }
             self.settled = None;
+            self.take_delivery(cx)?;
             self.fetch_rare(cx)?;
         }
         let ending = match instruction {

@@ -241,8 +241,8 @@ pub struct NestedVmx {
     shadow_misses: shadow::ShadowedFields,
     /// What L1 had written into the shadow when it was last taken from there.
     shadow_written: shadow::ShadowedFields,
-    /// The guest interrupt status is one of the shadowed fields.
-    shadows_status: bool,
+    /// The fields of the delivery of interrupts are shadowed too.
+    shadows_delivery: bool,
     /// What the last complete entry found, as long as L1's VMCS is as it was then but for L2's own state.
     settled: Option<resume::Settled>,
     /// `vmcs01` holds what the next exit loads, but for how it blocks NMIs.
@@ -309,7 +309,7 @@ impl NestedVmx {
         msr_bitmap_at: Hpa,
     ) -> Self {
         *msr_bitmap = l0_msrs.clone();
-        let shadows_status = shadow::has_status(&caps);
+        let shadows_delivery = shadow::has_delivery(&caps);
         Self {
             caps,
             cr0: processor.cr0,
@@ -325,7 +325,7 @@ impl NestedVmx {
             rare_missing: false,
             shadow_misses: shadow::ALL_SHADOWED,
             shadow_written: 0,
-            shadows_status,
+            shadows_delivery,
             settled: None,
             host_loaded: false,
             l1_sees: ControlRegisters::default(),

@@ -278,6 +278,7 @@ impl NestedVmx {
     ) -> Result<SavedVmx, AccessError> {
         // What is in the copy from here on no exit and no entry of L1's has put there.
         self.settled = None;
+        self.take_delivery(cx)?;
         if self.is_guest {
             let l1 = L1Controls::read(&self.vmcs12.image)?;
             self.save_guest(&l1, cx)?;

@@ -7,9 +7,11 @@
 //! that it changed.
 
 use testudo_vmx::bitmap::FieldBitmap;
+use testudo_vmx::controls::SecondaryControls;
 use testudo_vmx::{AccessError, Encoding, VmcsRead, VmxCaps, fields as f};
 
-use super::guest_fields::{Slot, slot, slots};
+use super::guest_fields::{Slot, slots};
+use super::join::L1Controls;
 use super::{Context, NestedVmx, VmcsPair, guest_fields};
 
 /// What L1 reads at nearly every exit and can not write.
@@ -26,9 +28,15 @@ const READ_ONLY: [Slot; 10] = slots([
     f::GUEST_PHYSICAL_ADDRESS.encoding(),
 ]);
 
-/// What L1 reads at each entry if L2's virtual local APIC delivers interrupts, and writes with each of them. Not every
-/// processor has it.
-const STATUS: Slot = slot(f::GUEST_INTERRUPT_STATUS.encoding());
+/// What L1 reads at each entry, and writes with each interrupt, if the processor delivers those of L2's virtual local
+/// APIC; and which of their ends exit. Not every processor has them, and they are looked at where they count.
+const OF_DELIVERY: [Slot; 5] = slots([
+    f::GUEST_INTERRUPT_STATUS.encoding(),
+    f::EOI_EXIT_BITMAP_0.encoding(),
+    f::EOI_EXIT_BITMAP_1.encoding(),
+    f::EOI_EXIT_BITMAP_2.encoding(),
+    f::EOI_EXIT_BITMAP_3.encoding(),
+]);
 
 /// The fields of [`READ_WRITE`] that every processor has, for a macro: in parts of which a processor's registers
 /// hold all values.
@@ -56,25 +64,32 @@ macro_rules! slots_of {
 const READ_WRITE: [Slot; 24] = with_read_write!(slots_of!());
 
 /// The shadowed fields for which a set stands; its bits are in the order of [`READ_WRITE`] and then
-/// [`READ_ONLY`], and [`STATUS`] is last.
+/// [`READ_ONLY`], and of [`OF_DELIVERY`] last.
 pub(super) type ShadowedFields = u64;
 
 /// How many there are.
-const COUNT: usize = READ_WRITE.len() + READ_ONLY.len() + 1;
+const COUNT: usize = COMMON + OF_DELIVERY.len();
+
+/// How many of them every processor has.
+const COMMON: usize = READ_WRITE.len() + READ_ONLY.len();
 
 /// All shadowed fields that every processor has.
-pub(super) const ALL_SHADOWED: ShadowedFields = (1 << (COUNT - 1)) - 1;
+pub(super) const ALL_SHADOWED: ShadowedFields = (1 << COMMON) - 1;
 
 /// All shadowed fields that a processor with these capabilities has.
 pub(super) fn all_shadowed(caps: &VmxCaps) -> ShadowedFields {
-    let status = shadowed(STATUS.field);
-    ALL_SHADOWED | if has_status(caps) { status } else { 0 }
+    match has_delivery(caps) {
+        true => (1 << COUNT) - 1,
+        false => ALL_SHADOWED,
+    }
 }
 
-/// Whether [`STATUS`] is one of them.
-pub(super) fn has_status(caps: &VmxCaps) -> bool {
-    let info = STATUS.field.info();
-    info.is_some_and(|info| info.exists(caps))
+/// Whether [`OF_DELIVERY`] are among them.
+pub(super) fn has_delivery(caps: &VmxCaps) -> bool {
+    OF_DELIVERY.iter().all(|slot| {
+        let info = slot.field.info();
+        info.is_some_and(|info| info.exists(caps))
+    })
 }
 
 /// Those that tell of an exit.
@@ -99,10 +114,10 @@ const SHADOWED: [Slot; COUNT] = {
     while i < COUNT {
         all[i] = if i < READ_WRITE.len() {
             READ_WRITE[i]
-        } else if i < COUNT - 1 {
+        } else if i < COMMON {
             READ_ONLY[i - READ_WRITE.len()]
         } else {
-            STATUS
+            OF_DELIVERY[i - COMMON]
         };
         i += 1;
     }
@@ -152,15 +167,18 @@ pub fn shadow_bitmaps(caps: &VmxCaps) -> (FieldBitmap, FieldBitmap) {
         reads.pass_through(field);
         writes.pass_through(field);
     }
-    if has_status(caps) {
-        reads.pass_through(STATUS.field);
-        writes.pass_through(STATUS.field);
+    if has_delivery(caps) {
+        for field in OF_DELIVERY.map(|slot| slot.field) {
+            reads.pass_through(field);
+            writes.pass_through(field);
+        }
     }
     (reads, writes)
 }
 
 impl NestedVmx {
-    /// What L1 wrote into the shadow, into the copy: before the copy is used. Says which fields differed.
+    /// What L1 wrote into the shadow, into the copy: before the copy is used. Says which fields differed. Those of
+    /// the delivery of interrupts are [left](Self::take_delivery) if L1 does not ask for that.
     #[inline]
     pub(super) fn take_from_shadow<P: VmcsPair, M, S, R>(
         &mut self,
@@ -174,11 +192,34 @@ impl NestedVmx {
             let image = &mut *self.vmcs12.image;
             with_read_write!(follow_parts!(&shadow, image, *written;));
             note!(image, *written; PREEMPTION_TIMER_VALUE = shadow.get(f::PREEMPTION_TIMER_VALUE)?.into());
-            if self.shadows_status {
-                note!(image, *written; GUEST_INTERRUPT_STATUS = shadow.get(f::GUEST_INTERRUPT_STATUS)?.into());
-            }
         }
-        Ok(*written)
+        let delivery = SecondaryControls::VIRTUAL_INTERRUPT_DELIVERY;
+        if self.shadows_delivery && L1Controls::has_secondary(&self.vmcs12.image, delivery)? {
+            self.take_delivery(cx)?;
+        }
+        Ok(self.shadow_written)
+    }
+
+    /// What L1 wrote there about the delivery of interrupts, likewise: before the copy is used as a whole.
+    #[inline(never)]
+    pub(super) fn take_delivery<P: VmcsPair, M, S, R>(
+        &mut self,
+        cx: &mut Context<'_, P, M, S, R>,
+    ) -> Result<(), AccessError> {
+        if self.shadows_delivery
+            && self.current.is_some()
+            && let Some(shadow) = cx.vmcs.shadow()
+        {
+            let image = &mut *self.vmcs12.image;
+            let written = &mut self.shadow_written;
+            macro_rules! take {
+                ($($field:ident)*) => {
+                    $(note!(image, *written; $field = shadow.get(f::$field)?.into());)*
+                };
+            }
+            take!(GUEST_INTERRUPT_STATUS EOI_EXIT_BITMAP_0 EOI_EXIT_BITMAP_1 EOI_EXIT_BITMAP_2 EOI_EXIT_BITMAP_3);
+        }
+        Ok(())
     }
 
     /// The copy into the shadow, as far as they differ: after the copy changed, and before L1 runs.
@@ -222,12 +263,15 @@ mod tests {
         let each: Vec<_> = all.map(|slot| shadowed(slot.field)).collect();
         assert_eq!(each.iter().fold(0, |set, bit| set ^ bit), ALL_SHADOWED);
         let mut caps = fixtures::skylake_sp();
-        assert_eq!(all_shadowed(&caps), ALL_SHADOWED | shadowed(STATUS.field));
-        assert_eq!(all_shadowed(&caps).count_ones() as usize, COUNT);
+        let of_delivery = OF_DELIVERY.iter().map(|slot| shadowed(slot.field));
+        let all = of_delivery.fold(ALL_SHADOWED, |set, bit| set ^ bit);
+        assert_eq!(all_shadowed(&caps), all);
+        assert_eq!(all.count_ones() as usize, COUNT);
         assert_eq!(shadowed(f::GUEST_DS_BASE.encoding()), 0);
         let (reads, writes) = shadow_bitmaps(&caps);
-        let status = u64::from(STATUS.field.0);
-        assert!(!reads.exits(status) && !writes.exits(status));
+        let of_delivery = OF_DELIVERY.map(|slot| u64::from(slot.field.0));
+        assert!(of_delivery.iter().all(|&field| !reads.exits(field)));
+        assert!(of_delivery.iter().all(|&field| !writes.exits(field)));
         for field in READ_ONLY.map(|slot| slot.field) {
             let encoding = u64::from(field.0);
             assert!(!reads.exits(encoding) && writes.exits(encoding), "{field}");
@@ -236,7 +280,7 @@ mod tests {
         assert!(!reads.exits(rip) && !writes.exits(rip));
         let ds = u64::from(f::GUEST_DS_BASE.encoding().0);
         assert!(reads.exits(ds) && writes.exits(ds));
-        // An L1 without the field is told that there is none.
+        // An L1 without these fields is told that there are none.
         let without = SecondaryControls::all() - SecondaryControls::VIRTUAL_INTERRUPT_DELIVERY;
         caps.secondary = Allowed::new(
             caps.secondary.must_be_one(),
@@ -244,6 +288,7 @@ mod tests {
         );
         assert_eq!(all_shadowed(&caps), ALL_SHADOWED);
         let (reads, writes) = shadow_bitmaps(&caps);
-        assert!(reads.exits(status) && writes.exits(status));
+        assert!(of_delivery.iter().all(|&field| reads.exits(field)));
+        assert!(of_delivery.iter().all(|&field| writes.exits(field)));
     }
 }

@@ -187,8 +187,9 @@ fn the_interrupt_status_goes_to_l2_and_comes_back() {
 }
 
 #[test]
-fn l1_has_the_interrupt_status_without_an_exit() {
+fn l1_has_the_fields_of_interrupt_delivery_without_an_exit() {
     let mut vm = Vm::ready();
+    let cr3 = vm.vmcs.l1.get(fields::GUEST_CR3).unwrap();
     vm.ask_for_apic(SHADOW | DELIVERY, 0x0031_0000);
     vm.vmcs.shadow = Some(FakeVmcs::with_caps(&vm.processor));
     let seen = |vm: &Vm| {
@@ -215,6 +216,39 @@ fn l1_has_the_interrupt_status_without_an_exit() {
     assert!(vm.nested.settled.is_some());
     let _ = vm.exit(BasicReason::Cpuid, 0);
     assert_eq!(vm.get12(fields::GUEST_INTERRUPT_STATUS), 0x51);
+    // Which ends exit, an entry takes from there too, and that is a complete one.
+    let bitmap = fields::EOI_EXIT_BITMAP_3;
+    write_shadow(&mut vm, bitmap, 0x31);
+    assert_eq!(vm.run(Instruction::Vmresume), ENTERED);
+    assert_eq!(l2(&vm, bitmap), 0x31);
+    // Without the delivery of interrupts none of it is looked at, until L1's VMCS is saved or goes.
+    let _ = vm.exit(BasicReason::Cpuid, 0);
+    vm.ask_for_apic(SHADOW, 0);
+    for _ in 0..2 {
+        assert_eq!(vm.run(Instruction::Vmresume), ENTERED);
+        let _ = vm.exit(BasicReason::Cpuid, 0);
+    }
+    write_shadow(&mut vm, bitmap, 0x41);
+    assert_eq!(vm.run(Instruction::Vmresume), ENTERED);
+    assert_eq!(vm.get12(bitmap), 0x31);
+    vm.call(|nested, cx| nested.save(cx)).unwrap();
+    assert_eq!(vm.get12(bitmap), 0x41);
+    let _ = vm.exit(BasicReason::Cpuid, 0);
+    write_shadow(&mut vm, bitmap, 0x51);
+    vm.vmcs.l1.preset(fields::GUEST_CR3, cr3);
+    assert_eq!(vm.pointer(Instruction::Vmclear, REGION.0), End::Succeed);
+    vm.vmcs.shadow = Some(FakeVmcs::with_caps(&vm.processor));
+    assert_eq!(vm.pointer(Instruction::Vmptrld, REGION.0), End::Succeed);
+    assert_eq!(vm.vmcs.shadow.as_ref().unwrap().get(bitmap), Ok(0x51));
+}
+
+fn write_shadow<W: testudo_vmx::encoding::Width>(
+    vm: &mut Vm,
+    field: testudo_vmx::Field<W>,
+    value: W::Value,
+) {
+    let shadow = vm.vmcs.shadow.as_mut().unwrap();
+    shadow.set(field, value).unwrap();
 }
 
 #[test]
