@@ -246,6 +246,30 @@ pub(crate) mod tests {
         table
     }
 
+    fn ept_l0(pool: &FramePool, bytes: u64) -> PageTable<Ept, &FramePool> {
+        let table = PageTable::new(Ept::new(48), pool).unwrap();
+        let flags = table.format().flags(Rights::all()).unwrap();
+        table.map(Gpa(0), bytes, Hpa(BACKING), flags).unwrap();
+        table
+    }
+
+    fn ept_stage<'a>(
+        memory: &'a Memory,
+        inner: &'a PageTable<Ept, &'a FramePool>,
+        pool: &'a FramePool,
+        count: &'a Cell<usize>,
+    ) -> vmx::ComposedStage<'a, Memory, &'a FramePool, &'a FramePool, Processor<'a>> {
+        let parts = vmx::ComposedParts {
+            memory,
+            inner,
+            frames: pool,
+            format: *inner.format(),
+            l1_format: *inner.format(),
+            page_limit: 100,
+        };
+        vmx::ComposedStage::new(parts, Processor(count))
+    }
+
     const TABLE: NestedTable = NestedTable {
         root: Gpa(0x1000),
         cr4: 0x20,
@@ -394,22 +418,10 @@ pub(crate) mod tests {
         use vmx::SecondStage;
         let (memory, pool, count) = (Memory::new(), FramePool::new(64), Cell::new(0));
         memory.store_u64(Gpa(0x9000), 0x1234).unwrap();
-        let format = Ept::new(48);
-        let inner = PageTable::new(format, &pool).unwrap();
-        let flags = format.flags(Rights::all()).unwrap();
-        let mapped = inner.map(Gpa(0), MAPPED, Hpa(BACKING), flags);
-        mapped.unwrap();
+        let inner = ept_l0(&pool, MAPPED);
         let only = inner.protect(Gpa(0xA000), 0x1000, Rights::all() - Rights::WRITE);
         only.unwrap().discharge(&mut Processor(&count));
-        let parts = vmx::ComposedParts {
-            memory: &memory,
-            inner: &inner,
-            frames: &pool,
-            format,
-            l1_format: format,
-            page_limit: 100,
-        };
-        let mut stage = vmx::ComposedStage::new(parts, Processor(&count));
+        let mut stage = ept_stage(&memory, &inner, &pool, &count);
         assert_eq!(stage.frame(Gpa(0x9000)), Some(Hpa(BACKING + 0x9000)));
         assert_eq!(memory.load_u64(Gpa(0x9000)), Ok(0x1234));
         // Not writable in L0's table; not in it; no memory, though it is.
@@ -440,19 +452,8 @@ pub(crate) mod tests {
         memory
             .store_u64(Gpa(0x4018), 0x9000 | write_back | 2)
             .unwrap();
-        let format = Ept::new(48);
-        let inner = PageTable::new(format, &pool).unwrap();
-        let flags = format.flags(Rights::all()).unwrap();
-        inner.map(Gpa(0), MAPPED, Hpa(BACKING), flags).unwrap();
-        let parts = vmx::ComposedParts {
-            memory: &memory,
-            inner: &inner,
-            frames: &pool,
-            format,
-            l1_format: format,
-            page_limit: 100,
-        };
-        let mut stage = vmx::ComposedStage::new(parts, Processor(&count));
+        let inner = ept_l0(&pool, MAPPED);
+        let mut stage = ept_stage(&memory, &inner, &pool, &count);
         let pointer = stage.activate(0x101E).unwrap();
         assert_ne!(pointer & !0xFFF, 0x1000);
         let fault = |gpa, qualification| EptFault {
@@ -491,19 +492,8 @@ pub(crate) mod tests {
         use vmx::SecondStage;
         const LARGE: u64 = 1 << 21;
         let (memory, pool, count) = (Memory::new(), FramePool::new(64), Cell::new(0));
-        let format = Ept::new(48);
-        let inner = PageTable::new(format, &pool).unwrap();
-        let flags = format.flags(Rights::all()).unwrap();
-        inner.map(Gpa(0), 4 * LARGE, Hpa(BACKING), flags).unwrap();
-        let parts = vmx::ComposedParts {
-            memory: &memory,
-            inner: &inner,
-            frames: &pool,
-            format,
-            l1_format: format,
-            page_limit: 100,
-        };
-        let mut stage = vmx::ComposedStage::new(parts, Processor(&count));
+        let inner = ept_l0(&pool, 4 * LARGE);
+        let mut stage = ept_stage(&memory, &inner, &pool, &count);
         let alone = Gpa(LARGE + 0x5000);
         let pointer = stage.activate_plain(alone).unwrap();
         assert_ne!(stage.activate(0x101E).unwrap(), pointer);

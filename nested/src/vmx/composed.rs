@@ -61,6 +61,17 @@ where
         self.tables.forget_inner(start, len);
     }
 
+    /// The EPT pointer of the composition that has this key, which is the current one from now on.
+    #[inline]
+    fn activate_key(&mut self, key: u64) -> Option<u64> {
+        let (format, frames) = (self.parts.format, self.parts.frames);
+        let limit = self.parts.page_limit;
+        let root = self
+            .tables
+            .activate(key, || Composed::new(format, frames, limit))?;
+        Some(format.pointer(root))
+    }
+
     /// The composition of no table of L1's, with this page alone.
     fn plain(&self) -> Option<Gpa> {
         let key = self.tables.current()?;
@@ -166,24 +177,13 @@ where
     #[inline]
     fn activate(&mut self, eptp: u64) -> Option<u64> {
         self.parts.l1_format.of_pointer(eptp)?;
-        let (format, frames) = (self.parts.format, self.parts.frames);
-        let limit = self.parts.page_limit;
-        let root = self
-            .tables
-            .activate(eptp, || Composed::new(format, frames, limit))?;
-        Some(format.pointer(root))
+        self.activate_key(eptp)
     }
 
     #[inline(never)]
     fn activate_plain(&mut self, page: Gpa) -> Option<u64> {
         // As a key it is no EPT pointer of L1's, of which bits 5:3 are not 0 (SDM vol. 3C, 27.6.11).
-        let key = page.0 & !0xFFF;
-        let (format, frames) = (self.parts.format, self.parts.frames);
-        let limit = self.parts.page_limit;
-        let root = self
-            .tables
-            .activate(key, || Composed::new(format, frames, limit))?;
-        Some(format.pointer(root))
+        self.activate_key(page.0 & !0xFFF)
     }
 
     /// A single-context INVEPT names the table by the EPT pointer's address bits.
