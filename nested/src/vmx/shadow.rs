@@ -76,10 +76,13 @@ const COMMON: usize = READ_WRITE.len() + READ_ONLY.len();
 /// All shadowed fields that every processor has.
 pub(super) const ALL_SHADOWED: ShadowedFields = (1 << COMMON) - 1;
 
+/// Those of the delivery of interrupts.
+const OF_DELIVERY_FIELDS: ShadowedFields = ((1 << COUNT) - 1) & !ALL_SHADOWED;
+
 /// All shadowed fields that a processor with these capabilities has.
 pub(super) fn all_shadowed(caps: &VmxCaps) -> ShadowedFields {
     match has_delivery(caps) {
-        true => (1 << COUNT) - 1,
+        true => ALL_SHADOWED | OF_DELIVERY_FIELDS,
         false => ALL_SHADOWED,
     }
 }
@@ -200,13 +203,15 @@ impl NestedVmx {
         Ok(self.shadow_written)
     }
 
-    /// What L1 wrote there about the delivery of interrupts, likewise: before the copy is used as a whole.
+    /// What L1 wrote there about the delivery of interrupts, likewise: before the copy is used as a whole. While the
+    /// shadow is still to be given these fields, L1 has not written them.
     #[inline(never)]
     pub(super) fn take_delivery<P: VmcsPair, M, S, R>(
         &mut self,
         cx: &mut Context<'_, P, M, S, R>,
     ) -> Result<(), AccessError> {
         if self.shadows_delivery
+            && self.shadow_misses & OF_DELIVERY_FIELDS == 0
             && self.current.is_some()
             && let Some(shadow) = cx.vmcs.shadow()
         {

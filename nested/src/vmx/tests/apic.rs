@@ -242,6 +242,26 @@ fn l1_has_the_fields_of_interrupt_delivery_without_an_exit() {
     assert_eq!(vm.vmcs.shadow.as_ref().unwrap().get(bitmap), Ok(0x51));
 }
 
+/// A vCPU that was given its state has not seen L1 write anything.
+#[test]
+fn what_was_restored_is_saved_again_whatever_the_shadow_holds() {
+    let mut vm = Vm::ready();
+    vm.ask_for_apic(SHADOW | DELIVERY, 0x3141_0000);
+    assert_eq!(vm.run(Instruction::Vmlaunch), ENTERED);
+    let saved = vm.call(|nested, cx| nested.save(cx)).unwrap();
+    let mut other = Vm::new();
+    other.vmcs.shadow = Some(FakeVmcs::with_caps(&other.processor));
+    other.call(|nested, cx| nested.restore(&saved, cx)).unwrap();
+    for _ in 0..2 {
+        let again = other.call(|nested, cx| nested.save(cx)).unwrap();
+        assert_eq!(again, saved);
+    }
+    // Its L1 reads there what it wrote elsewhere.
+    let _ = other.exit(BasicReason::Cpuid, 0);
+    let shadow = other.vmcs.shadow.as_ref().unwrap();
+    assert_eq!(shadow.get(fields::EOI_EXIT_BITMAP_2), Ok(0x3141_0000));
+}
+
 fn write_shadow<W: testudo_vmx::encoding::Width>(
     vm: &mut Vm,
     field: testudo_vmx::Field<W>,
