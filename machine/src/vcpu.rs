@@ -283,7 +283,8 @@ pub trait Vcpu {
     fn single_step(&mut self);
 
     /// Asks for [`VmExit::InterruptWindow`] as soon as the guest can take an interrupt of this
-    /// kind, or stops asking.
+    /// kind, or stops asking. A vector needs none where the processor [delivers](Self::delivers_interrupts)
+    /// it as soon as that.
     fn set_interrupt_window(&mut self, wanted: Option<AwaitedInterrupt>);
 
     /// Says whether an NMI waits for [`can_take_nmi`](Self::can_take_nmi) to become true.

@@ -125,8 +125,8 @@ impl NestedVmx {
         Ok(Ok(Outcome::Entered { halted }))
     }
 
-    /// The EPT pointer of the composition that L2 runs on, if it is not L0's own table. The outer `None`: there is none for
-    /// L1's EPT.
+    /// The EPT pointer of the composition that L2 runs on, if it is not L0's own table. The outer `None`: there is none
+    /// for L1's EPT.
     pub(super) fn compose(
         &self,
         l1: &L1Controls,

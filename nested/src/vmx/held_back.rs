@@ -4,8 +4,8 @@
 //! It does so when an interrupt of the machine's comes while one is pending, so none may be pending while RFLAGS.IF is
 //! 0. None is recognized under "interrupt-window exiting" (SDM vol. 3C, 32.2.1): with that, one is held back, and L2
 //! exits as soon as it can have it. What makes one pending in the course of L2's turn exits: the end of another, while
-//! anything is requested, and an interrupt to itself by the x2APIC's MSR, which is requested for it. An L2 that, with interrupts off, lowers its
-//! task priority or interrupts itself in xAPIC mode is not guarded.
+//! anything is requested, and an interrupt to itself by the x2APIC's MSR, which is requested for it. An L2 that, with
+//! interrupts off, lowers its task priority or interrupts itself in xAPIC mode is not guarded.
 
 use testudo_arch::{Gpa, GuestMemory, Msr, RFlags};
 use testudo_vmx::controls::{Interruptibility, PrimaryControls, SecondaryControls};
@@ -106,9 +106,9 @@ impl NestedVmx {
         Ok(true)
     }
 
-    /// Does what the processor does for a write of the self-IPI register (SDM vol. 3C, 32.1.5 and 32.5): the interrupt is
-    /// requested, and L2 is behind its WRMSR. `false`, with nothing done, if there is more to it: a value that the register
-    /// does not take, or a step that is traced.
+    /// Does what the processor does for a write of the self-IPI register (SDM vol. 3C, 32.1.5 and 32.5): the interrupt
+    /// is requested, and L2 is behind its WRMSR. `false`, with nothing done, if there is more to it: a value that the
+    /// register does not take, or a step that is traced.
     fn request_own<P: VmcsPair, M: GuestMemory, S, R>(
         &mut self,
         cx: &mut Context<'_, P, M, S, R>,

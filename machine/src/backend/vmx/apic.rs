@@ -6,7 +6,6 @@
 //! the machine has requested are delivered as soon as the guest can take them. The registers are
 //! those of the machine's local APIC, in its page: what the processor knows besides them, the
 //! machine says whenever it has changed something.
-
 //!
 //! A processor that delivers interrupts although the guest masks them
 //! ([`Defects::DELIVERS_MASKED_VIRTUAL_INTERRUPTS`]) does so when one of the machine's comes while one is
@@ -100,8 +99,8 @@ pub(super) struct VirtualApic {
     tables: ApicTables,
     access: Access,
     eoi_exits: [u64; 4],
-    /// The processor is one that delivers what is masked.
-    defective: bool,
+    /// The processor must not know of an interrupt while the guest masks it.
+    holds_back: bool,
     /// What is to be told when the guest itself runs again: its own guest has another VMCS.
     waiting: Option<ApicState>,
 }
@@ -131,7 +130,7 @@ impl VirtualApic {
             tables,
             access: Access::None,
             eoi_exits: [0; 4],
-            defective: defects.contains(Defects::DELIVERS_MASKED_VIRTUAL_INTERRUPTS),
+            holds_back: defects.contains(Defects::DELIVERS_MASKED_VIRTUAL_INTERRUPTS),
             waiting: None,
         })
     }
@@ -154,7 +153,7 @@ impl VirtualApic {
 
     /// Whether the processor must not know of an interrupt while the guest masks it.
     pub(super) fn holds_back(&self) -> bool {
-        self.defective
+        self.holds_back
     }
 
     /// Tells the processor. `secondary` are the controls that the guest has whatever its APIC's mode.
@@ -168,7 +167,7 @@ impl VirtualApic {
         self.waiting = None;
         let status = u16::from(state.serving) << 8 | u16::from(state.requesting);
         vmcs.set(fields::GUEST_INTERRUPT_STATUS, status)?;
-        let eoi_exits = match self.defective && has_more(page) {
+        let eoi_exits = match self.holds_back && has_more(page) {
             true => [u64::MAX; 4],
             false => state.level,
         };

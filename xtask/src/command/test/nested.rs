@@ -50,7 +50,8 @@ const EXACT_AND_DEEP: Place = (&["--exact"], "600");
 /// Instructions are time on Bochs in any case, and it takes minutes.
 const VTX: Place = (&["--backend", "vmx"], "3600");
 
-/// Hypervisors with a Linux whose status comes out: the test's name, the place, the hypervisor, and the arguments of the command.
+/// Hypervisors with a Linux whose status comes out: the test's name, the place, the hypervisor, and the arguments of
+/// the command.
 ///
 /// An interrupt that is delivered twice, or a timer that comes early and is forgotten, shows only with several
 /// processors; and the end of two on VT-x needs a guest of the guest's to leave that has its interrupts off for good.

@@ -75,7 +75,8 @@ impl Turns {
     }
 
     fn keep_status(&self, vmcs: &mut FakeVmcs) {
-        let highest = |set: VectorSet<'_>| u64::from(set.highest().unwrap_or(0));
+        // RVI and SVI are 0 where nothing is requested or in service (SDM vol. 3C, 27.4.2).
+        let highest = |set: VectorSet<'_>| set.highest().map_or(0, u64::from);
         let status = highest(self.serving()) << 8 | highest(self.requested());
         vmcs.preset(fields::GUEST_INTERRUPT_STATUS, status);
     }
