@@ -38,14 +38,18 @@ enum Way {
     Exception(u32),
     /// For an NMI that L0 has for L1.
     Nmi,
+    /// By an instruction, after the nested state was saved.
+    Saved,
 }
 
-const WRITABLE: [Encoding; 16] = [
+const WRITABLE: [Encoding; 18] = [
     fields::GUEST_RIP.encoding(),
     fields::GUEST_RSP.encoding(),
     fields::GUEST_RFLAGS.encoding(),
     fields::GUEST_INTERRUPTIBILITY.encoding(),
     fields::HOST_RSP.encoding(),
+    fields::GUEST_INTERRUPT_STATUS.encoding(),
+    fields::EOI_EXIT_BITMAP_1.encoding(),
     fields::GUEST_CR3.encoding(),
     fields::GUEST_CR0.encoding(),
     fields::GUEST_CR4.encoding(),
@@ -59,7 +63,7 @@ const WRITABLE: [Encoding; 16] = [
     fields::EXCEPTION_BITMAP.encoding(),
 ];
 
-const TRAPPING: [Encoding; 15] = [
+const TRAPPING: [Encoding; 14] = [
     fields::GUEST_FS_BASE.encoding(),
     fields::GUEST_GDTR_LIMIT.encoding(),
     fields::GUEST_DR7.encoding(),
@@ -72,8 +76,7 @@ const TRAPPING: [Encoding; 15] = [
     fields::HOST_SYSENTER_EIP.encoding(),
     fields::EXIT_MSR_LOAD_COUNT.encoding(),
     fields::TPR_THRESHOLD.encoding(),
-    fields::GUEST_INTERRUPT_STATUS.encoding(),
-    fields::EOI_EXIT_BITMAP_1.encoding(),
+    fields::SECONDARY_CONTROLS.encoding(),
     fields::VIRTUAL_APIC_ADDRESS.encoding(),
 ];
 
@@ -116,8 +119,8 @@ fn step() -> impl Strategy<Value = Step> {
     // Whatever of these a processor saves is valid.
     let changes = prop::collection::vec((0..OWN_OF_L2.len(), 0u64..0x1000), 0..4);
     prop_oneof![
-        // The first five are those that a complete entry is not due for.
-        4 => (0usize..5, value()).prop_map(|(i, v)| Step::Shadowed(i, v)),
+        // The first six are those that a complete entry is not due for.
+        4 => (0usize..6, value()).prop_map(|(i, v)| Step::Shadowed(i, v)),
         1 => (0..WRITABLE.len(), value()).prop_map(|(i, v)| Step::Shadowed(i, v)),
         1 => (0..TRAPPING.len(), value()).prop_map(|(i, v)| Step::Vmwrite(i, v)),
         1 => (0..TRAPPING.len()).prop_map(Step::Vmread),
@@ -138,6 +141,7 @@ fn way() -> impl Strategy<Value = Way> {
         4 => Just(Way::Instruction),
         1 => delivered.prop_map(Way::Exception),
         1 => Just(Way::Nmi),
+        1 => Just(Way::Saved),
     ]
 }
 
@@ -244,6 +248,7 @@ fn vm(kind: Kind) -> Vm {
     let image = vm.nested.vmcs12.image.clone();
     fill(&mut shadow, &image);
     vm.vmcs.shadow = Some(shadow);
+    vm.nested.shadow_misses = 0;
     vm
 }
 
@@ -314,7 +319,7 @@ fn take(vm: &mut Vm, step: &Step, launched: &mut bool) -> Option<(End, Option<Ha
                 }
                 vm.vmcs.l2.preset(field, value);
             }
-            let mut information = |interruption: u32, vectoring: u32| {
+            let information = |vm: &mut Vm, interruption: u32, vectoring: u32| {
                 let l2 = &mut vm.vmcs.l2;
                 l2.preset(fields::EXIT_INTERRUPTION_INFORMATION, interruption.into());
                 l2.preset(
@@ -329,11 +334,16 @@ fn take(vm: &mut Vm, step: &Step, launched: &mut bool) -> Option<(End, Option<Ha
             };
             let handled = match *way {
                 Way::Instruction => {
-                    information(0, 0);
+                    information(vm, 0, 0);
+                    vm.exit(BasicReason::Cpuid, 7)
+                }
+                Way::Saved => {
+                    saved::save(vm);
+                    information(vm, 0, 0);
                     vm.exit(BasicReason::Cpuid, 7)
                 }
                 Way::Exception(vectoring) => {
-                    information(0x8000_0B0D, vectoring);
+                    information(vm, 0x8000_0B0D, vectoring);
                     vm.exit(BasicReason::ExceptionOrNmi, 0)
                 }
                 Way::Nmi => vm.exit_to_l1(BasicReason::ExceptionOrNmi, 0x8000_0202),
@@ -389,6 +399,16 @@ proptest! {
             for slot in guest_fields::RARE {
                 prop_assert_eq!(quick.get12(slot.field), complete.get12(slot.field));
             }
+        }
+        // And nothing is lost of what L1 wrote, whatever was left where it was.
+        prop_assert_eq!(saved::save(&mut quick), saved::save(&mut complete));
+        for field in WRITABLE {
+            let shadow = quick.vmcs.shadow.as_ref().unwrap();
+            prop_assert_eq!(
+                shadow.read_raw(field),
+                quick.nested.vmcs12.image.read_raw(field),
+                "{}", field
+            );
         }
     }
 }
